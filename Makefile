@@ -1,0 +1,39 @@
+# make demo | test | check | soak: each sets up .venv first, in a fresh clone with nothing installed by hand.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test check soak install lint types clean
+
+install: $(VENV)/.installed
+
+# torch goes first: with it in place nothing that follows can pull a CUDA build of another version.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: install
+	$(BIN)/memdb demo $(if $(SEED),--seed $(SEED))
+
+test: install
+	$(BIN)/python -m pytest
+
+check: install lint types test
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy sees the package as it installs (ingest, query and schemas inside memdb), from a folder elsewhere.
+types: install
+	$(BIN)/python -m tools.check_types
+
+soak: install
+	$(BIN)/python -m pytest -m soak -o addopts='-q --strict-markers' -p no:cacheprovider
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,64 @@
+"""Fingerprints: which model a store belongs to, and in which way a recording was encoded."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from memdb.schemas.recipe import ENCODING_STAGES, Recipe, canonical
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes that fix the form of what is stored."""
+
+    layers: int  # L
+    query_heads: int  # Hq
+    kv_heads: int  # H
+    head_size: int  # D
+    embedding_size: int  # E
+    frame_tokens: int  # N
+    context_tokens_max: int  # positions the model was trained on
+
+    def kv_bytes(self, tokens: int, element_bytes: int) -> int:
+        """Bytes of the keys and values of `tokens` tokens over all layers."""
+        return 2 * self.layers * tokens * self.kv_heads * self.head_size * element_bytes
+
+    def as_json(self) -> dict[str, int]:
+        return {name: int(getattr(self, name)) for name in self.__dataclass_fields__}
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """The model of a store: how to load it again, and the fingerprint that must then come out."""
+
+    spec: str  # what the user named: embedded, a Hub id, a folder, random:SEED
+    fingerprint: str  # hex; weights, tokenizer, processor, RoPE, frame preprocessing
+    shape: ModelShape
+
+
+def digest_of(data: Mapping[str, object]) -> str:
+    return hashlib.blake2b(canonical(data), digest_size=16).hexdigest()
+
+
+def encoding_fingerprint(
+    recipe: Recipe, *, model: str, init_ids: tuple[int, ...], sample_fps: float, seed: int, dtype: str
+) -> str:
+    """What must be equal for two stretches of KV to stand in one context.
+
+    The model, stages 1 to 5 with every parameter, the init prompt, the sample rate, the seed and the dtype of
+    encoding. The storage codec is no part of it unless the encoder reads back what was stored.
+    """
+    stages = {name: recipe.stage(name).as_json() for name in ENCODING_STAGES}
+    return digest_of(
+        {
+            "model": model,
+            "profile": recipe.profile,
+            "stages": stages,
+            "init_ids": list(init_ids),
+            "sample_fps": sample_fps,
+            "seed": seed,
+            "dtype": dtype,
+        }
+    )

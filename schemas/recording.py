@@ -1,0 +1,38 @@
+"""A recording: one video or live stream in a store."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from memdb.schemas.errors import UsageError
+
+_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9 ._@+-]{0,127}$")
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A stretch of media time in which the source gave nothing."""
+
+    start_ns: int
+    end_ns: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """A stretch that was encoded from a fresh window, from unit `first_unit` on."""
+
+    number: int
+    first_unit: int
+    reason: str
+
+
+def check_name(name: str) -> str:
+    """The name itself, if it can stand in a store. Raises UsageError for one that climbs out or is odd."""
+    if not _NAME.match(name) or ".." in name:
+        raise UsageError(
+            f"recording name {name!r} is not allowed: use 1 to 128 letters, digits, spaces and . _ @ + -, "
+            "beginning with a letter or digit, without '..'"
+        )
+    return name
