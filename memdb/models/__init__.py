@@ -1,1 +1,1 @@
-
+"""Video-LLMs behind one protocol. The only package that imports transformers."""

@@ -1,0 +1,165 @@
+"""The context of answering: a cache rebuilt from blocks, which may differ from layer to layer, and then grows.
+
+Every token has a place of its own in each layer; who sees whom is decided by place alone, so blocks that differ
+per layer, text that is put between blocks, and a window over a long context are one mechanism.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memdb.models.attention import ceiling_scores, sink_attention, softmax_attention
+from memdb.models.rotary import Rotary
+from memdb.models.window import LayerKV
+
+
+@dataclass
+class Placed:
+    """One layer's cache: rotated keys and values (H, capacity, D), places (capacity,), of which `used` count.
+
+    Places never repeat; `next_place` is one past the highest. Room is added by doubling.
+    """
+
+    k: Tensor
+    v: Tensor
+    place: Tensor
+    used: int
+    next_place: int
+
+    def add(self, k: Tensor, v: Tensor, place: Tensor, next_place: int) -> None:
+        T = k.shape[1]
+        if self.used + T > self.k.shape[1]:
+            self._grow(max(256, T, self.k.shape[1]))
+        self.k[:, self.used : self.used + T] = k
+        self.v[:, self.used : self.used + T] = v
+        self.place[self.used : self.used + T] = place
+        self.used += T
+        self.next_place = max(self.next_place, next_place)
+
+    def _grow(self, room: int) -> None:
+        H, _, D = self.k.shape
+        self.k = torch.cat((self.k[:, : self.used], self.k.new_empty(H, room, D)), 1)
+        self.v = torch.cat((self.v[:, : self.used], self.v.new_empty(H, room, D)), 1)
+        self.place = torch.cat((self.place[: self.used], self.place.new_zeros(room)))
+
+
+class AttentionProbe:
+    """Sums the attention that the last row of each forward pays to the tokens placed in [start, stop).
+
+    Only these rows are computed, beside the fused attention (rLiVS, arXiv 2510.17364: the last prompt token and
+    every generated token; mean over rows, heads and the layers that are named).
+    """
+
+    def __init__(self, layers: Sequence[int], start: int, stop: int) -> None:
+        self.layers = frozenset(layers)
+        self.start, self.stop = start, stop
+        self.total: Tensor | None = None  # (stop - start,), fp32
+        self.rows = 0
+
+    def observe(self, layer: int, q_last: Tensor, k: Tensor, place: Tensor, scale: float) -> None:
+        """q_last (Hq, D) and k (H, S, D), rotated; place (S,)."""
+        if layer not in self.layers:
+            return
+        k = k.repeat_interleave(q_last.shape[0] // k.shape[0], 0)  # (Hq, S, D)
+        row = torch.einsum("hd,hsd->hs", q_last.float(), k.float()).mul_(scale).softmax(-1).mean(0)  # (S,)
+        inside = (place >= self.start) & (place < self.stop)
+        heard = torch.zeros(self.stop - self.start, device=row.device)
+        heard[place[inside] - self.start] = row[inside]
+        self.total = heard if self.total is None else self.total + heard
+        self.rows += 1
+
+    def mean(self) -> Tensor:
+        """Mean attention a token of the span received, (stop - start,), fp32."""
+        if self.total is None:
+            raise RuntimeError("the probe saw no forward")
+        return self.total / self.rows
+
+
+class CacheContext:
+    """[init | blocks at consecutive places | whatever is fed next], a list of tokens per layer.
+
+    The cache is rotated once, when it is built; after that only new keys are. `window` limits the view over a
+    long context as ReKV does (init tokens at the ceiling W - 1, everything else less than W before the query);
+    None sees everything.
+    """
+
+    def __init__(
+        self,
+        rotary: Rotary,
+        init: Sequence[LayerKV],
+        blocks: Sequence[LayerKV | None],
+        *,
+        window: int | None = None,
+        places: Sequence[Tensor] | None = None,
+        next_places: Sequence[int] | None = None,
+    ) -> None:
+        """`places` (per layer, one integer a block token) leave room between blocks; without, consecutive."""
+        self.rotary = rotary
+        self.window = window
+        self.init = list(init)
+        self.probe: AttentionProbe | None = None
+        self.layers: list[Placed] = []
+        self._incoming: list[tuple[Tensor, int]] | None = None
+        for layer, (head, tail) in enumerate(zip(init, blocks, strict=True)):
+            whole = head if tail is None else head.plus(tail)
+            device = whole.k.device
+            place = torch.arange(whole.tokens, device=device)
+            next_place = whole.tokens
+            if places is not None and next_places is not None:
+                place = torch.cat((place[: head.tokens], places[layer].to(device)))
+                next_place = next_places[layer]
+            k = rotary.rotate_at(whole.k, place, next_place) if whole.tokens else whole.k
+            self.layers.append(Placed(k, whole.v, place, whole.tokens, next_place))
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens in the cache, layer by layer."""
+        return [layer.used for layer in self.layers]
+
+    def place_next(self, places: Sequence[tuple[Tensor, int]]) -> None:
+        """Put the tokens of the coming forward at given places: per layer (T,) and one past the highest."""
+        self._incoming = list(places)
+
+    def begin(self, tokens: int) -> None:
+        pass
+
+    def end(self, tokens: int) -> None:
+        self._incoming = None
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        held = self.layers[layer]
+        T = q.shape[1]
+        if self._incoming is not None:
+            place, top = self._incoming[layer]
+        else:
+            top = held.next_place + T
+            place = torch.arange(held.next_place, top, device=q.device)
+        q_near = self.rotary.rotate_at(q, place, top)
+        held.add(self.rotary.rotate_at(k, place, top), v, place, top)
+        keys = held.k[:, : held.used]
+        if self.probe is not None:
+            self.probe.observe(layer, q_near[:, -1], keys, held.place[: held.used], scale)
+        if self.window is not None and top > self.window:
+            return self._windowed(layer, q, q_near, place, scale)
+        mask = None
+        if T > 1 or self._incoming is not None:
+            mask = held.place[None, : held.used] <= place[:, None]
+        return softmax_attention(q_near, keys, held.v[:, : held.used], scale, mask)
+
+    def _windowed(self, layer: int, q: Tensor, q_near: Tensor, place: Tensor, scale: float) -> Tensor:
+        held, init, W = self.layers[layer], self.init[layer], self.window
+        assert W is not None
+        n = init.tokens
+        distance = place[:, None] - held.place[None, n : held.used]
+        mask = (distance >= 0) & (distance < W)
+        k, v = held.k[:, n : held.used], held.v[:, n : held.used]
+        if not n:
+            return softmax_attention(q_near, k, v, scale, mask)
+        near = place[:, None] - held.place[None, :n] < W
+        q_far = self.rotary.rotate_at(q, torch.full_like(place, W - 1), W)
+        scores = ceiling_scores(q_near, near, q_far, init.k, held.k[:, :n])
+        return sink_attention(q_near, k, v, scale, mask, scores, init.v)

@@ -1,0 +1,64 @@
+"""Rotary position embedding, applied by us and by nobody else.
+
+The model runs without rotation, so that what it caches is the key projection itself (position-free); we rotate
+queries and keys when they meet, by positions inside the window or the rebuilt context, which stay small.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Rotary:
+    """Half-split ("rotate half") RoPE with the checkpoint's own frequencies.
+
+    Angles are computed in fp64 from integer positions and kept as an fp32 table that grows by doubling.
+    `scaling` multiplies cosine and sine (YaRN's attention factor; 1 for the default rotation).
+    """
+
+    def __init__(self, inv_freq: Tensor, scaling: float = 1.0) -> None:
+        self.inv_freq = inv_freq.detach().to(torch.float64)  # (R/2,)
+        self.scaling = scaling
+        self._cos = torch.empty(0, 2 * len(inv_freq), device=inv_freq.device)  # (positions, R)
+        self._sin = self._cos
+
+    def tables(self, length: int) -> tuple[Tensor, Tensor]:
+        """Cosine and sine (>= length, R) in fp32 for the positions from 0 on."""
+        if len(self._cos) < length:
+            size = max(length, 2 * len(self._cos), 1024)
+            self._cos, self._sin = self.at(torch.arange(size, device=self.inv_freq.device))
+        return self._cos, self._sin
+
+    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine (T, R) in fp32 at any integer positions (T,)."""
+        angles = positions.to(torch.float64)[:, None] * self.inv_freq  # (T, R/2)
+        angles = torch.cat((angles, angles), -1)  # (T, R)
+        return (angles.cos() * self.scaling).float(), (angles.sin() * self.scaling).float()
+
+    def rotate(self, x: Tensor, start: int) -> Tensor:
+        """x (H, T, D) rotated to the positions start, start + 1, ...; in fp32, rounded once to x's dtype."""
+        stop = start + x.shape[1]
+        cos, sin = self.tables(stop)
+        return turn(x, cos[start:stop], sin[start:stop])
+
+    def rotate_at(self, x: Tensor, positions: Tensor, length: int) -> Tensor:
+        """x (H, T, D) rotated to `positions` (T,), all of them below `length`."""
+        cos, sin = self.tables(length)
+        return turn(x, cos[positions], sin[positions])
+
+    def undo(self, x: Tensor, positions: Tensor) -> Tensor:
+        """The inverse of a rotation, for keys of foreign caches: x (H, T, D) at `positions` (T,) -> unrotated."""
+        cos, sin = self.at(positions)
+        return turn(x, cos / self.scaling**2, -sin / self.scaling**2)
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first R channels of x (H, T, D) by cos, sin (T, R); the rest passes through."""
+    size = cos.shape[-1]
+    part = x[..., :size].float()
+    left, right = part.chunk(2, -1)
+    turned = part * cos + torch.cat((-right, left), -1) * sin
+    if size == x.shape[-1]:
+        return turned.to(x.dtype)
+    return torch.cat((turned.to(x.dtype), x[..., size:]), -1)
