@@ -1,0 +1,74 @@
+"""Locks of a store: `flock` on files in locks/, taken without waiting and freed by the system at any death."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from pathlib import Path
+from types import TracebackType
+
+from memdb.schemas.errors import LockedError, StoreError
+
+# `is_held` probes by taking a lock for a moment. A writer that meets a probe tries again; one that meets a
+# writer fails within this time.
+_PROBE_S = 0.05
+
+
+class FileLock:
+    """An exclusive lock while the object is open. Works between processes and between threads."""
+
+    def __init__(self, path: Path, *, held_message: str, wait: bool = False) -> None:
+        """Raises LockedError with `held_message` where another holds the lock, unless `wait`."""
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        except OSError as error:
+            raise StoreError(f"cannot open the lock {path}: {error.strerror}") from None
+        try:
+            self._take(held_message, wait)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def _take(self, held_message: str, wait: bool) -> None:
+        if wait:
+            fcntl.flock(self._fd, fcntl.LOCK_EX)
+            return
+        deadline = time.monotonic() + _PROBE_S
+        while True:
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise LockedError(held_message) from None
+                time.sleep(_PROBE_S / 5)
+            else:
+                return
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> FileLock:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process holds the lock. Changes nothing on disk; a lock file that is not there is not held."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False

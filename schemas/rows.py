@@ -1,0 +1,236 @@
+"""Rows of a store: what is known of a recording and of a unit without touching the units' bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+
+import numpy as np
+
+from memdb.schemas.errors import CorruptionError
+from memdb.schemas.fingerprint import ModelIdentity, ModelShape
+from memdb.schemas.frames import SourceIdentity
+from memdb.schemas.recipe import Recipe
+from memdb.schemas.recording import Epoch, Gap
+from memdb.schemas.units import BLOCK_DTYPE, SLICE_DTYPE, Table
+
+
+class Part(IntEnum):
+    """The parts of a unit's body. The numbers are part of the format: never renumber."""
+
+    CAPTION = 1  # JSON: text, token ids
+    VECTOR = 2  # fp32 little-endian (E,)
+    KEYFRAME = 3  # JPEG
+    KEYS = 4  # fp16 little-endian (L, blocks, H*D)
+    KV = 5  # the payload of slices
+
+
+# One row a part of a unit. `offset` counts from the start of the unit's body, and is 64-byte aligned.
+PART_DTYPE = np.dtype([("part", "<u2"), ("offset", "<u8"), ("length", "<u8"), ("xxh3", "<u8")])
+
+
+@dataclass(frozen=True)
+class PartSpan:
+    """Where a part lies in its segment file."""
+
+    offset: int  # bytes from the start of the file
+    length: int  # bytes
+    xxh3: int
+
+
+@dataclass(frozen=True)
+class RecordingSpec:
+    """How a recording is made: everything that a segment's header repeats."""
+
+    name: str
+    source: SourceIdentity
+    source_name: str
+    live: bool
+    started_at_ns: int | None  # wall clock, nanoseconds since the epoch
+    sample_fps: float
+    seed: int
+    dtype: str  # of the encoding: float32 | bfloat16 | float16
+    recipe: Recipe
+    model: ModelIdentity
+    init_ids: tuple[int, ...]
+    encoding_fingerprint: str
+    caption_encoder: str  # name of the encoder of caption vectors, "" without captions
+
+    def as_json(self) -> dict[str, object]:
+        return {
+            "name": self.name,
+            "source": {
+                "kind": self.source.kind,
+                "size_bytes": self.source.size_bytes,
+                "digest": self.source.digest,
+            },
+            "source_name": self.source_name,
+            "live": self.live,
+            "started_at_ns": self.started_at_ns,
+            "sample_fps": self.sample_fps,
+            "seed": self.seed,
+            "dtype": self.dtype,
+            "recipe": self.recipe.as_json(),
+            "model": model_as_json(self.model),
+            "init_ids": list(self.init_ids),
+            "encoding_fingerprint": self.encoding_fingerprint,
+            "caption_encoder": self.caption_encoder,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, object]) -> RecordingSpec:
+        """Inverse of `as_json`. Raises KeyError, TypeError, ValueError or RecipeError on anything else."""
+        source, recipe, model, init_ids = (
+            data["source"],
+            data["recipe"],
+            data["model"],
+            data["init_ids"],
+        )
+        if not (isinstance(source, Mapping) and isinstance(recipe, Mapping) and isinstance(model, Mapping)):
+            raise TypeError("source, recipe and model must be tables")
+        if not isinstance(init_ids, list):
+            raise TypeError("init_ids must be a list")
+        started = data["started_at_ns"]
+        return cls(
+            name=str(data["name"]),
+            source=SourceIdentity(str(source["kind"]), int(source["size_bytes"]), str(source["digest"])),
+            source_name=str(data["source_name"]),
+            live=bool(data["live"]),
+            started_at_ns=None if started is None else _integer(started),
+            sample_fps=_number(data["sample_fps"]),
+            seed=_integer(data["seed"]),
+            dtype=str(data["dtype"]),
+            recipe=Recipe.from_json(recipe),
+            model=model_from_json(model),
+            init_ids=tuple(_integer(token) for token in init_ids),
+            encoding_fingerprint=str(data["encoding_fingerprint"]),
+            caption_encoder=str(data["caption_encoder"]),
+        )
+
+
+@dataclass(frozen=True)
+class TierBytes:
+    """Bytes of the units' parts, padding and footers not counted."""
+
+    kv: int = 0
+    keys: int = 0
+    captions: int = 0  # texts and vectors
+    keyframes: int = 0
+
+
+@dataclass(frozen=True)
+class RecordingRow:
+    """A recording as the catalog has it. Times are media time."""
+
+    id: str  # 32 hex digits
+    spec: RecordingSpec
+    created_ns: int  # wall clock
+    units: int  # committed; their numbers are 0 .. units - 1
+    start_ns: int  # of the first unit, 0 without units
+    watermark_ns: int  # end of the last unit, 0 without units
+    last_commit: int  # commit id of the last unit, 0 without units
+    epochs: tuple[Epoch, ...]
+    gaps: tuple[Gap, ...]
+    end_ns: int | None  # media end, once the source ended
+    tier_bytes: TierBytes
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def finished(self) -> bool:
+        """The source ended and nothing came after."""
+        return self.end_ns is not None
+
+
+@dataclass(frozen=True, eq=False)
+class UnitRow:
+    """A unit as the catalog has it: where its bytes lie, and its tables. Tables are parsed when first used."""
+
+    recording_id: str
+    number: int
+    commit_id: int  # global in the store, one a unit, without holes
+    segment: str  # file name in segments/
+    offset: int  # of the record, bytes from the start of the file
+    length: int  # of the record: prologue, body and footer
+    start_ns: int
+    end_ns: int
+    epoch: int
+    digest: bytes  # of the content, as first written
+    layers: int  # L of the representative keys, 0 without
+    block_count: int
+    caption_tokens: int | None  # None without a caption
+    parts_table: bytes
+    blocks_table: bytes
+    slices_table: bytes
+
+    @property
+    def has_caption(self) -> bool:
+        return self.caption_tokens is not None
+
+    @cached_property
+    def blocks(self) -> Table:
+        """(blocks,) BLOCK_DTYPE."""
+        return np.frombuffer(self.blocks_table, BLOCK_DTYPE)
+
+    @cached_property
+    def slices(self) -> Table:
+        """(slices,) SLICE_DTYPE, offsets from the start of the payload."""
+        return np.frombuffer(self.slices_table, SLICE_DTYPE)
+
+    @cached_property
+    def parts(self) -> dict[Part, PartSpan]:
+        table = np.frombuffer(self.parts_table, PART_DTYPE)
+        body = self.offset + PROLOGUE_BYTES
+        return {
+            Part(int(row["part"])): PartSpan(body + int(row["offset"]), int(row["length"]), int(row["xxh3"]))
+            for row in table
+        }
+
+    @property
+    def payload_offset(self) -> int:
+        """Where the slices' payload begins, bytes from the start of the file."""
+        return self._kv.offset
+
+    @property
+    def payload_bytes(self) -> int:
+        return self._kv.length
+
+    @property
+    def _kv(self) -> PartSpan:
+        span = self.parts.get(Part.KV)
+        if span is None:
+            raise CorruptionError(
+                f"unit {self.number} has slices but no payload", file=f"segments/{self.segment}"
+            )
+        return span
+
+
+PROLOGUE_BYTES = 64  # every record begins with a prologue of this size
+
+
+def model_as_json(model: ModelIdentity) -> dict[str, object]:
+    return {"spec": model.spec, "fingerprint": model.fingerprint, "shape": model.shape.as_json()}
+
+
+def model_from_json(data: Mapping[str, object]) -> ModelIdentity:
+    shape = data["shape"]
+    if not isinstance(shape, Mapping):
+        raise TypeError("a model's shape must be a table")
+    sizes = {name: int(shape[name]) for name in ModelShape.__dataclass_fields__}
+    return ModelIdentity(str(data["spec"]), str(data["fingerprint"]), ModelShape(**sizes))
+
+
+def _integer(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{value!r} is not an integer")
+    return value
+
+
+def _number(value: object) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{value!r} is not a number")
+    return float(value)
