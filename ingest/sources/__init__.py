@@ -1,1 +1,53 @@
+"""Sources of frames: video files, image folders, addresses and iterators, opened by what they are given."""
 
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from memdb.ingest.sources.base import Source as Source
+from memdb.ingest.sources.folder import ImageFolder
+from memdb.ingest.sources.iterator import FrameIterator
+from memdb.ingest.sources.video import VideoAddress, VideoFile
+from memdb.schemas.errors import SourceError, UsageError
+
+SOURCES: dict[str, Callable[..., Source]] = {
+    "file": VideoFile,
+    "folder": ImageFolder,
+    "stream": VideoAddress,
+    "frames": FrameIterator,
+}
+SCHEMES = ("rtsp", "rtsps", "http", "https")
+
+
+def open_source(what: str | os.PathLike[str] | Iterable[Any], *, fps: float | None = None) -> Source:
+    """The source that `what` names: a path of a film or of a folder of pictures, an address, or frames.
+
+    `fps` is the rate of a folder (1.0 where it is not given) and of arrays that come without times.
+    Raises SourceError where there is nothing to see, UsageError where `fps` has no place or is missing,
+    BudgetError for an absurd rate.
+    """
+    kind = _kind(what)
+    if kind in ("folder", "frames"):
+        return SOURCES[kind](what, fps=fps)
+    if fps is not None:
+        raise UsageError("a film carries its own times: give fps for image folders and arrays only")
+    return SOURCES[kind](what)
+
+
+def _kind(what: str | os.PathLike[str] | Iterable[Any]) -> str:
+    if not isinstance(what, str | os.PathLike):
+        if isinstance(what, bytes) or not isinstance(what, Iterable):
+            raise SourceError(f"{type(what).__name__} is no source: give a path, an address or frames")
+        return "frames"
+    if isinstance(what, str) and (scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", what)):
+        if scheme[1].lower() in SCHEMES:
+            return "stream"
+        raise SourceError(f"addresses of {scheme[1]}:// are not read: give {', '.join(SCHEMES)} or a path")
+    try:
+        return "folder" if Path(what).is_dir() else "file"
+    except (OSError, ValueError):  # too long a name, a zero byte in it: VideoFile says so
+        return "file"

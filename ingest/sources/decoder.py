@@ -1,0 +1,261 @@
+"""One pass over one video track through PyAV: packets in, pictures with media times out, damage survived."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from typing import Any
+
+import av
+import av.error
+import numpy as np
+from av.sidedata.sidedata import Type as SideDataType
+from av.stream import Disposition
+from memdb.ingest.sources.base import PICTURE_PX_MAX, check_size, fitted
+from memdb.schemas.errors import MemdbError, SourceError
+from memdb.schemas.frames import Image
+from memdb.schemas.times import NS_PER_S, parse_time, parse_wall_clock, to_ns
+
+FFmpegError = av.error.FFmpegError
+
+_US_PER_S = 1_000_000
+_RATE_UNKNOWN_FPS = Fraction(25)
+_TEXT_CODECS = {"ansi", "bintext", "idf", "xbin"}  # ffmpeg plays text files as terminal art
+# These say in their header how long the film is; of the others ffmpeg estimates it from what is there.
+_DECLARES_LENGTH = ("mov,mp4", "matroska")
+_YEAR_1990_NS = 631_152_000 * NS_PER_S
+_DAY_NS = 86_400 * NS_PER_S
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded frame of ffmpeg's with its media time; `duration_ns` is 0 where the film does not say."""
+
+    pts_ns: int
+    duration_ns: int
+    frame: Any
+
+
+class Decoder:
+    """The first video track of `address`, decoded once from its beginning. Not for two threads at once.
+
+    Raises PyAV's FFmpegError where nothing can be opened, SourceError where what was opened is no film.
+    """
+
+    def __init__(
+        self, address: str, label: str, *, options: dict[str, str], timeout_s: tuple[float, float] | None
+    ) -> None:
+        self._container = av.open(address, options=options, timeout=timeout_s, metadata_errors="replace")
+        try:
+            self._stream = _first_track(self._container, label)
+        except SourceError:
+            self._container.close()
+            raise
+        self._stream.thread_type = "AUTO"
+        self._stream.codec_context.options = {"max_pixels": str(PICTURE_PX_MAX)}
+        self._clock = _Clock(self._container, self._stream)
+        self.damaged = 0  # packets and frames that could not be used
+        self.stopped_by: str | None = None  # why reading ended before the film did
+        self.ends_damaged = False  # nothing whole came after the last damage
+
+    def pictures(self) -> Iterator[Picture]:
+        """Every whole frame in the order of presentation. Never raises for damage: see the attributes."""
+        for frame in self._decoded():
+            # Error concealment under frame threads depends on their timing: such a picture is not memory.
+            if frame.is_corrupt:
+                self._note_damage()
+                continue
+            self.ends_damaged = False
+            yield self._clock.timed(frame)
+
+    def _decoded(self) -> Iterator[Any]:
+        try:
+            for packet in self._container.demux(self._stream):
+                yield from self._survived(packet.decode)
+        except FFmpegError as error:
+            self.stopped_by = reason(error)
+            # what the decoder's threads still hold was whole
+            yield from self._survived(partial(self._stream.codec_context.decode, None))
+
+    def _survived(self, decode: Callable[[], list[Any]]) -> list[Any]:
+        try:
+            return decode()
+        except FFmpegError:
+            self._note_damage()
+            return []
+
+    def _note_damage(self) -> None:
+        self.damaged += 1
+        self.ends_damaged = True
+
+    @property
+    def period_ns(self) -> int:
+        """One frame at the average rate."""
+        return self._clock.period_ns
+
+    @property
+    def duration_ns(self) -> int | None:
+        """From the start to the end of the track as the container gives it, or None."""
+        stream, container = self._stream, self._container
+        if stream.duration is not None:
+            shift_ns = max(0, _scaled(stream.start_time or 0, stream.time_base) - self._clock.start_ns)
+            return shift_ns + _scaled(stream.duration, stream.time_base)
+        end_ns = _tagged_end_ns(stream.metadata.get("DURATION"))
+        if end_ns is None and container.duration is not None:
+            end_ns = container.duration * NS_PER_S // _US_PER_S
+        if end_ns is None:
+            return None
+        # Matroska gives the end, not the length
+        return end_ns - self._clock.start_ns if container.format.name.startswith("matroska") else end_ns
+
+    def breaks_off(self, end_ns: int) -> bool:
+        """Whether a film whose last frame ends at `end_ns` ended before its time."""
+        if self.stopped_by is not None or self.ends_damaged:
+            return True
+        if not self._container.format.name.startswith(_DECLARES_LENGTH):
+            return False
+        return self.duration_ns is not None and end_ns + NS_PER_S < self.duration_ns
+
+    @property
+    def started_at_ns(self) -> int | None:
+        """The container's `creation_time` on the wall clock, unless the camera's clock was never set."""
+        for metadata in (self._container.metadata, self._stream.metadata):
+            try:
+                moment_ns = parse_wall_clock(metadata["creation_time"])
+            except (KeyError, MemdbError, OverflowError):
+                continue
+            if _YEAR_1990_NS <= moment_ns <= time.time_ns() + _DAY_NS:
+                return moment_ns
+        return None
+
+    def size(self, picture: Picture) -> tuple[int, int]:
+        """Width and height of the picture as `rgb` gives it."""
+        width, height = self._fitted(picture.frame)
+        return (height, width) if _is_transposed(_display_matrix(picture.frame)) else (width, height)
+
+    def rgb(self, picture: Picture) -> Image:
+        """The picture upright, with square pixels, at native size or shrunk. Raises FFmpegError."""
+        width, height = self._fitted(picture.frame)
+        pixels: Image = picture.frame.to_ndarray(format="rgb24", width=width, height=height)
+        return np.ascontiguousarray(_oriented(pixels, _display_matrix(picture.frame)))
+
+    def _fitted(self, frame: Any) -> tuple[int, int]:
+        aspect = self._stream.sample_aspect_ratio
+        if aspect is None or not 0.1 <= aspect <= 10:  # unknown, or nonsense in a header
+            aspect = Fraction(1)
+        return fitted(max(1, round(frame.width * aspect)), frame.height)
+
+    def close(self) -> None:
+        self._container.close()
+
+
+class _Clock:
+    """Media time: presentation time less the container's start, exact to the nanosecond, never negative."""
+
+    def __init__(self, container: Any, stream: Any) -> None:
+        self._time_base: Fraction | None = stream.time_base
+        rate = stream.average_rate or stream.guessed_rate or _RATE_UNKNOWN_FPS
+        self._period_s = 1 / Fraction(rate)
+        self._start_ns = _start_ns(container, stream)
+        self._anchor_ns = 0  # the last time that was given, and the frames without one since
+        self._since_anchor = -1
+
+    @property
+    def start_ns(self) -> int:
+        return self._start_ns or 0
+
+    @property
+    def period_ns(self) -> int:
+        return round(self._period_s * NS_PER_S)
+
+    def timed(self, frame: Any) -> Picture:
+        time_base = frame.time_base or self._time_base
+        duration_ns = _scaled(frame.duration, time_base) if frame.duration and time_base else 0
+        if frame.pts is None or not time_base:
+            self._since_anchor += 1
+        else:
+            pts_ns = _scaled(frame.pts, time_base)
+            if self._start_ns is None:
+                self._start_ns = pts_ns
+            self._anchor_ns, self._since_anchor = max(0, pts_ns - self._start_ns), 0
+        pts_ns = self._anchor_ns + round(self._since_anchor * self._period_s * NS_PER_S)
+        return Picture(pts_ns, duration_ns, frame)
+
+
+def _start_ns(container: Any, stream: Any) -> int | None:
+    if container.start_time is None:
+        return None
+    start_ns: int = container.start_time * NS_PER_S // _US_PER_S
+    if stream.start_time is not None and stream.time_base:
+        track_ns = _scaled(stream.start_time, stream.time_base)
+        if abs(track_ns - start_ns) <= NS_PER_S // _US_PER_S:
+            return track_ns  # the same start, not rounded to microseconds
+    return start_ns
+
+
+def _scaled(ticks: int, time_base: Fraction) -> int:
+    """Ticks to nanoseconds, rounded to nearest, in integers."""
+    return (2 * ticks * time_base.numerator * NS_PER_S + time_base.denominator) // (2 * time_base.denominator)
+
+
+def _tagged_end_ns(text: str | None) -> int | None:
+    try:
+        return to_ns(parse_time(text)) if text else None
+    except MemdbError:
+        return None
+
+
+def _first_track(container: Any, label: str) -> Any:
+    """The first video track that is a film: no cover picture, no text played as terminal art."""
+    tracks = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    if not tracks:
+        kinds = sorted({s.type for s in container.streams}) or ["nothing"]
+        raise SourceError(
+            f"{label} has no video track, only {' and '.join(kinds)}: give a film with pictures"
+        )
+    track = tracks[0]
+    if track.codec_context is None:
+        raise SourceError(f"{label}: its video codec is not known here: convert it to H.264")
+    if track.codec_context.name in _TEXT_CODECS:
+        raise SourceError(f"{label} is a text file, not a film: give a video file")
+    check_size(track.codec_context.width, track.codec_context.height, label)
+    return track
+
+
+_Matrix = tuple[int, int, int, int]  # a, b, c, d: the pixel (x, y) is shown at (a x + c y, b x + d y)
+_UPRIGHT: _Matrix = (1, 0, 0, 1)
+
+
+def _display_matrix(frame: Any) -> _Matrix:
+    data = frame.side_data.get(SideDataType.DISPLAYMATRIX)
+    if data is None:
+        return _UPRIGHT
+    a, b, _, c, d = (int(v) for v in np.frombuffer(data, np.int32, 5))
+    return a, b, c, d
+
+
+def _is_transposed(matrix: _Matrix) -> bool:
+    a, b, _, _ = matrix
+    return abs(b) > abs(a)
+
+
+def _oriented(pixels: Image, matrix: _Matrix) -> Image:
+    """The picture as it is meant to be shown: turned by quarters and mirrored, (h, w, 3) or (w, h, 3)."""
+    a, b, c, d = matrix
+    if _is_transposed(matrix):
+        pixels, a, d = pixels.transpose(1, 0, 2), c, b
+    if a < 0:
+        pixels = pixels[:, ::-1]
+    if d < 0:
+        pixels = pixels[::-1]
+    return pixels
+
+
+def reason(error: Exception) -> str:
+    """ffmpeg's word for what went wrong, without the address (which may hold a password)."""
+    if isinstance(error, av.error.ExitError):  # PyAV interrupts a read that takes longer than its timeout
+        return "no answer in time"
+    return str(getattr(error, "strerror", None) or type(error).__name__)
