@@ -1,4 +1,4 @@
-"""No test reaches the network: set before anything imports huggingface_hub, and inherited by spawned processes."""
+"""No test reaches the network: set before anything imports huggingface_hub; spawned processes inherit it."""
 
 import os
 
