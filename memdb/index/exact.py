@@ -1,0 +1,181 @@
+"""Exact search over representative keys, and the rule by which every backend settles on the same answer.
+
+A backend finds candidates with its own fp32 arithmetic, whose sums depend on the order in which they are
+added. `settle` then scores the candidates row by row in fp64 and orders them by score, the lower row first
+among equals. A backend hands over every row that its rounding could have misplaced (`slack`), so the answer
+does not depend on it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from memdb.schemas.errors import ModelError
+from memdb.schemas.search import KeyHits
+
+Sim = Literal["dot", "cos"]
+Allowed = slice | npt.NDArray[np.bool_] | None  # rows [start, stop), a mask (n,), or every row
+Keys = npt.NDArray[np.float16]
+
+_CHUNK_ROWS = 4096  # fp32 copies stay in the cache: 8 MB at 512 dimensions
+_FP32_EPS = float(np.finfo(np.float32).eps)
+_FP32_MAX = float(np.finfo(np.float32).max)
+
+
+class KeyIndex(ABC):
+    """The keys of one layer, ready to be searched.
+
+    `sim="dot"` scores by inner product. `sim="cos"` divides both sides by their length first: keys in fp32,
+    rounded to fp16 once when the index is built (every backend sees the same fp16 values), the query in fp32.
+    A key of length 0 scores 0. A key with a value that is not finite is never found.
+    """
+
+    value_bytes = 2  # what one value of a key takes in memory
+
+    def __init__(self, keys: Keys, *, sim: Sim = "dot") -> None:
+        assert keys.ndim == 2, keys.shape
+        assert keys.dtype == np.float16, keys.dtype
+        self.sim: Sim = sim
+        self._largest = np.zeros(keys.shape[1], np.float16)  # (d,) largest absolute value a dimension
+        self._odd_rows = np.zeros(0, np.int64)  # rows with a value that is not finite
+        self.count = 0
+        self._start(keys.shape[1])
+        self.extend(keys)
+
+    @classmethod
+    def build(cls, keys: Keys, *, sim: Sim = "dot") -> Self:
+        """An index over keys (n, d) fp16. Row i is found as i."""
+        return cls(keys, sim=sim)
+
+    def extend(self, keys: Keys) -> None:
+        """Add keys (m, d) as the rows that follow."""
+        assert keys.shape[1] == len(self._largest), (keys.shape, len(self._largest))
+        keys = unit_length(keys) if self.sim == "cos" else np.ascontiguousarray(keys)
+        if not len(keys):
+            return
+        largest = (keys.view(np.uint16) & 0x7FFF).max(axis=0).view(np.float16)
+        if not np.isfinite(largest).all():
+            odd = np.flatnonzero(~np.isfinite(keys).all(axis=1))
+            self._odd_rows = np.concatenate([self._odd_rows, odd + self.count])
+            keys = keys.copy()
+            keys[odd] = 0
+            largest = np.abs(keys).max(axis=0)
+        self._largest = np.maximum(self._largest, largest)
+        self._add(keys)
+        self.count += len(keys)
+
+    def search(self, query: npt.NDArray[np.float32], k: int, allowed: Allowed = None) -> KeyHits:
+        """The k best of the allowed rows for a query (d,), or all of them where they are fewer.
+
+        Raises ModelError for a query that is not finite.
+        """
+        query = np.ascontiguousarray(query, np.float32)
+        assert query.shape == self._largest.shape, (query.shape, self._largest.shape)
+        if self.sim == "cos":
+            length = float(np.linalg.norm(query.astype(np.float64)))
+            query = (query / length).astype(np.float32) if length else query
+        allowed, rows = self._allow(allowed)
+        k = min(k, rows)
+        if k <= 0:
+            return KeyHits(np.zeros(0, np.int64), np.zeros(0, np.float32))
+        # Twice the largest error of an fp32 sum of d products, whatever its order.
+        reach = float(np.abs(query).astype(np.float64) @ self._largest.astype(np.float64))
+        if not reach < _FP32_MAX:
+            raise ModelError(
+                "the query holds values that are not finite, or so large that its scores are not"
+            )
+        slack = 2.0 * len(query) * _FP32_EPS * reach
+        return self._settle(self._candidates(query, k, slack, allowed, rows), query, k)
+
+    def _allow(self, allowed: Allowed) -> tuple[Allowed, int]:
+        """The allowed rows in their simplest form, and how many they are."""
+        if isinstance(allowed, slice):
+            start, stop, step = allowed.indices(self.count)
+            assert step == 1, allowed
+            allowed = slice(start, max(start, stop))
+        if len(self._odd_rows):
+            mask = np.zeros(self.count, bool)
+            mask[allowed if allowed is not None else slice(None)] = True
+            mask[self._odd_rows] = False
+            allowed = mask
+        if isinstance(allowed, np.ndarray):
+            assert allowed.shape == (self.count,), (allowed.shape, self.count)
+            rows = np.flatnonzero(allowed)
+            if len(rows) == 0:
+                return slice(0, 0), 0
+            if rows[-1] - rows[0] + 1 == len(rows):
+                allowed = slice(int(rows[0]), int(rows[-1]) + 1)
+            else:
+                return allowed, len(rows)
+        if allowed is None or (allowed.start == 0 and allowed.stop == self.count):
+            return None, self.count
+        return allowed, allowed.stop - allowed.start
+
+    def _settle(self, rows: npt.NDArray[np.int64], query: npt.NDArray[np.float32], k: int) -> KeyHits:
+        # A sum along the last axis adds each row's products in one fixed order: equal keys get equal scores.
+        keys = self._keys(rows).astype(np.float64)
+        scores = (keys * query.astype(np.float64)).sum(axis=1)
+        best = np.lexsort((rows, -scores))[:k]
+        return KeyHits(rows[best], scores[best].astype(np.float32))
+
+    @abstractmethod
+    def _start(self, size: int) -> None:
+        """Make ready for keys of `size` dimensions."""
+
+    @abstractmethod
+    def _add(self, keys: Keys) -> None:
+        """Add finite keys, already of length 1 for `cos`."""
+
+    @abstractmethod
+    def _keys(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
+        """(len(rows), d): the keys as they were added."""
+
+    @abstractmethod
+    def _candidates(
+        self, query: npt.NDArray[np.float32], k: int, slack: float, allowed: Allowed, rows: int
+    ) -> npt.NDArray[np.int64]:
+        """Every allowed row whose score is within `slack` of the k-th best, in any order; more are welcome.
+
+        1 <= k <= rows, the count of allowed rows.
+        """
+
+
+class ExactIndex(KeyIndex):
+    """Every allowed key against the query, in NumPy."""
+
+    def _start(self, size: int) -> None:
+        self._all: Keys = np.zeros((0, size), np.float16)
+
+    def _add(self, keys: Keys) -> None:
+        self._all = np.concatenate([self._all, keys]) if len(self._all) else keys
+
+    def _keys(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
+        return self._all[rows]
+
+    def _candidates(
+        self, query: npt.NDArray[np.float32], k: int, slack: float, allowed: Allowed, rows: int
+    ) -> npt.NDArray[np.int64]:
+        window = allowed if isinstance(allowed, slice) else slice(0, self.count)
+        scores = np.empty(window.stop - window.start, np.float32)
+        for at in range(0, len(scores), _CHUNK_ROWS):
+            chunk = self._all[window][at : at + _CHUNK_ROWS]
+            scores[at : at + len(chunk)] = chunk.astype(np.float32) @ query
+        if isinstance(allowed, np.ndarray):
+            scores[~allowed] = -np.inf
+        kth = float(np.partition(scores, len(scores) - k)[len(scores) - k])
+        return np.flatnonzero(scores >= kth - slack).astype(np.int64) + window.start
+
+
+def unit_length(keys: Keys) -> Keys:
+    """Keys (n, d) divided by their length in fp32 and rounded to fp16; keys of length 0 stay."""
+    out = np.empty(keys.shape, np.float16)
+    for at in range(0, len(keys), _CHUNK_ROWS):
+        chunk = keys[at : at + _CHUNK_ROWS].astype(np.float32)
+        lengths = np.sqrt((chunk * chunk).sum(axis=1, keepdims=True))
+        with np.errstate(invalid="ignore"):  # a key that is not finite stays so, and is left out later
+            out[at : at + len(chunk)] = chunk / np.where(lengths == 0, 1, lengths)
+    return out

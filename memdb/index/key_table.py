@@ -1,0 +1,292 @@
+"""The representative keys of a whole recording: its pages, and the units after them from the segments."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from memdb.index.pages import (
+    PAGE_BLOCK_DTYPE,
+    PAGE_CAPTION_DTYPE,
+    Page,
+    PageProblem,
+    block_rows,
+    caption_row,
+    held_by,
+    page_name,
+    page_path,
+    scan_pages,
+)
+from memdb.schemas.errors import CorruptionError
+from memdb.schemas.units import Table
+
+if TYPE_CHECKING:
+    from memdb.schemas.rows import UnitRow
+    from memdb.store import Store
+
+CACHE_BYTES_MAX = 1 << 30
+
+_log = logging.getLogger(__name__)
+
+
+class KeyTable:
+    """All blocks and captions of a recording, in the order of its units, whatever the lag of its pages.
+
+    Opening reads the tables of the pages and the catalog rows of the tail; keys and vectors are read when
+    they are asked for. Damaged keys in a page are taken from the segments; damaged ones there are zero and
+    count as held by no layer. `problems` names both. A refresh only ever adds rows at the end.
+    """
+
+    def __init__(self, store: Store, recording_id: str, cache_bytes_max: int) -> None:
+        self._store = store
+        self._cache_bytes_max = cache_bytes_max
+        self.recording_id = recording_id
+        self.problems: list[PageProblem] = []
+        self.blocks: Table = np.zeros(0, PAGE_BLOCK_DTYPE)
+        self.captions: Table = np.zeros(0, PAGE_CAPTION_DTYPE)
+        self._fd = -1
+        self._pages: list[Page] = []
+        self._starts = np.zeros(
+            1, np.int64
+        )  # the row of `blocks` with which each page begins, and the tail's
+        self._tail: list[UnitRow] = []
+        self._tail_keys: dict[int, npt.NDArray[np.float16]] = {}  # unit -> (L, blocks, H*D)
+        self._lost: dict[int, set[int]] = {}  # unit -> layers whose keys no file holds whole any more
+        self._layers: OrderedDict[int, npt.NDArray[np.float16]] = OrderedDict()
+        self._vectors: npt.NDArray[np.float32] | None = None
+        self.refresh()
+
+    @classmethod
+    def open(cls, store: Store, recording_id: str, *, cache_bytes_max: int = CACHE_BYTES_MAX) -> Self:
+        return cls(store, recording_id, cache_bytes_max)
+
+    def refresh(self) -> bool:
+        """See units and pages that were committed since. True where there are new rows."""
+        before = len(self.blocks), len(self.captions)
+        self._refresh_pages()
+        next_unit = self._last_paged_unit + 1
+        # Asked after the pages were scanned, so that what lies in neither is newer than this refresh.
+        self._tail = self._store.units(self.recording_id, first=next_unit)
+        wanted = {row.number for row in self._tail}
+        self._tail_keys = {number: keys for number, keys in self._tail_keys.items() if number in wanted}
+        self._build_tables()
+        return (len(self.blocks), len(self.captions)) > before
+
+    def _refresh_pages(self) -> None:
+        path = page_path(self._store, self.recording_id)
+        end = self._pages[-1].end if self._pages else 0
+        try:
+            status = os.stat(path)
+        except FileNotFoundError:
+            self._drop_pages()
+            return
+        if self._fd >= 0:
+            known = os.fstat(self._fd)
+            if (known.st_ino, known.st_dev) != (status.st_ino, status.st_dev) or status.st_size < end:
+                self._drop_pages()  # made anew by a writer: the rows stay the same, their places do not
+        if self._fd < 0:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            end = 0
+        scan = scan_pages(self._fd, self.recording_id, offset=end, next_unit=self._last_paged_unit + 1)
+        self._pages += scan.pages
+        if scan.problem and scan.problem not in self.problems:
+            self._report(scan.problem)
+
+    @property
+    def _last_paged_unit(self) -> int:
+        return self._pages[-1].header.last_unit if self._pages else -1
+
+    def _drop_pages(self) -> None:
+        self._pages = []
+        self.close()
+
+    def _build_tables(self) -> None:
+        blocks = [page.blocks for page in self._pages]
+        captions = [page.captions for page in self._pages]
+        for row in self._tail:
+            blocks.append(block_rows(row.number, row.blocks))
+            if row.has_caption:
+                captions.append(caption_row(row.number, row.caption_tokens or 0, row.start_ns, row.end_ns))
+        self._starts = np.cumsum([0, *(len(page.blocks) for page in self._pages)], dtype=np.int64)
+        self.blocks = np.concatenate([np.zeros(0, PAGE_BLOCK_DTYPE), *blocks])
+        self.captions = np.concatenate([np.zeros(0, PAGE_CAPTION_DTYPE), *captions])
+
+    def __len__(self) -> int:
+        """Blocks, over pages and tail."""
+        return len(self.blocks)
+
+    @property
+    def layers(self) -> int:
+        """L; 0 where no unit holds keys."""
+        return self._shape()[0]
+
+    @property
+    def key_size(self) -> int:
+        """H*D; 0 where no unit holds keys."""
+        return self._shape()[1]
+
+    def _shape(self) -> tuple[int, int]:
+        for page in self._pages:
+            if page.header.blocks:
+                return page.header.layers, page.header.key_size
+        for row in self._tail:
+            keys = self._segment_keys(row) if len(row.blocks) else None
+            if keys is not None:
+                return keys.shape[0], keys.shape[2]
+        return 0, 0
+
+    def layer_keys(self, layer: int) -> npt.NDArray[np.float16]:
+        """(n, H*D): one key a row of `blocks`, verified. Kept for the next call within the byte budget."""
+        known = self._layers.pop(layer, None)
+        keys = self.read_rows(layer) if known is None else known
+        if known is not None and len(known) < len(self):
+            keys = np.concatenate([known, self.read_rows(layer, len(known))])
+        if keys.nbytes <= self._cache_bytes_max:
+            self._layers[layer] = keys
+            while sum(kept.nbytes for kept in self._layers.values()) > self._cache_bytes_max:
+                self._layers.popitem(last=False)
+        keys.flags.writeable = False
+        return keys
+
+    def read_rows(self, layer: int, first_row: int = 0) -> npt.NDArray[np.float16]:
+        """(n - first_row, H*D): the keys of the rows from `first_row` on, verified, past the cache."""
+        layers, key_size = self._shape()
+        if not 0 <= layer < max(layers, 1):
+            raise IndexError(f"layer {layer} of {layers}")
+        skipped = (
+            int(np.searchsorted(self._starts, first_row, side="right")) - 1
+        )  # pages wholly before first_row
+        page_rows = int(self._starts[-1])
+        first = int(self._starts[skipped])
+        out = np.empty((len(self) - first, key_size), np.float16)
+        for page, start in zip(self._pages[skipped:], self._starts[skipped:-1] - first, strict=True):
+            self._read_page(page, layer, out[start : start + page.header.blocks])
+        at = max(page_rows - first, 0)
+        for row in self._tail:
+            if n := len(row.blocks):
+                keys = self._segment_keys(row)
+                if keys is None:
+                    self._lost.setdefault(row.number, set()).add(layer)
+                out[at : at + n] = 0 if keys is None else keys[layer]
+                at += n
+        return out[first_row - first :]
+
+    def _read_page(self, page: Page, layer: int, out: npt.NDArray[np.float16]) -> None:
+        if not len(out) or page.read_layer(self._fd, layer, out):
+            return
+        self._report(page.problem(f"the keys of layer {layer} at byte {page.offset} are damaged"))
+        out[:] = 0
+        missing = set(page.blocks["unit"].tolist())
+        for row in self._store.units(
+            self.recording_id, first=page.header.first_unit, last=page.header.last_unit
+        ):
+            keys = self._segment_keys(row)
+            if keys is not None:
+                out[page.blocks["unit"] == row.number] = keys[layer]
+                missing.discard(row.number)
+        for number in missing:
+            self._lost.setdefault(number, set()).add(layer)
+
+    def _segment_keys(self, row: UnitRow) -> npt.NDArray[np.float16] | None:
+        """(L, blocks, H*D), kept while the unit is in the tail. None where its segment is damaged."""
+        if row.number in self._tail_keys:
+            return self._tail_keys[row.number]
+        try:
+            keys: npt.NDArray[np.float16] | None = self._store.read_keys(row)
+        except CorruptionError as error:
+            self._report(
+                PageProblem(error.file, str(error), row.number, row.number, row.start_ns, row.end_ns)
+            )
+            return None
+        if keys is not None and row.number > self._last_paged_unit:
+            self._tail_keys[row.number] = keys
+        return keys
+
+    def holds(self, layer: int) -> npt.NDArray[np.bool_]:
+        """(n,): rows of `blocks` that `layer` holds and whose keys, as far as they were read, are whole."""
+        layers, _ = self._shape()
+        if not 0 <= layer < layers:
+            return np.zeros(len(self), bool)
+        parts = [page.holds[layer] for page in self._pages if len(page.blocks)]
+        parts += [
+            held_by(row.slices, layers, len(row.blocks))[layer] for row in self._tail if len(row.blocks)
+        ]
+        held: npt.NDArray[np.bool_] = np.concatenate([np.zeros(0, bool), *parts])
+        lost = [number for number, bad in self._lost.items() if layer in bad]
+        return held & ~np.isin(self.blocks["unit"], lost) if lost else held
+
+    def span(self, start_ns: int | None = None, end_ns: int | None = None) -> npt.NDArray[np.bool_]:
+        """(n,): the rows of `blocks` that overlap `[start_ns, end_ns)`."""
+        return overlaps(self.blocks, start_ns, end_ns)
+
+    def caption_vectors(self) -> npt.NDArray[np.float32]:
+        """(captions, E): the vectors of `captions`, verified; zero where pages and segments are damaged."""
+        if self._vectors is not None and len(self._vectors) == len(self.captions):
+            return self._vectors
+        parts: list[npt.NDArray[np.float32]] = []
+        for page in self._pages:
+            out = np.empty((page.header.captions, page.header.vector_size), np.float32)
+            if not len(out):
+                continue
+            if not page.read_vectors(self._fd, out):
+                self._report(
+                    page.problem(f"the caption vectors of the page at byte {page.offset} are damaged")
+                )
+                rows = self._store.units(
+                    self.recording_id, first=page.header.first_unit, last=page.header.last_unit
+                )
+                known = {row.number: row for row in rows if row.has_caption}
+                for at, number in enumerate(page.captions["unit"].tolist()):
+                    out[at] = self._segment_vector(known.get(number), out.shape[1])
+            parts.append(out)
+        size = parts[0].shape[1] if parts else 0
+        for row in self._tail:
+            if row.has_caption:
+                vector = self._segment_vector(row, size)
+                size = size or len(vector)
+                parts.append(vector[None])
+        vectors = np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
+        vectors.flags.writeable = False
+        self._vectors = vectors
+        return vectors
+
+    def _segment_vector(self, row: UnitRow | None, size: int) -> npt.NDArray[np.float32]:
+        if row is not None:
+            try:
+                return np.asarray(self._store.read_caption(row).vector, np.float32)
+            except CorruptionError as error:
+                self._report(
+                    PageProblem(error.file, str(error), row.number, row.number, row.start_ns, row.end_ns)
+                )
+        return np.zeros(size, np.float32)
+
+    def _report(self, problem: PageProblem) -> None:
+        if problem not in self.problems:
+            _log.warning("%s: %s", problem.file or page_name(self.recording_id), problem.what)
+            self.problems.append(problem)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def overlaps(table: Table, start_ns: int | None, end_ns: int | None) -> npt.NDArray[np.bool_]:
+    """Which rows overlap `[start_ns, end_ns)`. A row without length lies where its start lies."""
+    mask = np.ones(len(table), bool)
+    if end_ns is not None:
+        mask &= table["start_ns"] < end_ns
+    if start_ns is not None:
+        mask &= (table["end_ns"] > start_ns) | (table["start_ns"] >= start_ns)
+    return mask

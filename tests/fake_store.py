@@ -1,0 +1,113 @@
+"""A store in memory with the few methods that derived tiers read, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from memdb.schemas.errors import CorruptionError
+from memdb.schemas.units import BLOCK_DTYPE, SLICE_DTYPE, BlockKind, Caption
+
+RECORDING = "0123456789abcdef0123456789abcdef"
+OTHER = "f" * 32
+SECOND_NS = 1_000_000_000
+
+
+@dataclass(frozen=True, eq=False)
+class FakeRow:
+    recording_id: str
+    number: int
+    commit_id: int
+    start_ns: int
+    end_ns: int
+    has_caption: bool
+    caption_tokens: int | None
+    blocks: Any
+    slices: Any
+
+
+@dataclass
+class FakeStore:
+    path: Path
+    rows: list[FakeRow] = field(default_factory=list)
+    keys: dict[tuple[str, int], Any] = field(default_factory=dict)
+    captions: dict[tuple[str, int], Caption] = field(default_factory=dict)
+    damaged: set[tuple[str, int]] = field(default_factory=set)
+    caption_reads: int = 0
+
+    def add(
+        self,
+        *,
+        recording_id: str = RECORDING,
+        keys: Any = None,  # (L, blocks, H*D)
+        holds: Any = None,  # (L, blocks)
+        text: str | None = None,
+        vector: Any = None,
+    ) -> FakeRow:
+        number = len(self.units(recording_id))
+        start_ns = number * 2 * SECOND_NS
+        block_count = 0 if keys is None else keys.shape[1]
+        blocks = np.zeros(block_count, BLOCK_DTYPE)
+        for at in range(block_count):
+            block_start_ns = start_ns + at * SECOND_NS // 4
+            blocks[at] = (BlockKind.FRAME, 4 + at, block_start_ns, block_start_ns + SECOND_NS // 4, 4 * at)
+        slices = np.zeros(0, SLICE_DTYPE)
+        if keys is not None:
+            held = np.argwhere(np.ones(keys.shape[:2], bool) if holds is None else holds)
+            slices = np.zeros(len(held), SLICE_DTYPE)
+            slices["layer"], slices["block"] = held.T
+            self.keys[recording_id, number] = keys
+        row = FakeRow(
+            recording_id,
+            number,
+            self.last_commit() + 1,
+            start_ns,
+            start_ns + 2 * SECOND_NS,
+            text is not None,
+            len(text.split()) if text is not None else None,
+            blocks,
+            slices,
+        )
+        if text is not None:
+            self.captions[recording_id, number] = Caption(text, (), np.asarray(vector, np.float32))
+        self.rows.append(row)
+        return row
+
+    def last_commit(self) -> int:
+        return self.rows[-1].commit_id if self.rows else 0
+
+    def units_after(
+        self,
+        commit_id: int,
+        *,
+        recording_id: str | None = None,
+        captions_only: bool = False,
+        limit: int | None = None,
+    ) -> list[FakeRow]:
+        found = [
+            row
+            for row in self.rows
+            if row.commit_id > commit_id
+            and recording_id in (None, row.recording_id)
+            and (row.has_caption or not captions_only)
+        ]
+        return found[:limit]
+
+    def units(
+        self, recording_id: str, *, first: int | None = None, last: int | None = None, **_: None
+    ) -> list[FakeRow]:
+        rows = [row for row in self.rows if row.recording_id == recording_id]
+        return [row for row in rows if (first or 0) <= row.number and (last is None or row.number <= last)]
+
+    def read_keys(self, row: FakeRow) -> Any:
+        if (row.recording_id, row.number) in self.damaged:
+            raise CorruptionError(f"unit {row.number} is damaged", file="segments/fake")
+        return self.keys.get((row.recording_id, row.number))
+
+    def read_caption(self, row: FakeRow) -> Caption:
+        if (row.recording_id, row.number) in self.damaged:
+            raise CorruptionError(f"unit {row.number} is damaged", file="segments/fake")
+        self.caption_reads += 1
+        return self.captions[row.recording_id, row.number]
