@@ -1,8 +1,8 @@
 """mypy over the package as it installs, not as it lies in the checkout.
 
-In the checkout, ingest/, query/ and schemas/ are no parts of memdb/, so that mypy would pass over them and say
-that all is well. Here the package is installed into a temporary folder and checked there, and the number of files
-that mypy checked must be the number that the four folders hold.
+In the checkout, ingest/, query/ and schemas/ are no parts of memdb/, so that mypy would pass over them and
+say that all is well. Here the package is installed into a temporary folder and checked there, and mypy must
+have checked as many files as the four folders hold.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def copy_sources(target: Path) -> None:
 
 
 def install(source: Path, site: Path) -> int:
-    """Install without dependencies; with this environment's setuptools where that is new enough (no network)."""
+    """Install without dependencies, and without the network where this environment can build by itself."""
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(source)]
     if has_setuptools():
         command.append("--no-build-isolation")
