@@ -20,7 +20,7 @@ from typing import Any, Literal
 State = Literal["ok", "warn", "bad"]
 
 PYTHON_MIN = (3, 11)
-SQLITE_MIN = (3, 35)  # RETURNING, and WAL that a read-only reader can open
+SQLITE_MIN = (3, 24)  # upserts, and a WAL that a read-only reader can open
 DISK_WARN_BYTES = 2 << 30
 REQUIRED = (
     "torch",
@@ -125,7 +125,7 @@ def _within(version: str, ranges: str) -> bool:
 
 
 def _torchvision() -> list[Check]:
-    """memdb does not use it, but transformers imports it where it is installed, and fails where it is broken."""
+    """Not used here, but transformers imports it where it is installed, and fails where it is broken."""
     if util.find_spec("torchvision") is None:
         return [Check("torchvision", "ok", "not installed; not needed")]
     try:
