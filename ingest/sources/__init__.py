@@ -47,6 +47,8 @@ def _kind(what: str | os.PathLike[str] | Iterable[Any]) -> str:
         if scheme[1].lower() in SCHEMES:
             return "stream"
         raise SourceError(f"addresses of {scheme[1]}:// are not read: give {', '.join(SCHEMES)} or a path")
+    if not os.fspath(what):
+        raise SourceError("an empty path: give a film, a folder of pictures or an address")
     try:
         return "folder" if Path(what).is_dir() else "file"
     except (OSError, ValueError):  # too long a name, a zero byte in it: VideoFile says so

@@ -25,7 +25,7 @@ _US_PER_S = 1_000_000
 _RATE_UNKNOWN_FPS = Fraction(25)
 _TEXT_CODECS = {"ansi", "bintext", "idf", "xbin"}  # ffmpeg plays text files as terminal art
 # These say in their header how long the film is; of the others ffmpeg estimates it from what is there.
-_DECLARES_LENGTH = ("mov,mp4", "matroska")
+_DECLARES_LENGTH = {"avi", "matroska", "mov"}
 _YEAR_1990_NS = 631_152_000 * NS_PER_S
 _DAY_NS = 86_400 * NS_PER_S
 
@@ -42,7 +42,8 @@ class Picture:
 class Decoder:
     """The first video track of `address`, decoded once from its beginning. Not for two threads at once.
 
-    Raises PyAV's FFmpegError where nothing can be opened, SourceError where what was opened is no film.
+    `first` is its first whole picture, decoded already, or None where there is not one. Raises PyAV's
+    FFmpegError where nothing can be opened, SourceError where what was opened is no film.
     """
 
     def __init__(
@@ -56,13 +57,22 @@ class Decoder:
             raise
         self._stream.thread_type = "AUTO"
         self._stream.codec_context.options = {"max_pixels": str(PICTURE_PX_MAX)}
+        self._format: str = self._container.format.name.partition(",")[0]
         self._clock = _Clock(self._container, self._stream)
+        self._aspect = _pixel_aspect(self._stream)  # read now: a stream of a closed container is freed memory
         self.damaged = 0  # packets and frames that could not be used
         self.stopped_by: str | None = None  # why reading ended before the film did
         self.ends_damaged = False  # nothing whole came after the last damage
+        self._rest = self._whole()
+        self.first = next(self._rest, None)
 
     def pictures(self) -> Iterator[Picture]:
-        """Every whole frame in the order of presentation. Never raises for damage: see the attributes."""
+        """Every whole frame in the order of presentation, once. Damage never raises: see the attributes."""
+        if self.first is not None:
+            yield self.first
+        yield from self._rest
+
+    def _whole(self) -> Iterator[Picture]:
         for frame in self._decoded():
             # Error concealment under frame threads depends on their timing: such a picture is not memory.
             if frame.is_corrupt:
@@ -94,30 +104,31 @@ class Decoder:
     @property
     def period_ns(self) -> int:
         """One frame at the average rate."""
-        return self._clock.period_ns
+        return round(self._clock.period_s * NS_PER_S)
 
     @property
     def duration_ns(self) -> int | None:
-        """From the start to the end of the track as the container gives it, or None."""
-        stream, container = self._stream, self._container
+        """From the start of the recording to the end of the track, as the container gives it, or None."""
+        stream, container, start_ns = self._stream, self._container, self._clock.start_ns
+        if self._format == "avi" and stream.frames:  # its duration is shortened to what the file holds
+            return round(int(stream.frames) * self._clock.period_s * NS_PER_S)
         if stream.duration is not None:
-            shift_ns = max(0, _scaled(stream.start_time or 0, stream.time_base) - self._clock.start_ns)
-            return shift_ns + _scaled(stream.duration, stream.time_base)
+            first_ns = _scaled(stream.start_time or 0, stream.time_base)
+            return max(0, first_ns - start_ns) + _scaled(stream.duration, stream.time_base)
         end_ns = _tagged_end_ns(stream.metadata.get("DURATION"))
         if end_ns is None and container.duration is not None:
-            end_ns = container.duration * NS_PER_S // _US_PER_S
-        if end_ns is None:
-            return None
-        # Matroska gives the end, not the length
-        return end_ns - self._clock.start_ns if container.format.name.startswith("matroska") else end_ns
+            end_ns = int(container.duration) * NS_PER_S // _US_PER_S
+        if end_ns is not None and self._format == "matroska":  # gives the end, not the length
+            end_ns -= start_ns
+        return end_ns
 
     def breaks_off(self, end_ns: int) -> bool:
         """Whether a film whose last frame ends at `end_ns` ended before its time."""
         if self.stopped_by is not None or self.ends_damaged:
             return True
-        if not self._container.format.name.startswith(_DECLARES_LENGTH):
+        if self._format not in _DECLARES_LENGTH or self.duration_ns is None:
             return False
-        return self.duration_ns is not None and end_ns + NS_PER_S < self.duration_ns
+        return end_ns + NS_PER_S < self.duration_ns
 
     @property
     def started_at_ns(self) -> int | None:
@@ -132,7 +143,7 @@ class Decoder:
         return None
 
     def size(self, picture: Picture) -> tuple[int, int]:
-        """Width and height of the picture as `rgb` gives it."""
+        """Width and height of what `rgb` gives."""
         width, height = self._fitted(picture.frame)
         return (height, width) if _is_transposed(_display_matrix(picture.frame)) else (width, height)
 
@@ -143,10 +154,7 @@ class Decoder:
         return np.ascontiguousarray(_oriented(pixels, _display_matrix(picture.frame)))
 
     def _fitted(self, frame: Any) -> tuple[int, int]:
-        aspect = self._stream.sample_aspect_ratio
-        if aspect is None or not 0.1 <= aspect <= 10:  # unknown, or nonsense in a header
-            aspect = Fraction(1)
-        return fitted(max(1, round(frame.width * aspect)), frame.height)
+        return fitted(max(1, round(frame.width * self._aspect)), frame.height)
 
     def close(self) -> None:
         self._container.close()
@@ -158,7 +166,7 @@ class _Clock:
     def __init__(self, container: Any, stream: Any) -> None:
         self._time_base: Fraction | None = stream.time_base
         rate = stream.average_rate or stream.guessed_rate or _RATE_UNKNOWN_FPS
-        self._period_s = 1 / Fraction(rate)
+        self.period_s = 1 / Fraction(rate)
         self._start_ns = _start_ns(container, stream)
         self._anchor_ns = 0  # the last time that was given, and the frames without one since
         self._since_anchor = -1
@@ -166,10 +174,6 @@ class _Clock:
     @property
     def start_ns(self) -> int:
         return self._start_ns or 0
-
-    @property
-    def period_ns(self) -> int:
-        return round(self._period_s * NS_PER_S)
 
     def timed(self, frame: Any) -> Picture:
         time_base = frame.time_base or self._time_base
@@ -181,7 +185,7 @@ class _Clock:
             if self._start_ns is None:
                 self._start_ns = pts_ns
             self._anchor_ns, self._since_anchor = max(0, pts_ns - self._start_ns), 0
-        pts_ns = self._anchor_ns + round(self._since_anchor * self._period_s * NS_PER_S)
+        pts_ns = self._anchor_ns + round(self._since_anchor * self.period_s * NS_PER_S)
         return Picture(pts_ns, duration_ns, frame)
 
 
@@ -223,6 +227,12 @@ def _first_track(container: Any, label: str) -> Any:
         raise SourceError(f"{label} is a text file, not a film: give a video file")
     check_size(track.codec_context.width, track.codec_context.height, label)
     return track
+
+
+def _pixel_aspect(stream: Any) -> Fraction:
+    """Width over height of a pixel; 1 where it is unknown, or nonsense in a header."""
+    aspect: Fraction | None = stream.sample_aspect_ratio
+    return aspect if aspect is not None and 0.1 <= aspect <= 10 else Fraction(1)
 
 
 _Matrix = tuple[int, int, int, int]  # a, b, c, d: the pixel (x, y) is shown at (a x + c y, b x + d y)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import stat
+from abc import abstractmethod
 from collections.abc import Iterator
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import xxhash
@@ -33,13 +33,15 @@ class Video(Source):
     `frames()`; another call opens the film again.
     """
 
+    _advice = "it is damaged, give another copy"
+
     def __init__(self, address: str, label: str, identity: SourceIdentity, name: str) -> None:
         self._address, self._label = address, label
         self._closed = False
         self.warnings: list[str] = []
         self.media_end_ns: int | None = None
-        self._opened: tuple[Decoder, Picture] | None = self._open()
-        decoder, first = self._opened
+        decoder, first = self._open()
+        self._opened: Decoder | None = decoder
         width, height = decoder.size(first)
         self.info = SourceInfo(
             identity=identity,
@@ -53,11 +55,11 @@ class Video(Source):
 
     def frames(self) -> Iterator[DecodedFrame]:
         """Raises SourceError where the film can no longer be opened. Damage on the way is a warning."""
-        decoder, first = self._opened or self._open()
+        decoder = self._opened or self._open()[0]
         self._opened, self.warnings, self.media_end_ns = None, [], None
         timeline = Timeline(decoder.period_ns)
         try:
-            for picture in chain([first], decoder.pictures()):
+            for picture in decoder.pictures():
                 if self._closed:
                     return
                 if timeline.accepts(picture.pts_ns, picture.duration_ns):
@@ -71,7 +73,7 @@ class Video(Source):
     def close(self) -> None:
         self._closed = True
         if self._opened is not None:
-            self._opened[0].close()
+            self._opened.close()
             self._opened = None
 
     def _open(self) -> tuple[Decoder, Picture]:
@@ -87,14 +89,11 @@ class Video(Source):
                 timeout_s=(OPEN_TIMEOUT_S, READ_TIMEOUT_S),
             )
         except FFmpegError as error:
-            self._refuse(error)
-        first = next(decoder.pictures(), None)
-        if first is None:
+            raise SourceError(self._refusal(error)) from error
+        if decoder.first is None:
             decoder.close()
-            raise SourceError(
-                f"{self._label}: not one frame could be decoded: it is damaged, give another copy"
-            )
-        return decoder, first
+            raise SourceError(f"{self._label}: not one frame could be decoded: {self._advice}")
+        return decoder, decoder.first
 
     def _image(self, decoder: Decoder, picture: Picture) -> Image:
         from memdb.ingest.sources.decoder import FFmpegError, reason
@@ -121,8 +120,9 @@ class Video(Source):
     def _is_live(self, decoder: Decoder) -> bool:
         return False
 
-    def _refuse(self, error: Exception) -> NoReturn:
-        raise NotImplementedError
+    @abstractmethod
+    def _refusal(self, error: Exception) -> str:
+        """What to tell when ffmpeg opens nothing."""
 
 
 class VideoFile(Video):
@@ -134,16 +134,12 @@ class VideoFile(Video):
         # absolute and with its protocol: a file named `http:x.mp4` or `-` stays a file
         super().__init__(f"file:{self._path.absolute()}", self._path.name, identity, self._path.stem)
 
-    def _refuse(self, error: Exception) -> NoReturn:
+    def _refusal(self, error: Exception) -> str:
         with self._path.open("rb") as file:
             is_mp4 = file.read(8)[4:] == b"ftyp"
         if is_mp4:
-            message = f"{self._label} is cut off: its index (moov) is missing, copy or record it again"
-        else:
-            message = (
-                f"{self._label} is not a video that can be read: give a film such as mp4, mkv, avi or ts"
-            )
-        raise SourceError(message) from error
+            return f"{self._label} is cut off: its index (moov) is missing, copy or record it again"
+        return f"{self._label} is not a video that can be read: give a film such as mp4, mkv, avi or ts"
 
 
 class VideoAddress(Video):
@@ -154,10 +150,16 @@ class VideoAddress(Video):
     """
 
     def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+        except ValueError as error:
+            raise SourceError(f"not an address ({error}): write it like rtsp://camera:554/stream") from error
         self._scheme = parts.scheme.lower()
         if not parts.hostname:
             raise SourceError(f"{_redacted(url)} names no host: write it like rtsp://camera:554/stream")
+        self._advice = "check the address and that it can be reached from here"
+        if self._scheme not in _LIVE_SCHEMES:
+            self._advice += " (an mp4 needs its index in front, or a server that knows ranges)"
         name = f"{parts.hostname}-{Path(parts.path).stem}" if parts.path.strip("/") else parts.hostname
         super().__init__(url, _redacted(url), SourceIdentity("stream", 0, ""), name)
 
@@ -168,13 +170,10 @@ class VideoAddress(Video):
     def _is_live(self, decoder: Decoder) -> bool:
         return self._scheme in _LIVE_SCHEMES or decoder.duration_ns is None
 
-    def _refuse(self, error: Exception) -> NoReturn:
+    def _refusal(self, error: Exception) -> str:
         from memdb.ingest.sources.decoder import reason
 
-        hint = "check the address and that it can be reached from here"
-        if self._scheme not in _LIVE_SCHEMES:
-            hint += " (an mp4 needs its index in front, or a server that knows ranges)"
-        raise SourceError(f"{self._label} gives no video: {reason(error)}; {hint}") from error
+        return f"{self._label} gives no video: {reason(error)}; {self._advice}"
 
 
 def file_identity(path: Path) -> SourceIdentity:
