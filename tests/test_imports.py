@@ -1,4 +1,4 @@
-"""What stays light stays light: heavy libraries load where they are used, and the GPU path without the rest."""
+"""What is light stays light: heavy libraries load where they are used, the GPU path without the rest."""
 
 from __future__ import annotations
 
@@ -33,10 +33,9 @@ sys.meta_path.insert(0, Refuse())
 
 
 def run(script: str) -> str:
-    """What a fresh interpreter prints."""
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=120
-    )
+    """What a fresh interpreter prints, warnings being errors."""
+    command = [sys.executable, "-W", "error", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -61,7 +60,6 @@ print(loaded)
 
 def test_the_gpu_path_needs_no_tables_no_video_no_faiss() -> None:
     blocked = ("lancedb", "pyarrow", "faiss", "av", "lance", "sentence_transformers")
-    # transformers asks whether pyarrow and others are there; it must not be told a lie, only be refused.
     run(REFUSE.format(blocked=blocked) + imports_of(GPU_PATH))
 
 
