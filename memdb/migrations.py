@@ -43,7 +43,7 @@ _TABLES = Migration(
             PRIMARY KEY (recording, number)) WITHOUT ROWID""",
         """CREATE TABLE epochs (
             recording TEXT NOT NULL REFERENCES recordings (id), number INTEGER NOT NULL,
-            first_unit INTEGER NOT NULL, reason TEXT NOT NULL, checksum INTEGER NOT NULL,
+            epoch INTEGER NOT NULL, first_unit INTEGER NOT NULL, reason TEXT NOT NULL, checksum INTEGER NOT NULL,
             PRIMARY KEY (recording, number)) WITHOUT ROWID""",
         """CREATE TABLE ends (
             recording TEXT NOT NULL REFERENCES recordings (id), number INTEGER NOT NULL,

@@ -207,7 +207,9 @@ def read_exactly(fd: int, offset: int, length: int, file_bytes: int, *, file: st
         try:
             piece = os.pread(fd, length - done, offset + done)
         except OSError as error:
-            raise CorruptionError(f"{file}: cannot be read at byte {offset + done}: {error}", file=file) from None
+            raise CorruptionError(
+                f"{file}: cannot be read at byte {offset + done}: {error}", file=file
+            ) from None
         if not piece:
             raise CorruptionError(f"{file}: ends before byte {offset + length}", file=file)
         pieces.append(piece)
@@ -238,9 +240,13 @@ def _lay_out(parts: Sequence[tuple[Part, Buffer]]) -> tuple[list[Buffer], bytes,
     return body, table.tobytes(), whole.intdigest()
 
 
-def _split_footer(content: bytes, offset: int, file: str) -> tuple[dict[str, object], tuple[bytes, bytes, bytes]]:
+def _split_footer(
+    content: bytes, offset: int, file: str
+) -> tuple[dict[str, object], tuple[bytes, bytes, bytes]]:
     """The meta and the three tables of a footer whose hash was right: so a misfit is a foreign writer's doing."""
-    foreign = CorruptionError(f"{file}: the footer of the record at byte {offset} has no known form", file=file)
+    foreign = CorruptionError(
+        f"{file}: the footer of the record at byte {offset} has no known form", file=file
+    )
     if len(content) < _LENGTH.size:
         raise foreign
     (text_bytes,) = _LENGTH.unpack_from(content)

@@ -8,7 +8,6 @@ from enum import IntEnum
 from functools import cached_property
 
 import numpy as np
-
 from memdb.schemas.errors import CorruptionError
 from memdb.schemas.fingerprint import ModelIdentity, ModelShape
 from memdb.schemas.frames import SourceIdentity
@@ -184,11 +183,17 @@ class UnitRow:
     @cached_property
     def parts(self) -> dict[Part, PartSpan]:
         table = np.frombuffer(self.parts_table, PART_DTYPE)
-        body = self.offset + PROLOGUE_BYTES
         return {
-            Part(int(row["part"])): PartSpan(body + int(row["offset"]), int(row["length"]), int(row["xxh3"]))
+            Part(int(row["part"])): PartSpan(
+                self.body_offset + int(row["offset"]), int(row["length"]), int(row["xxh3"])
+            )
             for row in table
         }
+
+    @property
+    def body_offset(self) -> int:
+        """Where the unit's parts begin, bytes from the start of the file."""
+        return self.offset + PROLOGUE_BYTES
 
     @property
     def payload_offset(self) -> int:

@@ -17,12 +17,12 @@ LEVEL = 1  # level 3 gains nothing over 1 on KV, measured
 
 
 def element_bytes(codec: str, dtype: str) -> int:
-    """Bytes of one stored value: of `dtype` for raw, 2 for fp16 and bf16, 1 for what is never compressed."""
+    """Bytes of one stored value: of `dtype` for raw, 2 for fp16 and bf16, 0 for what is never compressed."""
     if codec == "raw":
         if dtype not in _ELEMENT_BYTES:
             raise CodecError(f"unknown dtype {dtype!r}: choose one of {', '.join(_ELEMENT_BYTES)}")
         return _ELEMENT_BYTES[dtype]
-    return 2 if codec in ("fp16", "bf16") else 1
+    return 2 if codec in ("fp16", "bf16") else 0
 
 
 def pack(raw: Bytes, element_bytes: int, *, level: int = LEVEL) -> Bytes:
@@ -35,7 +35,8 @@ def pack(raw: Bytes, element_bytes: int, *, level: int = LEVEL) -> Bytes:
     whole = raw.size - raw.size % element_bytes
     planes = np.empty(raw.size, np.uint8)
     np.copyto(
-        planes[:whole].reshape(element_bytes, -1), np.ascontiguousarray(raw[:whole]).reshape(-1, element_bytes).T
+        planes[:whole].reshape(element_bytes, -1),
+        np.ascontiguousarray(raw[:whole]).reshape(-1, element_bytes).T,
     )
     planes[whole:] = raw[whole:]
     stored = zstandard.ZstdCompressor(level=level, write_checksum=False).compress(planes.data)
@@ -50,6 +51,8 @@ def unpack(stored: Bytes, raw_bytes: int, element_bytes: int) -> Bytes:
     """
     import zstandard
 
+    if element_bytes < 1:
+        raise CodecError("a slice of this codec is never compressed")
     try:
         parameters = zstandard.get_frame_parameters(stored.data)
         if parameters.content_size != raw_bytes:

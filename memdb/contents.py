@@ -1,0 +1,165 @@
+"""A unit as the parts of a record, and back. Everything that is read is verified first."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from memdb.codecs.planes import unpack
+from memdb.digest import TierDigests, raw_digest_of, tier_digests, unit_digest
+from memdb.records import Buffer, Kind, Record, canonical_ascii, encode
+from memdb.schemas.errors import CodecError, CorruptionError, StoreError
+from memdb.schemas.rows import Part, PartSpan, UnitRow
+from memdb.schemas.units import BLOCK_DTYPE, SLICE_DTYPE, Bytes, Caption, PackedKV, Unit
+
+
+def encode_unit(
+    unit: Unit, *, offset: int, previous: bytes, encoding_fingerprint: str
+) -> tuple[list[Buffer], Record]:
+    """The buffers of a unit's record at `offset`, and the record, once `check_unit` passed. Big parts are not
+    copied."""
+    meta: dict[str, object] = {
+        "unit": unit.number,
+        "start_ns": unit.start_ns,
+        "end_ns": unit.end_ns,
+        "epoch": unit.epoch,
+        "encoding": encoding_fingerprint,
+        "digest": unit_digest(unit).hex(),
+        "layers": unit.keys.shape[0] if unit.keys is not None else 0,
+        "caption_tokens": len(unit.caption.token_ids) if unit.caption else None,
+    }
+    return encode(
+        Kind.UNIT,
+        unit.number,
+        meta,
+        offset=offset,
+        previous=previous,
+        parts=_parts_of(unit),
+        blocks=np.ascontiguousarray(unit.blocks).tobytes(),
+        slices=np.ascontiguousarray(unit.kv.slices).tobytes() if unit.kv else b"",
+    )
+
+
+def check_unit(unit: Unit) -> None:
+    """What a unit must be to be readable again. Raises StoreError."""
+    if unit.end_ns <= unit.start_ns or unit.start_ns < 0:
+        raise StoreError(f"unit {unit.number} spans nothing: {unit.start_ns} to {unit.end_ns} ns")
+    if unit.blocks.dtype != BLOCK_DTYPE or unit.blocks.ndim != 1:
+        raise StoreError(f"unit {unit.number}: blocks must be a table of BLOCK_DTYPE")
+    if unit.keys is not None and (
+        unit.keys.ndim != 3 or unit.keys.dtype != np.float16 or unit.keys.shape[1] != len(unit.blocks)
+    ):
+        raise StoreError(
+            f"unit {unit.number}: keys must be float16 (L, {len(unit.blocks)}, H*D), "
+            f"not {unit.keys.dtype} {unit.keys.shape}"
+        )
+    if unit.kv is not None:
+        _check_packed(unit.number, unit.kv, len(unit.blocks))
+
+
+def _check_packed(number: int, kv: PackedKV, block_count: int) -> None:
+    if kv.payload.dtype != np.uint8 or kv.slices.dtype != SLICE_DTYPE:
+        raise StoreError(f"unit {number}: the payload must be uint8 and the slices a table of SLICE_DTYPE")
+    offset, stored = kv.slices["offset"].astype(np.int64), kv.slices["stored_bytes"].astype(np.int64)
+    ends = offset + stored
+    if len(ends) and (
+        int(ends.max()) > kv.payload.size
+        or bool((offset[1:] < ends[:-1]).any())
+        or bool((kv.slices["stored_bytes"] > kv.slices["raw_bytes"]).any())
+        or int(kv.slices["block"].max()) >= block_count
+    ):
+        raise StoreError(f"unit {number}: its slices do not fit its payload and blocks")
+    # Checked before writing as after reading: a slice that was packed wrong is never acknowledged.
+    for row, start, end in zip(kv.slices, offset.tolist(), ends.tolist(), strict=True):
+        if xxhash.xxh3_64_intdigest(kv.payload[start:end].data) != int(row["xxh3"]):
+            raise StoreError(f"unit {number}: a slice differs from its checksum before it was written")
+
+
+def _parts_of(unit: Unit) -> list[tuple[Part, Buffer]]:
+    parts: list[tuple[Part, Buffer]] = []
+    if unit.caption is not None:
+        said = {"text": unit.caption.text, "token_ids": list(unit.caption.token_ids)}
+        vector = np.ascontiguousarray(unit.caption.vector, "<f4")
+        parts += [(Part.CAPTION, canonical_ascii(said)), (Part.VECTOR, vector.tobytes())]
+    if unit.keyframe is not None:
+        parts.append((Part.KEYFRAME, unit.keyframe))
+    if unit.keys is not None:
+        parts.append((Part.KEYS, np.ascontiguousarray(unit.keys, "<f2").tobytes()))
+    if unit.kv is not None:
+        parts.append((Part.KV, np.ascontiguousarray(unit.kv.payload).data))
+    return parts
+
+
+def caption_from(row: UnitRow, said: bytes, vector: bytes) -> Caption:
+    try:
+        data = json.loads(said)
+        ids = tuple(int(token) for token in data["token_ids"])
+        return Caption(str(data["text"]), ids, np.frombuffer(vector, "<f4").astype(np.float32))
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise _damaged(row, f"its caption has no known form: {error}") from None
+
+
+def keys_from(row: UnitRow, data: bytes) -> npt.NDArray[np.float16]:
+    """(L, blocks, H*D) float16."""
+    keys = np.frombuffer(data, "<f2")
+    if row.layers * row.block_count == 0:
+        return keys.reshape(row.layers, row.block_count, 0).astype(np.float16)
+    if keys.size % (row.layers * row.block_count):
+        raise _damaged(row, "its representative keys have no known form")
+    return keys.reshape(row.layers, row.block_count, -1).astype(np.float16, copy=False)
+
+
+def raw_slices(row: UnitRow, payload: Bytes, element_bytes: int) -> Iterator[Bytes]:
+    """The slices of a unit before compression, each verified, in the order of its table."""
+    for number, piece in enumerate(row.slices):
+        offset, stored_bytes, raw_bytes = (
+            int(piece[name]) for name in ("offset", "stored_bytes", "raw_bytes")
+        )
+        stored = payload[offset : offset + stored_bytes]
+        if stored.size != stored_bytes or xxhash.xxh3_64_intdigest(stored.data) != int(piece["xxh3"]):
+            raise _damaged(row, f"its slice {number} is damaged")
+        try:
+            yield stored if stored_bytes == raw_bytes else unpack(stored, raw_bytes, element_bytes)
+        except CodecError as error:
+            raise _damaged(row, f"its slice {number} is damaged: {error}") from None
+
+
+def digests_from(row: UnitRow, body: bytes, element_bytes: int) -> TierDigests:
+    """The digests of a unit from the bytes of its body on disk, every part and slice verified."""
+    parts = {part: _part(row, body, part, span) for part, span in row.parts.items()}
+    caption = None
+    if Part.CAPTION in parts:
+        caption = caption_from(row, parts[Part.CAPTION], parts.get(Part.VECTOR, b""))
+    raw_digest = b""
+    if Part.KV in parts:
+        payload = np.frombuffer(parts[Part.KV], np.uint8)
+        raw_digest = raw_digest_of(raw_slices(row, payload, element_bytes))
+    return tier_digests(
+        row.number,
+        row.start_ns,
+        row.end_ns,
+        row.epoch,
+        row.blocks,
+        row.slices,
+        raw_digest,
+        keys_from(row, parts[Part.KEYS]) if Part.KEYS in parts else None,
+        caption,
+        parts.get(Part.KEYFRAME),
+    )
+
+
+def _part(row: UnitRow, body: bytes, part: Part, span: PartSpan) -> bytes:
+    at = span.offset - row.body_offset
+    data = body[at : at + span.length]
+    if len(data) != span.length or xxhash.xxh3_64_intdigest(data) != span.xxh3:
+        raise _damaged(row, f"its {part.name.lower()} is damaged")
+    return data
+
+
+def _damaged(row: UnitRow, what: str) -> CorruptionError:
+    file = f"segments/{row.segment}"
+    return CorruptionError(f"{file}: unit {row.number}: {what}", file=file)

@@ -1,0 +1,297 @@
+"""SQLite under the catalog: how it is opened, and rows that carry a checksum.
+
+SQLite sees few of the bits that flip under it, so each row ends with xxh3_64 over its own columns, made when it
+is written and compared whenever it is read. (Rows that vanish whole are the catalog's business: it counts.)
+
+Writers open the file plainly, in WAL mode with synchronous=FULL. Readers open it with mode=ro. Measured with
+SQLite 3.40: such a reader leaves the database and a killed writer's WAL as they are, whatever is alive; it may
+create `-shm` and an empty `-wal` and leaves them lying, or rewrite `-shm`. Where it cannot create them (a
+read-only directory) the open fails, and the reader works on a copy in memory, renewed when the files change.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import xxhash
+
+from memdb.schemas.errors import CorruptionError, LockedError, StoreError
+
+CATALOG = "catalog.sqlite"
+Value = int | str | bytes | None
+_BUSY_S = 30.0
+_SIGNED = 1 << 63
+
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "meta": ("key", "value"),
+    "recordings": (
+        "id",
+        "name",
+        "created_ns",
+        "spec",
+        "units",
+        "start_ns",
+        "watermark_ns",
+        "last_commit",
+        "segments",
+        "gaps",
+        "epochs",
+        "ends",
+        "kv_bytes",
+        "keys_bytes",
+        "captions_bytes",
+        "keyframes_bytes",
+    ),
+    "segments": ("recording", "sequence", "name", "end_bytes", "footer_hash"),
+    "units": (
+        "recording",
+        "number",
+        "commit_id",
+        "segment",
+        "offset",
+        "length",
+        "start_ns",
+        "end_ns",
+        "epoch",
+        "digest",
+        "layers",
+        "block_count",
+        "caption_tokens",
+        "parts",
+        "blocks",
+        "slices",
+    ),
+    "gaps": ("recording", "number", "start_ns", "end_ns", "reason"),
+    "epochs": ("recording", "number", "epoch", "first_unit", "reason"),
+    "ends": ("recording", "number", "media_end_ns", "units"),
+}
+# Table and column names are these constants; values are always parameters.
+_SELECT = {table: f"SELECT {', '.join(names)}, checksum FROM {table} " for table, names in COLUMNS.items()}  # noqa: S608
+_INSERT = {
+    table: f"INTO {table} ({', '.join(names)}, checksum) VALUES ({', '.join('?' * (len(names) + 1))})"
+    for table, names in COLUMNS.items()
+}
+
+
+def row_checksum(table: str, values: Sequence[Value]) -> int:
+    """xxh3_64 over the values with their types and lengths, as SQLite's signed integer."""
+    whole = xxhash.xxh3_64(table.encode())
+    for value in values:
+        if isinstance(value, int):
+            kind, data = b"i", value.to_bytes(8, "little", signed=True)
+        elif isinstance(value, str):
+            kind, data = b"s", value.encode("utf-8", "surrogatepass")
+        elif isinstance(value, bytes):
+            kind, data = b"b", value
+        else:  # NULL, or a float where damage made one: that equals nothing that was written
+            kind, data = b"n", repr(value).encode()
+        whole.update(kind + len(data).to_bytes(8, "little"))
+        whole.update(data)
+    checksum: int = whole.intdigest()
+    return checksum - 2 * _SIGNED if checksum >= _SIGNED else checksum
+
+
+class Database:
+    """One connection, usable by several threads."""
+
+    def __init__(self, path: Path, *, write: bool) -> None:
+        """Raises StoreError or CorruptionError where the file cannot be read as a database."""
+        self._path = path
+        self._write = write
+        self._lock = threading.RLock()
+        self._copied_from: tuple[object, ...] | None = None
+        with _typed():
+            self._connection = self._open_plain() if write else self._open_read_only()
+
+    def select(self, table: str, tail: str, parameters: Sequence[Value] = ()) -> list[tuple[Value, ...]]:
+        """Rows of `table`, each verified, without their checksums. `tail` is constant SQL: WHERE, ORDER BY."""
+        with self._lock, _typed():
+            self._renew_copy()
+            rows = self._connection.execute(_SELECT[table] + tail, parameters).fetchall()
+        for row in rows:
+            if row[-1] != row_checksum(table, row[:-1]):
+                raise CorruptionError(f"{CATALOG}: a row of {table} is damaged ({row[:2]!r})", file=CATALOG)
+        return [row[:-1] for row in rows]
+
+    def insert(self, table: str, values: Sequence[Value]) -> None:
+        """A new row; one that is there already is an error."""
+        self._put("INSERT ", table, values)
+
+    def upsert(self, table: str, values: Sequence[Value]) -> None:
+        """A new row, or the new content of the row with this primary key (the first columns)."""
+        with self._lock, _typed():
+            keys = ("key",) if table == "meta" else ("id",) if table == "recordings" else COLUMNS[table][:2]
+            rest = [name for name in (*COLUMNS[table], "checksum") if name not in keys]
+            updates = ", ".join(f"{name} = excluded.{name}" for name in rest)
+            self._connection.execute(
+                f"INSERT {_INSERT[table]} ON CONFLICT ({', '.join(keys)}) DO UPDATE SET {updates}",
+                [*values, row_checksum(table, values)],
+            )
+
+    def execute(self, statement: str) -> list[tuple[Value, ...]]:
+        """A constant statement: a PRAGMA or a migration."""
+        with self._lock, _typed():
+            return self._connection.execute(statement).fetchall()
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """One short read transaction: everything read inside is of one moment."""
+        with self._lock:
+            if self._connection.in_transaction:
+                yield
+                return
+            self._renew_copy()
+            with _typed():
+                self._connection.execute("BEGIN")
+            try:
+                yield
+            finally:
+                with _typed():
+                    self._connection.execute("COMMIT")
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """One write transaction: all of it or, after an exception, nothing."""
+        with self._lock:
+            with _typed():
+                self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._commit()
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+
+    def checkpoint(self) -> None:
+        """Move the WAL into the database and empty it, if no reader stands in the way."""
+        self.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def close(self) -> None:
+        with self._lock:
+            self._connection.close()
+
+    def _commit(self) -> None:
+        with _typed():
+            self._connection.execute("COMMIT")
+
+    def _put(self, verb: str, table: str, values: Sequence[Value]) -> None:
+        with self._lock, _typed():
+            self._connection.execute(verb + _INSERT[table], [*values, row_checksum(table, values)])
+
+    def _open_plain(self) -> sqlite3.Connection:
+        connection = _connect(self._path.as_uri() + "?mode=rwc")
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("PRAGMA foreign_keys = ON")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _open_read_only(self) -> sqlite3.Connection:
+        connection = _connect(self._path.as_uri() + "?mode=ro")
+        try:
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        except sqlite3.OperationalError as error:
+            connection.close()
+            if _primary_code(error) not in (
+                sqlite3.SQLITE_CANTOPEN,
+                sqlite3.SQLITE_READONLY,
+                sqlite3.SQLITE_PERM,
+            ):
+                raise
+            return self._copy_into_memory()
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _copy_into_memory(self) -> sqlite3.Connection:
+        """A copy of the database and its WAL. Torn by a writer's step between, it fails on its checksums."""
+        self._copied_from = self._files_state()
+        with tempfile.TemporaryDirectory(prefix="memdb-") as folder:
+            copy = Path(folder) / CATALOG
+            try:
+                shutil.copyfile(self._path, copy)
+                wal = self._path.with_name(CATALOG + "-wal")
+                if wal.is_file():
+                    shutil.copyfile(wal, copy.with_name(CATALOG + "-wal"))
+            except OSError as error:
+                raise StoreError(f"cannot read {error.filename}: {error.strerror}") from None
+            source = _connect(copy.as_uri() + "?mode=rw")
+            try:
+                memory = _connect("file::memory:")
+                source.backup(memory)
+            finally:
+                source.close()
+        return memory
+
+    def _renew_copy(self) -> None:
+        if self._copied_from is None or self._connection.in_transaction:
+            return
+        if self._copied_from != self._files_state():
+            with _typed():
+                old, self._connection = self._connection, self._copy_into_memory()
+            old.close()
+
+    def _files_state(self) -> tuple[object, ...]:
+        state: list[object] = []
+        for path in (self._path, self._path.with_name(CATALOG + "-wal")):
+            try:
+                found = path.stat()
+            except OSError:
+                state.append(None)
+            else:
+                state.append((found.st_size, found.st_mtime_ns, found.st_ino))
+        return tuple(state)
+
+
+def _connect(uri: str) -> sqlite3.Connection:
+    connection = sqlite3.connect(
+        uri, uri=True, isolation_level=None, check_same_thread=False, timeout=_BUSY_S, cached_statements=64
+    )
+    connection.execute("PRAGMA cell_size_check = ON")
+    connection.execute("PRAGMA trusted_schema = OFF")
+    return connection
+
+
+def _primary_code(error: sqlite3.Error) -> int:
+    return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
+
+
+@contextmanager
+def _typed() -> Iterator[None]:
+    """SQLite's errors as memdb's: busy, unreadable or unwritable, and else damaged."""
+    try:
+        yield
+    except sqlite3.ProgrammingError as error:
+        raise StoreError(f"the store is closed: {error}") from None
+    except sqlite3.Error as error:
+        match _primary_code(error):
+            case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
+                raise LockedError(
+                    f"{CATALOG} is kept busy by another process: try again, or end that process"
+                ) from None
+            case (
+                sqlite3.SQLITE_FULL
+                | sqlite3.SQLITE_IOERR
+                | sqlite3.SQLITE_READONLY
+                | sqlite3.SQLITE_CANTOPEN
+                | sqlite3.SQLITE_PERM
+                | sqlite3.SQLITE_NOMEM
+            ):
+                raise StoreError(
+                    f"{CATALOG} cannot be read or written: {error}: check free space and permissions"
+                ) from None
+            case _:
+                raise CorruptionError(f"{CATALOG} is damaged: {error}", file=CATALOG) from None
+    except UnicodeDecodeError as error:
+        raise CorruptionError(f"{CATALOG} is damaged: {error}", file=CATALOG) from None

@@ -1,0 +1,97 @@
+"""What a store holds and what it takes on disk. Imports nothing heavy and reads no unit."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from memdb.schemas.rows import RecordingRow
+from memdb.schemas.times import to_s
+from memdb.segments import parse_segment_name
+from memdb.state import recording_of, state_files
+from memdb.store import FOLDERS, Store
+
+_OWN = ("segments", "state", "locks")
+
+
+@dataclass(frozen=True)
+class RecordingStats:
+    name: str
+    units: int
+    duration_s: float  # media time from the first unit to the watermark
+    watermark_s: float
+    recipe: str
+    bytes: dict[str, int]  # by tier: kv, keys, captions, keyframes, overhead (padding, footers), state
+    started_at_ns: int | None  # wall clock
+    finished: bool
+    gaps: int
+
+
+@dataclass(frozen=True)
+class StoreStats:
+    recordings: list[RecordingStats]
+    model: str | None  # as the user named it
+    model_fingerprint: str | None
+    derived_bytes: dict[str, int]  # by folder or file: captions.lance, keys, catalog.sqlite
+    total_bytes: int  # everything in the directory
+
+
+def stats(store: Store) -> StoreStats:
+    """Sizes count everything. Raises CorruptionError where the catalog is damaged."""
+    model = store.model
+    segment_bytes: dict[str, int] = {}
+    for path in (store.path / "segments").iterdir():
+        parsed = parse_segment_name(path.name)
+        if parsed:
+            segment_bytes[parsed[0]] = segment_bytes.get(parsed[0], 0) + _size_bytes(path)
+    state_bytes: dict[str, int] = {}
+    for path in state_files(store.path / "state"):
+        owner = recording_of(path)
+        state_bytes[owner] = state_bytes.get(owner, 0) + _size_bytes(path)
+    derived = {name: _tree_bytes(store.path / name) for name in FOLDERS if name not in _OWN}
+    derived["catalog.sqlite"] = sum(_size_bytes(path) for path in store.path.glob("catalog.sqlite*"))
+    return StoreStats(
+        recordings=[
+            _recording(row, segment_bytes.get(row.id, 0), state_bytes.get(row.id, 0))
+            for row in store.recordings()
+        ],
+        model=model.spec if model else None,
+        model_fingerprint=model.fingerprint if model else None,
+        derived_bytes=derived,
+        total_bytes=_tree_bytes(store.path),
+    )
+
+
+def _recording(row: RecordingRow, segment_bytes: int, state_bytes: int) -> RecordingStats:
+    tiers = row.tier_bytes
+    held = tiers.kv + tiers.keys + tiers.captions + tiers.keyframes
+    return RecordingStats(
+        name=row.name,
+        units=row.units,
+        duration_s=to_s(row.watermark_ns - row.start_ns),
+        watermark_s=to_s(row.watermark_ns),
+        recipe=row.spec.recipe.name,
+        bytes={
+            "kv": tiers.kv,
+            "keys": tiers.keys,
+            "captions": tiers.captions,
+            "keyframes": tiers.keyframes,
+            "overhead": segment_bytes - held,
+            "state": state_bytes,
+        },
+        started_at_ns=row.spec.started_at_ns,
+        finished=row.finished,
+        gaps=len(row.gaps),
+    )
+
+
+def _tree_bytes(folder: Path) -> int:
+    return sum(_size_bytes(Path(root) / name) for root, _, names in os.walk(folder) for name in names)
+
+
+def _size_bytes(path: Path) -> int:
+    try:
+        return path.lstat().st_size
+    except FileNotFoundError:
+        return 0  # a file that another process just removed

@@ -1,0 +1,343 @@
+"""A store: one directory that remembers recordings.
+
+segments/        the truth: append-only files of records (memdb/segments.py)
+catalog.sqlite   the index of the truth (memdb/catalog.py)
+state/           encoder states (memdb/state.py)
+captions.lance/  keys/   derived from the truth by their owners
+locks/           flock files (memdb/locks.py)
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from memdb.catalog import Catalog
+from memdb.codecs.planes import element_bytes
+from memdb.contents import caption_from, digests_from, keys_from
+from memdb.database import CATALOG
+from memdb.digest import TIERS, check_digest, recording_hash
+from memdb.locks import FileLock, is_held
+from memdb.records import read_body, read_exactly, read_record
+from memdb.roll_forward import lost_recording, roll_forward
+from memdb.schemas.errors import (
+    CorruptionError,
+    EncodingMismatch,
+    ModelMismatch,
+    NotAStore,
+    SourceMismatch,
+    StoreError,
+    UnknownRecording,
+    UsageError,
+)
+from memdb.schemas.fingerprint import ModelIdentity
+from memdb.schemas.recording import check_name
+from memdb.schemas.rows import Part, RecordingRow, RecordingSpec
+from memdb.schemas.rows import UnitRow as UnitRow
+from memdb.schemas.units import Caption
+from memdb.segments import SEGMENT_BYTES_MAX, reading, sync_folder
+from memdb.state import StateFiles
+from memdb.writer import OwnSegment, RecordingWriter, begin_segment
+
+FOLDERS = ("segments", "state", "locks", "keys", "captions.lance")
+
+
+class Store:
+    """An open store, usable by several threads. One opened for reading changes nothing on disk."""
+
+    def __init__(self, path: Path, catalog: Catalog, *, write: bool) -> None:
+        """Use `Store.open`."""
+        self.path = path
+        self.store_id = catalog.store_id
+        self._catalog = catalog
+        self._write = write
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, create: bool = False, write: bool = False) -> Store:
+        """Open the store in a directory; with `create` make it first where the directory is missing or empty.
+
+        Raises NotAStore, FormatVersionError, CorruptionError, StoreError.
+        """
+        folder = Path(path).absolute()
+        if not _has_catalog(folder):
+            if not create:
+                raise NotAStore(_how_to_get_a_store(folder))
+            _create(folder)
+        for name in (CATALOG, *FOLDERS):
+            if (folder / name).is_symlink():
+                raise StoreError(f"{folder / name} is a symbolic link: a store holds none")
+        return cls(folder, Catalog(folder / CATALOG, write=write), write=write)
+
+    def close(self) -> None:
+        """Close. Writers are closed by whoever opened them."""
+        self._catalog.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def segments_path(self) -> Path:
+        return self.path / "segments"
+
+    @property
+    def catalog(self) -> Catalog:
+        """For verify and stats, which look at every row."""
+        return self._catalog
+
+    # The model
+
+    @property
+    def model(self) -> ModelIdentity | None:
+        return self._catalog.model()
+
+    def bind_model(self, identity: ModelIdentity) -> None:
+        """Make this the store's model, or check that it is. The first that was bound stays."""
+        bound = self._catalog.bind_model(identity) if self._write else self._catalog.model()
+        if bound is not None and bound.fingerprint != identity.fingerprint:
+            raise ModelMismatch(
+                f"the store was made with the model {bound.spec!r} ({bound.fingerprint[:12]}), not with "
+                f"{identity.spec!r} ({identity.fingerprint[:12]}): use --model {bound.spec}, or another --store"
+            )
+
+    # Recordings
+
+    def recordings(self) -> list[RecordingRow]:
+        """All recordings by name."""
+        return self._catalog.recordings()
+
+    def recording(self, name: str) -> RecordingRow:
+        """Raises UnknownRecording, which lists the names that there are."""
+        rows = self._catalog.recordings()
+        for row in rows:
+            if row.name == name:
+                return row
+        names = ", ".join(repr(row.name) for row in rows) or "none yet"
+        raise UnknownRecording(f"no recording is named {name!r}: there are {names}")
+
+    def recording_by_id(self, recording_id: str) -> RecordingRow:
+        return self._catalog.by_id(recording_id)
+
+    def state(self, recording_id: str) -> StateFiles:
+        """The saved encoder states of a recording."""
+        spec = self._catalog.by_id(recording_id).spec
+        return StateFiles(self.path / "state", recording_id, spec.encoding_fingerprint)
+
+    def lock_path(self, recording_id: str) -> Path:
+        return self.path / "locks" / f"{recording_id}.lock"
+
+    def is_written(self, recording_id: str) -> bool:
+        """Whether a writer has the recording open, in any process."""
+        return is_held(self.lock_path(recording_id))
+
+    # Units
+
+    def units(
+        self,
+        recording_id: str,
+        *,
+        start_ns: int | None = None,
+        end_ns: int | None = None,
+        first: int | None = None,
+        last: int | None = None,
+    ) -> list[UnitRow]:
+        """Units that overlap `[start_ns, end_ns)` and are numbered `first` to `last`, both included; by number."""
+        recording = self._catalog.by_id(recording_id)
+        low = max(0, first or 0)
+        high = recording.units if last is None else min(recording.units, last + 1)
+        if start_ns is not None:
+            low = max(low, self._catalog.first_unit(recording, lambda unit: unit.end_ns > start_ns))
+        if end_ns is not None:
+            high = min(high, self._catalog.first_unit(recording, lambda unit: unit.start_ns >= end_ns))
+        return list(self._catalog.units(recording_id, low, high))
+
+    def unit(self, recording_id: str, number: int) -> UnitRow:
+        recording = self._catalog.by_id(recording_id)
+        if not 0 <= number < recording.units:
+            raise UsageError(
+                f"recording {recording.name!r} has {recording.units} units, none is number {number}"
+            )
+        return self._catalog.unit(recording_id, number)
+
+    def units_after(
+        self,
+        commit_id: int,
+        *,
+        recording_id: str | None = None,
+        captions_only: bool = False,
+        limit: int | None = None,
+    ) -> list[UnitRow]:
+        """Units with a larger commit id, in order of commit. Each unit has a commit id of its own."""
+        recordings = [self._catalog.by_id(recording_id)] if recording_id else self._catalog.recordings()
+        rows = self._catalog.units_after(commit_id, recordings)
+        return list(islice((row for row in rows if row.has_caption or not captions_only), limit))
+
+    def last_commit(self) -> int:
+        """The commit id of the last unit, of whatever recording; 0 without."""
+        return self._catalog.last_commit()
+
+    # Parts
+
+    def read_caption(self, row: UnitRow) -> Caption:
+        """The caption of a unit that has one, verified. Raises CorruptionError."""
+        said = self._part(row, Part.CAPTION)
+        if said is None:
+            raise StoreError(f"unit {row.number} has no caption")
+        return caption_from(row, said, self._part(row, Part.VECTOR) or b"")
+
+    def read_keyframe(self, row: UnitRow) -> bytes | None:
+        """The JPEG of a unit, verified. Raises CorruptionError."""
+        return self._part(row, Part.KEYFRAME)
+
+    def read_keys(self, row: UnitRow) -> npt.NDArray[np.float16] | None:
+        """(L, blocks, H*D) representative keys of a unit, verified. Raises CorruptionError."""
+        data = self._part(row, Part.KEYS)
+        return None if data is None else keys_from(row, data)
+
+    def _part(self, row: UnitRow, part: Part) -> bytes | None:
+        span = row.parts.get(part)
+        if span is None:
+            return None
+        with reading(self.segments_path, row.segment) as segment:
+            data = read_exactly(segment.fd, span.offset, span.length, segment.size_bytes, file=segment.file)
+        if xxhash.xxh3_64_intdigest(data) != span.xxh3:
+            raise CorruptionError(
+                f"{segment.file}: the {part.name.lower()} of unit {row.number} is damaged", file=segment.file
+            )
+        return data
+
+    # Writing
+
+    def writer(
+        self,
+        spec: RecordingSpec,
+        *,
+        now_ns: int | None = None,
+        segment_bytes_max: int = SEGMENT_BYTES_MAX,
+    ) -> RecordingWriter:
+        """Begin a recording, or go on with the one of this name. Rolls forward what a killed writer left.
+
+        Raises LockedError where another writer has it, EncodingMismatch, SourceMismatch, ModelMismatch.
+        """
+        check_name(spec.name)
+        if not self._write:
+            raise StoreError("the store is open for reading: open it with write=True")
+        self.bind_model(spec.model)
+        catalog = Catalog(self.path / CATALOG, write=True)
+        lock: FileLock | None = None
+        segment: OwnSegment | None = None
+        try:
+            # Names are looked up and made under one lock, held for a moment.
+            with FileLock(self.path / "locks" / "names.lock", held_message="", wait=True):
+                found = catalog.find(spec.name)
+                recording_id = found.id if found else lost_recording(catalog, self.segments_path, spec.name)
+                recording_id = recording_id or uuid.uuid4().hex
+                lock = FileLock(
+                    self.lock_path(recording_id),
+                    held_message=f"another process writes recording {spec.name!r}: wait for it, or name another",
+                )
+                roll_forward(catalog, self.segments_path, recording_id)
+                found = catalog.find(spec.name)
+                if found is None:
+                    created_ns = time.time_ns() if now_ns is None else now_ns
+                    segment = begin_segment(catalog, self.segments_path, recording_id, 0, spec, created_ns)
+                    found = catalog.by_id(recording_id)
+            _check_same(found, spec)
+            return RecordingWriter(
+                catalog, self.segments_path, lock, found, segment, segment_bytes_max=segment_bytes_max
+            )
+        except BaseException:
+            if segment is not None:
+                segment.close()
+            if lock is not None:
+                lock.close()
+            catalog.close()
+            raise
+
+
+def recording_digest(store: Store, name: str, tier: str = "all") -> str:
+    """The digest of a recording's content, computed anew from the bytes on disk: hex.
+
+    `kv` ignores captions and key frames, `captions` ignores KV and key frames. Each unit is compared with the
+    digest with which it was first written. Raises CorruptionError, UnknownRecording, UsageError.
+    """
+    if tier not in TIERS:
+        raise UsageError(f"unknown tier {tier!r}: choose one of {', '.join(TIERS)}")
+    recording = store.recording(name)
+    size = element_bytes(recording.spec.recipe.codec, recording.spec.dtype)
+    digests: list[bytes] = []
+    for row in store.catalog.units(recording.id, 0, recording.units):
+        with reading(store.segments_path, row.segment) as segment:
+            record = read_record(segment.fd, row.offset, segment.size_bytes, file=segment.file)
+            body = read_body(segment.fd, record, segment.size_bytes, file=segment.file)
+        found = digests_from(row, body, size)
+        check_digest(row, found)
+        digests.append(found.of(tier))
+    return recording_hash(digests)
+
+
+def _check_same(found: RecordingRow, spec: RecordingSpec) -> None:
+    """Whether a recording may go on with this spec."""
+    known = found.spec
+    if known.encoding_fingerprint != spec.encoding_fingerprint or known.recipe.write != spec.recipe.write:
+        raise EncodingMismatch(
+            f"recording {found.name!r} was encoded in another way (recipe {known.recipe.name!r}, codec "
+            f"{known.recipe.codec!r}, {known.sample_fps:g} frames/s, seed {known.seed}, {known.dtype}): "
+            "give the same settings, or another --recording"
+        )
+    if known.source != spec.source and not (known.live or spec.live):
+        raise SourceMismatch(
+            f"recording {found.name!r} was made from another film ({known.source_name!r}, "
+            f"{known.source.size_bytes} bytes): give that one, or another --recording"
+        )
+
+
+def _has_catalog(folder: Path) -> bool:
+    try:
+        return (folder / CATALOG).stat().st_size > 0
+    except FileNotFoundError:
+        if (folder / "segments").is_dir() and any((folder / "segments").iterdir()):
+            raise CorruptionError(f"{folder}: its {CATALOG} is missing", file=CATALOG) from None
+        return False
+    except OSError as error:
+        raise NotAStore(f"{folder} cannot be opened: {error.strerror}") from None
+
+
+def _how_to_get_a_store(folder: Path) -> str:
+    if folder.is_dir():
+        return f"{folder} holds no store: name another folder, or make one with memdb ingest FILM --store {folder}"
+    if folder.exists():
+        return f"{folder} is a file, not a store: name the folder of a store"
+    return f"there is no store at {folder}: make one with memdb ingest FILM --store {folder}"
+
+
+def _create(folder: Path) -> None:
+    """Make an empty store. Taken up again where a process died in the middle; refused beside foreign files."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        foreign = sorted(
+            name for name in os.listdir(folder) if name not in FOLDERS and not name.startswith(CATALOG)
+        )
+        if foreign:
+            raise NotAStore(
+                f"{folder} is not empty and holds no store ({foreign[0]!r} lies in it): name a new folder"
+            )
+        for name in ("segments", "state", "locks"):
+            (folder / name).mkdir(exist_ok=True)
+        Catalog.create(folder / CATALOG, store_id=uuid.uuid4().hex, created_ns=time.time_ns())
+        sync_folder(folder)
+        sync_folder(folder.parent)
+    except OSError as error:
+        raise StoreError(f"cannot make a store at {folder}: {error.strerror}") from error

@@ -1,0 +1,251 @@
+"""The writer of a recording: one commit after another, each safe before it is acknowledged."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from memdb.catalog import Catalog, SegmentRow
+from memdb.contents import check_unit, encode_unit
+from memdb.locks import FileLock
+from memdb.records import Buffer, Kind, Record, encode
+from memdb.schemas.errors import StoreError
+from memdb.schemas.format import FORMAT_VERSION
+from memdb.schemas.recording import Gap
+from memdb.schemas.rows import RecordingRow, RecordingSpec
+from memdb.schemas.units import Table, Unit
+from memdb.segments import SEGMENT_BYTES_MAX, SegmentWriter, segment_files, segment_name
+
+# Makes the buffers of a record and the record, given where it begins and the footer hash before it.
+_Encode = Callable[[int, bytes], tuple[list[Buffer], Record]]
+
+
+class RecordingWriter:
+    """Appends to one recording and alone may. Made by `Store.writer`.
+
+    The order of a commit: bytes and footers, one fdatasync, one SQLite transaction, and only then the return.
+    Whatever fails between ends the writer: every later call raises StoreError. What is whole on the disk by
+    then comes back when the next writer opens.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        folder: Path,
+        lock: FileLock,
+        recording: RecordingRow,
+        segment: OwnSegment | None = None,
+        *,
+        segment_bytes_max: int = SEGMENT_BYTES_MAX,
+    ) -> None:
+        """`segment` is the one that made the recording, if this writer did; else one is made when needed."""
+        self.recording = recording  # as it was when the writer opened
+        self._row = recording
+        self._catalog = catalog
+        self._folder = folder
+        self._file_lock = lock
+        self._segment_bytes_max = segment_bytes_max
+        self._segment = segment
+        self._broken = ""
+        self._lock = threading.RLock()
+        self._scale_widths = _last_scale_widths(catalog, recording)
+
+    @property
+    def next_unit(self) -> int:
+        return self._row.units
+
+    @property
+    def watermark_ns(self) -> int:
+        return self._row.watermark_ns
+
+    def append(self, units: Sequence[Unit]) -> int:
+        """Commit units as one. Returns the commit id of the last of them.
+
+        Their numbers go on where the recording ends, and neither their starts nor their ends go back in time.
+        Raises StoreError for units that do not, and then nothing was written.
+        """
+        with self._lock:
+            self._check(units)
+            fingerprint = self._row.spec.encoding_fingerprint
+
+            def encoder(unit: Unit) -> _Encode:
+                return lambda offset, previous: encode_unit(
+                    unit, offset=offset, previous=previous, encoding_fingerprint=fingerprint
+                )
+
+            self._commit([encoder(unit) for unit in units])
+            for unit in units:
+                if unit.kv is not None:
+                    self._scale_widths |= _scale_widths(unit.kv.slices)
+            return self._row.last_commit
+
+    def gap(self, start_ns: int, end_ns: int, reason: str) -> None:
+        """Record that the source gave nothing in a span. A gap that is recorded already is passed over."""
+        gap = Gap(start_ns, end_ns, reason)
+        with self._lock:
+            if end_ns <= start_ns:
+                raise StoreError(f"a gap from {start_ns} to {end_ns} ns spans nothing")
+            if gap not in self._row.gaps:
+                meta = {"start_ns": start_ns, "end_ns": end_ns, "reason": reason}
+                self._commit([self._event(Kind.GAP, len(self._row.gaps), meta)])
+
+    def epoch(self, number: int, first_unit: int, reason: str) -> None:
+        """Record that units from `first_unit` on were encoded from a fresh window.
+
+        The numbers grow. An epoch that is recorded already is passed over, whatever the reason.
+        """
+        with self._lock:
+            known = self._row.epochs
+            if any((epoch.number, epoch.first_unit) == (number, first_unit) for epoch in known):
+                return
+            if known and (number <= known[-1].number or first_unit < known[-1].first_unit):
+                raise StoreError(f"epoch {number} from unit {first_unit} on cannot follow {known[-1]}")
+            meta: dict[str, object] = {"epoch": number, "first_unit": first_unit, "reason": reason}
+            self._commit([self._event(Kind.EPOCH, len(known), meta)])
+
+    def end(self, media_end_ns: int) -> None:
+        """Record that the source ended. Units may follow (a file that grew): then the end no longer counts."""
+        with self._lock:
+            if self._row.end_ns != media_end_ns:
+                meta: dict[str, object] = {"media_end_ns": media_end_ns, "units": self._row.units}
+                self._commit([self._event(Kind.END, self._catalog.end_count(self._row.id), meta)])
+
+    def scale_widths(self) -> dict[int, int]:
+        """Layer to bytes of a scale in the last units: the width, once raised, stays. {} at the start."""
+        with self._lock:
+            return dict(self._scale_widths)
+
+    def close(self) -> None:
+        """Free the recording and empty the WAL. What was acknowledged is safe without."""
+        with self._lock:
+            if self._segment is not None:
+                self._segment.close()
+                self._segment = None
+            if not self._broken:
+                self._broken = "it is closed"
+                self._catalog.database.checkpoint()
+            self._catalog.close()
+            self._file_lock.close()
+
+    def __enter__(self) -> RecordingWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check(self, units: Sequence[Unit]) -> None:
+        if not units:
+            raise StoreError("nothing to append")
+        expected, start_ns, end_ns = self._row.units, 0, self._row.watermark_ns
+        if expected:
+            start_ns = self._catalog.unit(self._row.id, expected - 1).start_ns
+        for unit in units:
+            if unit.number != expected:
+                raise StoreError(f"unit {unit.number} cannot follow {expected} units of {self._row.name!r}")
+            if unit.start_ns < start_ns or unit.end_ns < end_ns:
+                raise StoreError(f"unit {unit.number} goes back in time, to {unit.start_ns} ns")
+            check_unit(unit)
+            expected, start_ns, end_ns = expected + 1, unit.start_ns, unit.end_ns
+
+    def _event(self, kind: Kind, number: int, meta: dict[str, object]) -> _Encode:
+        return lambda offset, previous: encode(kind, number, meta, offset=offset, previous=previous)
+
+    def _commit(self, encoders: Sequence[_Encode]) -> None:
+        """Write, make safe, index: all of it, or the writer ends."""
+        if self._broken:
+            raise StoreError(f"the writer of {self._row.name!r} ended: {self._broken}: open another")
+        try:
+            if self._segment is None or self._segment.end_bytes >= self._segment_bytes_max:
+                self._next_segment()
+            assert self._segment is not None
+            buffers, records = _encode_all(encoders, self._segment)
+            self._segment.append(buffers)
+            self._segment.sync()
+            self._row = self._catalog.apply(self._row.id, self._segment.row(records[-1]), records)
+        except BaseException as error:
+            self._broken = f"{type(error).__name__}: {error}"
+            if isinstance(error, OSError):
+                raise StoreError(
+                    f"cannot write to segments/: {error.strerror}: what was acknowledged is safe; check the disk, "
+                    "then run the same ingest again"
+                ) from error
+            raise
+
+    def _next_segment(self) -> None:
+        if self._segment is not None:
+            self._segment.close()
+            self._segment = None
+        sequence = 1 + max(
+            (found for found, _ in segment_files(self._folder).get(self._row.id, [])), default=-1
+        )
+        self._segment = begin_segment(
+            self._catalog, self._folder, self._row.id, sequence, self._row.spec, self._row.created_ns
+        )
+
+
+class OwnSegment(SegmentWriter):
+    """The segment of a writer, with the footer hash that its next record repeats."""
+
+    def __init__(self, folder: Path, recording_id: str, sequence: int) -> None:
+        super().__init__(folder, segment_name(recording_id, sequence))
+        self.recording_id = recording_id
+        self.sequence = sequence
+        self.footer_hash = b""
+
+    def row(self, last: Record) -> SegmentRow:
+        """Its row once `last` is its last record."""
+        self.footer_hash = last.footer_hash
+        return SegmentRow(self.recording_id, self.sequence, self.name, last.end, last.footer_hash)
+
+
+def begin_segment(
+    catalog: Catalog, folder: Path, recording_id: str, sequence: int, spec: RecordingSpec, created_ns: int
+) -> OwnSegment:
+    """A new segment file with its header, safe on the disk and in the catalog. The first makes the recording."""
+    meta: dict[str, object] = {
+        "format": FORMAT_VERSION,
+        "store_id": catalog.store_id,
+        "recording_id": recording_id,
+        "created_ns": created_ns,
+        "spec": spec.as_json(),
+        "policy": {},
+        "replaces": [],
+    }
+    buffers, header = encode(Kind.HEADER, sequence, meta, offset=0, previous=b"")
+    segment = OwnSegment(folder, recording_id, sequence)
+    try:
+        segment.append(buffers)
+        segment.sync_new()
+        catalog.apply(recording_id, segment.row(header), [header])
+    except BaseException:
+        segment.close()
+        raise
+    return segment
+
+
+def _encode_all(encoders: Sequence[_Encode], segment: OwnSegment) -> tuple[list[Buffer], list[Record]]:
+    buffers: list[Buffer] = []
+    records: list[Record] = []
+    offset, previous = segment.end_bytes, segment.footer_hash
+    for encoder in encoders:
+        pieces, record = encoder(offset, previous)
+        buffers += pieces
+        records.append(record)
+        offset, previous = record.end, record.footer_hash
+    return buffers, records
+
+
+def _scale_widths(slices: Table) -> dict[int, int]:
+    return {int(row["layer"]): int(row["scale_bytes"]) for row in slices}
+
+
+def _last_scale_widths(catalog: Catalog, recording: RecordingRow) -> dict[int, int]:
+    for number in range(recording.units - 1, -1, -1):
+        widths = _scale_widths(catalog.unit(recording.id, number).slices)
+        if widths:
+            return widths
+    return {}
