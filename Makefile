@@ -1,4 +1,7 @@
 # make demo | test | check | soak: each sets up .venv first, in a fresh clone with nothing installed by hand.
+#   make test ARGS="tests/test_layout.py -k bare"      any argument of pytest
+#   make demo SEED=3
+#   make test PYTHON=python3.12                        which Python the environment is made of, the first time
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,20 +12,24 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 install: $(VENV)/.installed
 
-# torch goes first: with it in place nothing that follows can pull a CUDA build of another version.
+# torch goes first: with it in place nothing that follows can pull another build of it.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
 demo: install
 	$(BIN)/memdb demo $(if $(SEED),--seed $(SEED))
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(ARGS)
 
-check: install lint types test
+# One after the other also under make -j: the quick checks come first.
+check: install
+	$(MAKE) lint
+	$(MAKE) types
+	$(MAKE) test
 
 lint: install
 	$(BIN)/ruff check .
@@ -33,7 +40,7 @@ types: install
 	$(BIN)/python -m tools.check_types
 
 soak: install
-	$(BIN)/python -m pytest -m soak -o addopts='-q --strict-markers' -p no:cacheprovider
+	$(BIN)/python -m pytest -o addopts='-q --strict-markers' -m soak $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
