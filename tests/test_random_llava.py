@@ -211,6 +211,20 @@ def test_a_configuration_file_overrides_the_preset(tmp_path: Path) -> None:
     assert model.config.video_token_index == TOKENIZER.video_token_id
 
 
+def test_a_configuration_may_name_a_preset_and_scale_its_positions() -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 8192}
+    config = random_config({"size": "20m", "text_config": {"rope_parameters": yarn}})
+    assert config.text_config.hidden_size == random_config(size="20m").text_config.hidden_size
+    assert config.text_config.rope_parameters["rope_type"] == "yarn"
+
+
+def test_tied_embeddings_are_not_made_faint() -> None:
+    model, _ = random_llava({"text_config": {"tie_word_embeddings": True}})
+    table = model.get_input_embeddings().weight
+    assert model.lm_head.weight.data_ptr() == table.data_ptr()
+    assert table[:WORDS_FIRST].std().item() == pytest.approx(table[WORDS_FIRST:].std().item(), rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [

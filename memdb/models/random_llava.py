@@ -119,9 +119,9 @@ def random_llava(
 
     `size` is a preset: "tiny" (3 million parameters, 4 layers, 4 query and 2 KV heads of size 64, 16 tokens a
     frame), "20m" (64 tokens a frame) or "7b" (the shapes of llava-onevision-qwen2-7b; 16 GB in bf16).
-    `config` has the form of a checkpoint's config.json and overrides the preset field by field; the ids of
-    special tokens are always the tokenizer's. Raises UnsupportedModel with the reason where that makes no
-    model that memdb can run. The caller's random state stays as it was.
+    `config` has the form of a checkpoint's config.json, may name a preset as its "size", and overrides it field
+    by field; the ids of special tokens are always the tokenizer's. Raises UnsupportedModel with the reason
+    where that makes no model that memdb can run. The caller's random state stays as it was.
     """
     tokenizer = build_tokenizer() if words is None else build_tokenizer(words)
     composed = random_config(config, size=size, tokenizer=tokenizer)
@@ -195,10 +195,11 @@ def random_config(
     config: Fields | None = None, *, size: str = "tiny", tokenizer: PreTrainedTokenizerFast | None = None
 ) -> LlavaOnevisionConfig:
     """The preset `size` with the fields of `config` put over it, checked. See `random_llava`."""
+    given = dict(config or {})
+    size = str(given.pop("size", size))
     if size not in SIZES:
         raise UnsupportedModel(f"unknown size {size!r}: choose one of {', '.join(SIZES)}")
     tokenizer = tokenizer or build_tokenizer()
-    given = dict(config or {})
     vision = _merged("vision_config", "siglip_vision_model", SIZES[size], given.pop("vision_config", {}))
     text = _merged("text_config", "qwen2", SIZES[size], given.pop("text_config", {}))
     _refuse_unknown("the configuration", given, set(LlavaOnevisionConfig().to_dict()) | {"torch_dtype"})
