@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib import metadata, util
+from importlib import import_module, metadata, util
 from pathlib import Path
 from typing import Any, Literal
 
@@ -129,11 +129,11 @@ def _torchvision() -> list[Check]:
     if util.find_spec("torchvision") is None:
         return [Check("torchvision", "ok", "not installed; not needed")]
     try:
-        import torchvision
+        version = import_module("torchvision").__version__
     except Exception as error:  # a build for another torch raises RuntimeError, OSError or ImportError
         reason = str(error).strip().split("\n")[0]
         return [Check("torchvision", "bad", f"broken: {reason}"[:200], "pip uninstall torchvision")]
-    return [Check("torchvision", "ok", f"{torchvision.__version__}; not needed")]
+    return [Check("torchvision", "ok", f"{version}; not needed")]
 
 
 def _cuda() -> list[Check]:
