@@ -119,7 +119,7 @@ def random_llava(
 
     `size` is a preset: "tiny" (3 million parameters, 4 layers, 4 query and 2 KV heads of size 64, 16 tokens a
     frame), "20m" (64 tokens a frame) or "7b" (the shapes of llava-onevision-qwen2-7b, 16 GB in bf16).
-    `config` has the form of a checkpoint's config.json, may name a preset as its "size" and overrides it field
+    `config` has the form of a checkpoint's config.json, may name a preset as "size" and overrides it field
     by field; the ids of special tokens are always the tokenizer's. Raises UnsupportedModel with the reason
     where that makes no model that memdb can run. The caller's random state stays as it was.
     """
