@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from memdb.schemas.errors import CorruptionError
+from memdb.schemas.errors import CorruptionError, UsageError
 from memdb.schemas.units import BLOCK_DTYPE, SLICE_DTYPE, BlockKind, Caption
 
 RECORDING = "0123456789abcdef0123456789abcdef"
 OTHER = "f" * 32
+ENCODER = "a-test-encoder"
 SECOND_NS = 1_000_000_000
 
 
@@ -35,6 +37,7 @@ class FakeStore:
     keys: dict[tuple[str, int], Any] = field(default_factory=dict)
     captions: dict[tuple[str, int], Caption] = field(default_factory=dict)
     damaged: set[tuple[str, int]] = field(default_factory=set)
+    encoders: dict[str, str] = field(default_factory=lambda: {RECORDING: ENCODER, OTHER: ENCODER})
     caption_reads: int = 0
 
     def add(
@@ -74,6 +77,22 @@ class FakeStore:
             self.captions[recording_id, number] = Caption(text, (), np.asarray(vector, np.float32))
         self.rows.append(row)
         return row
+
+    def recordings(self) -> list[Any]:
+        """As many of a catalog's recordings, with as much of each, as the caption tier asks for."""
+        last = {row.recording_id: row.commit_id for row in self.rows}
+        return [
+            SimpleNamespace(
+                id=name, last_commit=commit, spec=SimpleNamespace(caption_encoder=self.encoders.get(name))
+            )
+            for name, commit in last.items()
+        ]
+
+    def unit(self, recording_id: str, number: int) -> FakeRow:
+        rows = self.units(recording_id, first=number, last=number)
+        if not rows:
+            raise UsageError(f"no unit {number}")
+        return rows[0]
 
     def last_commit(self) -> int:
         return self.rows[-1].commit_id if self.rows else 0

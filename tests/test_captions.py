@@ -1,0 +1,455 @@
+"""A caption search finds the same, however much of it the table answers and whatever became of the table."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_store import ENCODER, OTHER, RECORDING, SECOND_NS, FakeStore
+from memdb.schemas.errors import CorruptionError, ModelMismatch, UsageError
+
+from memdb import caption_table
+from memdb.bm25 import words_of
+from memdb.caption_table import CaptionTable, table_file
+from memdb.captions import CaptionIndex
+from memdb.locks import FileLock
+
+E = 8
+COLOURS = ["red", "blue", "green"]
+SHAPES = ["star", "circle", "square", "triangle"]
+
+
+def filled(path: Path, captions: int = 60) -> FakeStore:
+    """Captions of two recordings in turn; some said twice, some units without."""
+    (path / "locks").mkdir()
+    store, rng = FakeStore(path), np.random.default_rng(0)
+    for at in range(captions):
+        name = RECORDING if at % 3 else OTHER
+        if at % 7 == 5:
+            store.add(recording_id=name)  # nothing was said
+        elif at % 10 == 9:
+            said = store.captions[RECORDING, 0]
+            store.add(recording_id=name, text=said.text, vector=said.vector)
+        else:
+            text = f"a {COLOURS[at % 3]} {SHAPES[at % 4]} passes" + " slowly" * (at % 5)
+            store.add(recording_id=name, text=text, vector=rng.standard_normal(E))
+    return store
+
+
+@pytest.fixture
+def store(tmp_path):
+    return filled(tmp_path)
+
+
+def indexed_to(store: FakeStore, commit_id: int) -> CaptionIndex:
+    """An index whose table holds the captions up to a commit."""
+    rows, later = store.rows, []
+    store.rows, later = [row for row in rows if row.commit_id <= commit_id], rows
+    index = CaptionIndex(store.path)
+    index.index_captions(store, ENCODER, flush=True)
+    store.rows = later
+    return index
+
+
+def captioned(store: FakeStore, take=lambda row: True) -> list:
+    return [row for row in store.rows if row.has_caption and take(row)]
+
+
+def by_cosine(store: FakeStore, vector, rows) -> list[tuple[str, int]]:
+    """The definition: every cosine in fp64, best first, of equals the one committed first."""
+
+    def score(row) -> float:
+        v = np.asarray(store.captions[row.recording_id, row.number].vector, np.float64)
+        q = vector.astype(np.float64)
+        return float((v * q).sum()) / float(np.sqrt((v * v).sum() * (q * q).sum()))
+
+    ranked = sorted(rows, key=lambda row: (-score(row), row.commit_id))
+    return [(row.recording_id, row.number) for row in ranked]
+
+
+def places(hits) -> list[tuple[str, int]]:
+    return [(hit.recording_id, hit.unit) for hit in hits]
+
+
+def digest(path: Path) -> str:
+    total = hashlib.sha256()
+    for file in sorted(path.rglob("*")):
+        total.update(str(file).encode())
+        if file.is_file():
+            total.update(file.read_bytes())
+    return total.hexdigest()
+
+
+VECTOR = np.random.default_rng(1).standard_normal(E).astype(np.float32)
+LAGS = [0, 1, 20, 33, 60]
+
+
+@pytest.mark.parametrize("lag_commit", LAGS)
+@pytest.mark.parametrize("limit", [1, 7, 100])
+def test_vectors_come_in_the_order_of_their_cosines_at_any_lag(store, lag_commit, limit):
+    index = indexed_to(store, lag_commit)
+    hits = index.search(store, ENCODER, vector=VECTOR, limit=limit)
+    assert places(hits) == by_cosine(store, VECTOR, captioned(store))[:limit]
+    assert {hit.how for hit in hits} == {"vector"}
+    assert hits.tail_units == sum(row.commit_id > hits.indexed_commit for row in captioned(store))
+    assert hits.warnings == ()
+
+
+def test_captions_said_twice_score_the_same_whoever_found_them(store):
+    said = store.captions[RECORDING, 0]
+    index = indexed_to(store, 30)
+    hits = index.search(store, ENCODER, vector=said.vector, limit=6)
+    copies = [
+        row for row in captioned(store) if store.captions[row.recording_id, row.number].text == said.text
+    ]
+    copies = [
+        row
+        for row in copies
+        if np.array_equal(store.captions[row.recording_id, row.number].vector, said.vector)
+    ]
+    assert len({hit.score for hit in hits[: len(copies)] if hit.score > 1 - 1e-9}) == 1
+    assert places(hits)[: len(copies)] == [(row.recording_id, row.number) for row in copies]
+
+
+@pytest.mark.parametrize("lag_commit", LAGS)
+@pytest.mark.parametrize("text", ["red star", "STARS!", "blue", "slowly", "passes", "purple"])
+def test_words_find_what_holds_one_of_them_at_any_lag(store, lag_commit, text):
+    index = indexed_to(store, lag_commit)
+    hits = index.search(store, ENCODER, text=text, limit=100)
+    wanted = set(words_of(text))
+
+    def holds(row) -> bool:
+        return bool(wanted & set(words_of(store.captions[row.recording_id, row.number].text)))
+
+    assert set(places(hits)) == {(row.recording_id, row.number) for row in captioned(store, holds)}
+    assert len(set(places(hits))) == len(hits)
+    assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+    assert {hit.how for hit in hits} <= {"text"}
+
+
+@pytest.mark.parametrize("lag_commit", LAGS)
+def test_both_find_the_same_at_any_lag_and_say_how(store, lag_commit):
+    index = indexed_to(store, lag_commit)
+    hits = index.search(store, ENCODER, text="red star", vector=VECTOR, limit=100)
+    assert set(places(hits)) == {(row.recording_id, row.number) for row in captioned(store)}
+    for hit in hits:
+        words = set(words_of(store.captions[hit.recording_id, hit.unit].text))
+        assert hit.how == ("both" if words & {"red", "star"} else "vector")
+
+
+def test_a_caption_first_in_both_lists_comes_first(store):
+    store.add(text="a purple hexagon", vector=VECTOR)
+    for commit in (0, 30, 61):
+        index = indexed_to(store, commit)
+        first = index.search(store, ENCODER, text="the purple hexagon", vector=VECTOR, limit=3)[0]
+        assert (first.unit, first.how) == (store.rows[-1].number, "both")
+        assert first.score == pytest.approx(2 / 61)
+        shutil.rmtree(store.path / "captions.lance", ignore_errors=True)
+
+
+@pytest.mark.parametrize("lag_commit", [0, 25, 60])
+@pytest.mark.parametrize(
+    ("start_s", "end_s"),
+    [(None, None), (10, 20), (10, 10.5), (11, 11), (None, 4), (30, None), (500, None), (20, 10)],
+)
+def test_only_captions_that_overlap_the_span(store, lag_commit, start_s, end_s):
+    start_ns = None if start_s is None else int(start_s * SECOND_NS)
+    end_ns = None if end_s is None else int(end_s * SECOND_NS)
+    inside = captioned(
+        store, lambda r: (end_ns is None or r.start_ns < end_ns) and (start_ns is None or r.end_ns > start_ns)
+    )
+    index = indexed_to(store, lag_commit)
+    for limit in (2, 100):
+        hits = index.search(store, ENCODER, vector=VECTOR, start_ns=start_ns, end_ns=end_ns, limit=limit)
+        assert places(hits) == by_cosine(store, VECTOR, inside)[:limit]
+    hits = index.search(store, ENCODER, text="passes", start_ns=start_ns, end_ns=end_ns, limit=100)
+    assert set(places(hits)) == {(row.recording_id, row.number) for row in inside}
+
+
+@pytest.mark.parametrize("lag_commit", [0, 25, 60])
+def test_recordings_and_a_commit_bound_the_search(store, lag_commit):
+    index = indexed_to(store, lag_commit)
+    mine = captioned(store, lambda row: row.recording_id == OTHER)
+    hits = index.search(store, ENCODER, vector=VECTOR, recordings=[OTHER], limit=100)
+    assert places(hits) == by_cosine(store, VECTOR, mine)
+    early = captioned(store, lambda row: row.commit_id < 20)
+    for query in ({"vector": VECTOR}, {"text": "passes"}):
+        hits = index.search(store, ENCODER, **query, before_commit=20, limit=100)
+        assert set(places(hits)) == {(row.recording_id, row.number) for row in early}
+    assert len(index.search(store, ENCODER, vector=VECTOR, recordings=[])) == 0
+    assert len(index.search(store, ENCODER, vector=VECTOR, recordings=["'; DROP TABLE x"])) == 0
+
+
+ODD = [
+    '"', "'", '"red', "red:star", "red AND", "NOT", "OR OR", "(red", "red)", "red*", "^red", "-red", "--",
+    "+red -star", "red~2", "[a TO b]", "\\", "red\\", "/red/", "red\x00star", "%_", "; DROP TABLE captions",
+    "red " * 500, "赤い星", "é",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_odd_questions_are_plain_words(store, text):
+    index = indexed_to(store, 40)
+    hits = index.search(store, ENCODER, text=text, limit=100)
+    wanted = set(words_of(text))
+    expected = captioned(
+        store, lambda row: wanted & set(words_of(store.captions[row.recording_id, row.number].text))
+    )
+    assert set(places(hits)) == {(row.recording_id, row.number) for row in expected}
+    assert hits.warnings == ()
+
+
+@pytest.mark.parametrize("text", ["", "   ", "?!", None])
+def test_without_a_word_only_the_vector_counts(store, text):
+    index = indexed_to(store, 40)
+    assert len(index.search(store, ENCODER, text=text)) == 0
+    with_vector = index.search(store, ENCODER, text=text, vector=VECTOR, limit=5)
+    assert with_vector.hits == index.search(store, ENCODER, vector=VECTOR, limit=5).hits
+
+
+def test_odd_captions_are_found_or_harmless(tmp_path):
+    (tmp_path / "locks").mkdir()
+    store = FakeStore(tmp_path)
+    for text in ['"; --', "", "x" * 500, "赤い星", "null\x00byte", "café"]:
+        store.add(text=text, vector=np.zeros(E) if text == "" else np.ones(E))
+    store.add(text="not a number", vector=np.full(E, np.nan))
+    for commit in (0, 3, 7):
+        index = indexed_to(store, commit)
+        assert places(index.search(store, ENCODER, text="CAFE")) == [(RECORDING, 5)]
+        assert places(index.search(store, ENCODER, text="星")) == [(RECORDING, 3)]
+        assert places(index.search(store, ENCODER, text="x" * 300)) == [(RECORDING, 2)]
+        assert places(index.search(store, ENCODER, text="number")) == [(RECORDING, 6)]
+        for limit in (3, 100):  # vectors without direction are found by words only, and crowd nobody out
+            hits = index.search(store, ENCODER, vector=VECTOR, limit=limit)
+            assert places(hits) == [(RECORDING, number) for number in (0, 2, 3, 4, 5)][:limit]
+        shutil.rmtree(tmp_path / "captions.lance", ignore_errors=True)
+
+
+def test_a_batch_waits_for_its_rows_and_a_flush_does_not(tmp_path):
+    store = filled(tmp_path, 20)
+    index = CaptionIndex(tmp_path)
+    assert index.index_captions(store, ENCODER) == 0
+    assert not (tmp_path / table_file(ENCODER)).exists()
+    assert index.index_captions(store, ENCODER, flush=True) == len(captioned(store))
+    assert index.index_captions(store, ENCODER, flush=True) == 0
+    assert index.search(store, ENCODER, vector=VECTOR).indexed_commit == captioned(store)[-1].commit_id
+
+
+def rows_in_table(store: FakeStore) -> list[int]:
+    table = CaptionTable.open(store.path, ENCODER)
+    return sorted(table._table.to_arrow().column("commit_id").to_pylist())
+
+
+@pytest.mark.parametrize("dies_in", ["before", "after", "maintain"])
+def test_an_add_that_died_leaves_nothing_twice(store, monkeypatch, dies_in):
+    class Killed(BaseException):
+        pass
+
+    index = indexed_to(store, 20)
+    add, maintain = CaptionTable.add, CaptionTable.maintain
+
+    def dying_add(self, entries):
+        if dies_in == "before":
+            raise Killed
+        done = add(self, entries)
+        if dies_in == "after":
+            raise Killed
+        return done
+
+    def dying_maintain(self):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CaptionTable, "add", dying_add)
+        patch.setattr(CaptionTable, "maintain", dying_maintain)
+        with pytest.raises(Killed):
+            index.index_captions(store, ENCODER, flush=True)
+    assert CaptionTable.maintain is maintain
+    CaptionIndex(store.path).index_captions(store, ENCODER, flush=True)
+    assert rows_in_table(store) == [row.commit_id for row in captioned(store)]
+
+
+def test_only_one_indexes_and_the_other_does_not_wait(store):
+    with FileLock(store.path / "locks" / "derived.lock", held_message=""):
+        assert CaptionIndex(store.path).index_captions(store, ENCODER, flush=True) == 0
+    assert CaptionIndex(store.path).index_captions(store, ENCODER, flush=True) > 0
+
+
+def test_conflicts_are_tried_again_after_a_refresh(store, monkeypatch):
+    index = indexed_to(store, 20)
+    lance_table = type(index._table(ENCODER)._table)
+    add, refreshed = lance_table.add, []
+    failures = [RuntimeError("Retryable commit conflict for version 7"), OSError("Commit conflict")]
+
+    def failing_add(self, data):
+        if failures:
+            error = failures.pop()
+            if isinstance(error, OSError):
+                add(self, data)  # it came through all the same
+            raise error
+        return add(self, data)
+
+    checkout_latest = lance_table.checkout_latest
+    monkeypatch.setattr(lance_table, "add", failing_add)
+    monkeypatch.setattr(
+        lance_table, "checkout_latest", lambda self: (refreshed.append(True), checkout_latest(self))[1]
+    )
+    index.index_captions(store, ENCODER, flush=True)
+    assert len(refreshed) >= 1
+    assert rows_in_table(store) == [row.commit_id for row in captioned(store)]
+
+
+def test_an_error_that_is_no_conflict_is_not_tried_again(store, monkeypatch):
+    table = indexed_to(store, 20)._table(ENCODER)
+    tries = []
+
+    def attempt():
+        tries.append(True)
+        raise ValueError("bad column")
+
+    with pytest.raises(CorruptionError, match="bad column"):
+        table._retrying(attempt)
+    assert len(tries) == 1
+
+
+def test_many_appends_are_merged_and_indexes_kept_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(caption_table, "_FRAGMENTS_MAX", 5)
+    monkeypatch.setattr(caption_table, "_TIME_INDEX_ROWS", 20)
+    whole = filled(tmp_path, 60)
+    index = CaptionIndex(tmp_path)
+    rows, whole.rows = whole.rows, []
+    for row in rows:
+        whole.rows.append(row)
+        if row.has_caption and row.commit_id % 4 == 0:
+            index.index_captions(whole, ENCODER, flush=True)
+    table = index._table(ENCODER)._table
+    assert table.stats()["fragment_stats"]["num_fragments"] < 5
+    assert {column for kept in table.list_indices() for column in kept.columns} == {"words", "start_ns"}
+    hits = index.search(whole, ENCODER, vector=VECTOR, limit=100, start_ns=10 * SECOND_NS)
+    assert places(hits) == by_cosine(whole, VECTOR, captioned(whole, lambda r: r.end_ns > 10 * SECOND_NS))
+    text = index.search(whole, ENCODER, text="star", limit=100)
+    expected = captioned(whole, lambda r: "star" in whole.captions[r.recording_id, r.number].text)
+    assert set(places(text)) == {(row.recording_id, row.number) for row in expected}
+
+
+def test_a_search_changes_no_byte(store):
+    reader = CaptionIndex(store.path)
+    before = digest(store.path)
+    reader.search(store, ENCODER, text="red star", vector=VECTOR)
+    assert digest(store.path) == before  # no table, and none was made
+    indexed_to(store, 40)
+    before = digest(store.path)
+    for query in ({"vector": VECTOR}, {"text": "red star"}, {"text": "red", "vector": VECTOR}):
+        assert len(reader.search(store, ENCODER, **query, start_ns=0)) == 10
+    assert digest(store.path) == before
+
+
+def test_another_process_commits_are_visible(store):
+    reader = indexed_to(store, 20)
+    first = reader.search(store, ENCODER, vector=VECTOR, limit=100)
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[2]); from pathlib import Path; import numpy as np\n"
+        "from memdb.caption_table import CaptionTable, CaptionEntry\n"
+        "table = CaptionTable.open(Path(sys.argv[1]), sys.argv[3])\n"
+        "table.add([CaptionEntry(sys.argv[4], 900, 10_000, 0, 1, 'purple', np.ones(8, np.float32))])\n"
+    )
+    here = str(Path(__file__).parent)
+    arguments = [sys.executable, "-c", script, str(store.path), here, ENCODER, RECORDING]
+    subprocess.run(arguments, check=True, cwd=Path(__file__).parent.parent, env={**os.environ})
+    assert first.indexed_commit < 10_000
+    table = reader._table(ENCODER)
+    assert table.last_commit() == 10_000
+    assert [match.unit for match in table.matching(["purple"], 5, "commit_id > 0")] == [900]
+    # The catalog decides what exists: the row that only the table has is no hit.
+    assert (RECORDING, 900) not in places(
+        reader.search(store, ENCODER, text="purple", vector=VECTOR, limit=100)
+    )
+
+
+def damage(path: Path, how: str) -> None:
+    if how == "versions":
+        shutil.rmtree(path / "_versions")
+    elif how == "data":
+        for file in (path / "data").iterdir():
+            file.write_bytes(b"\x00" * 64)
+    else:
+        for file in path.rglob("*"):
+            if file.is_file():
+                file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("how", ["versions", "data", "halves"])
+def test_a_damaged_table_costs_a_warning_and_no_caption(store, how):
+    expected = indexed_to(store, 60).search(store, ENCODER, vector=VECTOR, limit=100)
+    damage(store.path / table_file(ENCODER), how)
+    reader = CaptionIndex(store.path)
+    before = digest(store.path)
+    hits = reader.search(store, ENCODER, vector=VECTOR, limit=100)
+    assert hits.hits == expected.hits
+    assert len(hits.warnings) == 1
+    assert "one by one" in hits.warnings[0]
+    assert digest(store.path) == before
+    assert CaptionIndex(store.path).index_captions(store, ENCODER) == len(captioned(store))
+    again = reader.search(store, ENCODER, vector=VECTOR, limit=100)
+    assert (again.hits, again.warnings, again.tail_units) == (expected.hits, (), 0)
+
+
+def test_without_lancedb_the_search_is_exact_and_says_so(store, monkeypatch):
+    expected = indexed_to(store, 60).search(store, ENCODER, text="red", vector=VECTOR, limit=100)
+    monkeypatch.setitem(sys.modules, "lancedb", None)
+    hits = CaptionIndex(store.path).search(store, ENCODER, text="red", vector=VECTOR, limit=100)
+    assert set(places(hits)) == set(places(expected))
+    assert "pip install lancedb" in hits.warnings[0]
+
+
+def test_a_table_made_anew_by_another_process_is_taken_up(store):
+    reader = indexed_to(store, 60)
+    expected = reader.search(store, ENCODER, vector=VECTOR, limit=100)
+    shutil.rmtree(store.path / table_file(ENCODER))
+    indexed_to(store, 30)
+    hits = reader.search(store, ENCODER, vector=VECTOR, limit=100)
+    assert (hits.hits, hits.warnings) == (expected.hits, ())
+
+
+def test_a_caption_damaged_in_its_segment_is_left_out(store):
+    broken = captioned(store)[4]
+    store.damaged.add((broken.recording_id, broken.number))
+    index = indexed_to(store, 60)
+    hits = index.search(store, ENCODER, vector=VECTOR, limit=100)
+    assert places(hits) == by_cosine(store, VECTOR, captioned(store, lambda row: row is not broken))
+
+
+def test_encoders_have_tables_of_their_own(store):
+    store.encoders[OTHER] = "another-encoder"
+    index = indexed_to(store, 60)
+    index.index_captions(store, "another-encoder", flush=True)
+    hits = index.search(store, "another-encoder", vector=VECTOR, limit=100)
+    assert {hit.recording_id for hit in hits} == {OTHER}
+    assert {hit.recording_id for hit in index.search(store, ENCODER, text="passes", limit=100)} == {RECORDING}
+    assert len(index.search(store, "no such encoder", vector=VECTOR)) == 0
+
+
+def test_calls_that_make_no_sense_are_refused(store):
+    index = indexed_to(store, 60)
+    with pytest.raises(UsageError, match="at least 1"):
+        index.search(store, ENCODER, text="red", limit=0)
+    with pytest.raises(UsageError, match="finite"):
+        index.search(store, ENCODER, vector=[float("nan")] * E)
+    with pytest.raises(UsageError, match="not all of them 0"):
+        index.search(store, ENCODER, vector=np.zeros(E))
+    with pytest.raises(ModelMismatch, match="3 values"):
+        index.search(store, ENCODER, vector=[1.0, 2.0, 3.0])
+
+
+def test_the_tail_is_read_once(store):
+    index = indexed_to(store, 20)
+    index.search(store, ENCODER, vector=VECTOR, text="red")
+    reads = store.caption_reads
+    index.search(store, ENCODER, vector=VECTOR, text="red")
+    assert store.caption_reads == reads
