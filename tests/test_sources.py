@@ -27,6 +27,7 @@ from film_cases import (
     shown_number,
     stalling,
     truncated,
+    with_late_track,
     write_film,
     write_tone,
 )
@@ -330,7 +331,7 @@ def test_pairs_carry_their_own_times() -> None:
     assert [shown_number(f.image()) for f in frames] == [0, 1, 4]
     assert source.media_end_ns == 3250 * MS
     assert len(source.warnings) == 1
-    assert "2 frames" in source.warnings[0]
+    assert source.warnings[0].endswith("jumps back: 2")
     with pytest.raises(SourceError, match="once"):
         next(source.frames())
 
@@ -601,6 +602,25 @@ def test_damage_in_the_middle_costs_only_the_frames_around_it(
     assert len(source.warnings) == 1
     assert "damaged" in source.warnings[0]
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_track_that_appears_on_the_way_is_passed_over(tmp_path: Path) -> None:
+    path = write_film(tmp_path / "film.ts", [40 * i for i in range(150)], gop=5)
+    assert with_late_track(path) == 3
+    with open_source(path) as source:
+        times = [frame.pts_ns // (40 * MS) for frame in source.frames()]
+    assert times[:90] == list(range(90))
+    assert times[-1] == 149
+    assert len(times) > 140
+
+
+def test_times_that_jump_back_are_left_out_and_counted(tmp_path: Path) -> None:
+    path = write_film(tmp_path / "film.ts", CONSTANT)
+    path.write_bytes(path.read_bytes() * 2)
+    with open_source(path) as source:
+        assert [f.pts_ns // MS for f in source.frames()] == CONSTANT
+        assert source.warnings == ["film.ts: frames left out because their time repeats or jumps back: 30"]
+        assert source.media_end_ns == 1200 * MS
 
 
 def test_a_file_whose_name_looks_like_an_address_is_a_file(

@@ -70,7 +70,7 @@ class Timeline:
     def warnings(self, label: str) -> list[str]:
         if not self.left_out:
             return []
-        return [f"{label}: {self.left_out} frames whose time repeats or jumps back were left out"]
+        return [f"{label}: frames left out because their time repeats or jumps back: {self.left_out}"]
 
 
 def fitted(width: int, height: int) -> tuple[int, int]:

@@ -74,7 +74,8 @@ class Decoder:
 
     def _whole(self) -> Iterator[Picture]:
         for frame in self._decoded():
-            # Error concealment under frame threads depends on their timing: such a picture is not memory.
+            # What ffmpeg made up for what was missing is not memory. Pictures that it mended without a word
+            # stay; with several threads these few may differ from one pass over a damaged film to the next.
             if frame.is_corrupt:
                 self._note_damage()
                 continue
@@ -85,6 +86,8 @@ class Decoder:
         try:
             for packet in self._container.demux(self._stream):
                 yield from self._survived(packet.decode)
+        except IndexError:
+            pass  # PyAV trips, at the very end, over tracks that appeared on the way; ours was flushed before
         except FFmpegError as error:
             self.stopped_by = reason(error)
             # what the decoder's threads still hold was whole

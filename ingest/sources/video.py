@@ -112,7 +112,7 @@ class Video(Source):
             at = format_time(to_s(end_ns))
             self.warnings.append(f"{self._label} breaks off at {at}{why}: what was decoded is kept")
         elif decoder.damaged:
-            self.warnings.append(f"{self._label}: {decoder.damaged} damaged frames were left out")
+            self.warnings.append(f"{self._label}: damaged frames left out: {decoder.damaged}")
 
     def _options(self) -> dict[str, str]:
         return {}
