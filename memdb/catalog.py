@@ -336,7 +336,7 @@ class Catalog:
         return value
 
     @staticmethod
-    def _check_count(table: str, found: int, expected: Value) -> None:
+    def _check_count(table: str, found: int, expected: int) -> None:
         if found != expected:
             raise CorruptionError(f"{CATALOG}: {found} of {expected} rows of {table} are there", file=CATALOG)
 

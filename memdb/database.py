@@ -1,12 +1,13 @@
 """SQLite under the catalog: how it is opened, and rows that carry a checksum.
 
-SQLite sees few of the bits that flip under it, so each row ends with xxh3_64 over its own columns, made when it
-is written and compared whenever it is read. (Rows that vanish whole are the catalog's business: it counts.)
+SQLite sees few of the bits that flip under it, so each row ends with xxh3_64 over its own columns, made when
+it is written and compared whenever it is read. (Rows that vanish are the catalog's business: it counts them.)
 
 Writers open the file plainly, in WAL mode with synchronous=FULL. Readers open it with mode=ro. Measured with
-SQLite 3.40: such a reader leaves the database and a killed writer's WAL as they are, whatever is alive; it may
-create `-shm` and an empty `-wal` and leaves them lying, or rewrite `-shm`. Where it cannot create them (a
-read-only directory) the open fails, and the reader works on a copy in memory, renewed when the files change.
+SQLite 3.40: such a reader leaves the database and a killed writer's WAL as they are, whoever else is alive.
+It makes `-shm` and an empty `-wal` where there are none and leaves them lying, or rewrites `-shm`; the next
+writer to close removes both. Where it cannot make them (a read-only directory) the open fails, and the reader
+works on a copy in memory, renewed when the files change.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ CATALOG = "catalog.sqlite"
 Value = int | str | bytes | None
 _BUSY_S = 30.0
 _SIGNED = 1 << 63
+# What a reader meets where -shm is not there and cannot be made.
+_CANNOT_BE_WRITTEN = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM)
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "meta": ("key", "value"),
@@ -72,7 +75,10 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "ends": ("recording", "number", "media_end_ns", "units"),
 }
 # Table and column names are these constants; values are always parameters.
-_SELECT = {table: f"SELECT {', '.join(names)}, checksum FROM {table} " for table, names in COLUMNS.items()}  # noqa: S608
+_SELECT = {
+    table: f"SELECT {', '.join(names)}, checksum FROM {table} "  # noqa: S608
+    for table, names in COLUMNS.items()
+}
 _INSERT = {
     table: f"INTO {table} ({', '.join(names)}, checksum) VALUES ({', '.join('?' * (len(names) + 1))})"
     for table, names in COLUMNS.items()
@@ -110,7 +116,7 @@ class Database:
             self._connection = self._open_plain() if write else self._open_read_only()
 
     def select(self, table: str, tail: str, parameters: Sequence[Value] = ()) -> list[tuple[Value, ...]]:
-        """Rows of `table`, each verified, without their checksums. `tail` is constant SQL: WHERE, ORDER BY."""
+        """Rows of `table`, each verified, without their checksums. `tail` is constant SQL."""
         with self._lock, _typed():
             self._renew_copy()
             rows = self._connection.execute(_SELECT[table] + tail, parameters).fetchall()
@@ -142,18 +148,16 @@ class Database:
     @contextmanager
     def reading(self) -> Iterator[None]:
         """One short read transaction: everything read inside is of one moment."""
-        with self._lock:
+        with self._lock, _typed():
             if self._connection.in_transaction:
                 yield
                 return
             self._renew_copy()
-            with _typed():
-                self._connection.execute("BEGIN")
+            self._connection.execute("BEGIN")
             try:
                 yield
             finally:
-                with _typed():
-                    self._connection.execute("COMMIT")
+                self._connection.execute("COMMIT")
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -197,20 +201,15 @@ class Database:
         return connection
 
     def _open_read_only(self) -> sqlite3.Connection:
-        connection = _connect(self._path.as_uri() + "?mode=ro")
+        connection: sqlite3.Connection | None = None
         try:
+            connection = _connect(self._path.as_uri() + "?mode=ro")
             connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        except sqlite3.OperationalError as error:
-            connection.close()
-            if _primary_code(error) not in (
-                sqlite3.SQLITE_CANTOPEN,
-                sqlite3.SQLITE_READONLY,
-                sqlite3.SQLITE_PERM,
-            ):
-                raise
-            return self._copy_into_memory()
-        except BaseException:
-            connection.close()
+        except sqlite3.Error as error:
+            if connection is not None:
+                connection.close()
+            if _primary_code(error) in _CANNOT_BE_WRITTEN:
+                return self._copy_into_memory()
             raise
         return connection
 

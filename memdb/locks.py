@@ -1,4 +1,4 @@
-"""Locks of a store: `flock` on files in locks/, taken without waiting and freed by the system at any death."""
+"""Locks of a store: `flock` on files in locks/, taken without waiting, freed by the system at any death."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PROBE_S = 0.05
 class FileLock:
     """An exclusive lock while the object is open. Works between processes and between threads."""
 
-    def __init__(self, path: Path, *, held_message: str, wait: bool = False) -> None:
+    def __init__(self, path: Path, *, held_message: str = "it is locked", wait: bool = False) -> None:
         """Raises LockedError with `held_message` where another holds the lock, unless `wait`."""
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
@@ -60,7 +60,7 @@ class FileLock:
 
 
 def is_held(path: Path) -> bool:
-    """Whether a process holds the lock. Changes nothing on disk; a lock file that is not there is not held."""
+    """Whether a process holds the lock. Changes nothing; a lock file that is not there is not held."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:

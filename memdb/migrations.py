@@ -32,18 +32,21 @@ _TABLES = Migration(
             PRIMARY KEY (recording, sequence)) WITHOUT ROWID""",
         """CREATE TABLE units (
             recording TEXT NOT NULL REFERENCES recordings (id), number INTEGER NOT NULL,
-            commit_id INTEGER NOT NULL, segment TEXT NOT NULL, offset INTEGER NOT NULL, length INTEGER NOT NULL,
+            commit_id INTEGER NOT NULL, segment TEXT NOT NULL,
+            offset INTEGER NOT NULL, length INTEGER NOT NULL,
             start_ns INTEGER NOT NULL, end_ns INTEGER NOT NULL, epoch INTEGER NOT NULL, digest BLOB NOT NULL,
             layers INTEGER NOT NULL, block_count INTEGER NOT NULL, caption_tokens INTEGER,
             parts BLOB NOT NULL, blocks BLOB NOT NULL, slices BLOB NOT NULL, checksum INTEGER NOT NULL,
             PRIMARY KEY (recording, number))""",
         """CREATE TABLE gaps (
             recording TEXT NOT NULL REFERENCES recordings (id), number INTEGER NOT NULL,
-            start_ns INTEGER NOT NULL, end_ns INTEGER NOT NULL, reason TEXT NOT NULL, checksum INTEGER NOT NULL,
+            start_ns INTEGER NOT NULL, end_ns INTEGER NOT NULL, reason TEXT NOT NULL,
+            checksum INTEGER NOT NULL,
             PRIMARY KEY (recording, number)) WITHOUT ROWID""",
         """CREATE TABLE epochs (
             recording TEXT NOT NULL REFERENCES recordings (id), number INTEGER NOT NULL,
-            epoch INTEGER NOT NULL, first_unit INTEGER NOT NULL, reason TEXT NOT NULL, checksum INTEGER NOT NULL,
+            epoch INTEGER NOT NULL, first_unit INTEGER NOT NULL, reason TEXT NOT NULL,
+            checksum INTEGER NOT NULL,
             PRIMARY KEY (recording, number)) WITHOUT ROWID""",
         """CREATE TABLE ends (
             recording TEXT NOT NULL REFERENCES recordings (id), number INTEGER NOT NULL,

@@ -134,7 +134,7 @@ class SliceReader:
         delay_s: float = 0.0,
         allocate: Callable[[int], Bytes] | None = None,
     ) -> None:
-        """`delay_s` is slept before each call of `preadv`; `allocate` gives the buffer (pinned memory, say)."""
+        """`delay_s` is slept before each `preadv`; `allocate` gives the buffer (pinned memory, say)."""
         self._store = store
         self._preadv = preadv
         self._delay_s = delay_s

@@ -1,12 +1,12 @@
 """The byte form of a record: prologue, body, footer.
 
-    prologue   64 bytes: magic, kind, number, body length, footer length, zeros, xxh3_64 of the rest
+    prologue   64 bytes: magic, kind, number, body length, footer length, zeros, xxh3_64 of these
     body       parts at 64-byte-aligned offsets, zeros between and after them
-    footer     length of the JSON | JSON meta | blocks | slices | parts | zeros | xxh3_128 of prologue + footer
+    footer     length of the JSON | JSON | blocks | slices | parts | zeros | xxh3_128 of prologue + footer
 
 Every length is a multiple of 64, so that records follow each other aligned, and every byte stands under a
-hash: the prologue's under both, the body's (padding too) under `body_xxh3` in the meta, the footer's under its
-own. A scan forward needs prologues alone. Sizes that a file claims are compared with the file's own size before
+hash: the prologue's under both, the body's (padding too) under `body_xxh3` in the JSON, the footer's under
+its own. A scan forward needs prologues alone. Sizes that a file claims are compared with its own size before
 anything is allocated.
 """
 
@@ -198,7 +198,7 @@ def read_body(fd: int, record: Record, file_bytes: int, *, file: str) -> bytes:
 
 
 def read_exactly(fd: int, offset: int, length: int, file_bytes: int, *, file: str) -> bytes:
-    """`length` bytes at `offset`. Raises CorruptionError where the file does not hold them or cannot be read."""
+    """`length` bytes at `offset`. Raises CorruptionError where the file does not give them."""
     if offset < 0 or length < 0 or offset + length > file_bytes:
         raise CorruptionError(f"{file}: ends before byte {offset + length}", file=file)
     pieces: list[bytes] = []
@@ -243,7 +243,7 @@ def _lay_out(parts: Sequence[tuple[Part, Buffer]]) -> tuple[list[Buffer], bytes,
 def _split_footer(
     content: bytes, offset: int, file: str
 ) -> tuple[dict[str, object], tuple[bytes, bytes, bytes]]:
-    """The meta and the three tables of a footer whose hash was right: so a misfit is a foreign writer's doing."""
+    """The meta and the three tables of a footer whose hash was right: a misfit is a foreign writer's."""
     foreign = CorruptionError(
         f"{file}: the footer of the record at byte {offset} has no known form", file=file
     )

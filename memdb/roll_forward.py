@@ -1,7 +1,7 @@
 """Bring whole records beyond the catalog's end into the catalog.
 
-They are there after a writer died between its fdatasync and its commit, and after damage to the catalog's WAL,
-which SQLite answers by forgetting commits. A writer that opens calls this under the recording's lock.
+They are there after a writer died between its fdatasync and its commit, and after damage to the catalog's
+WAL, which SQLite answers by forgetting commits. A writer that opens calls this under the recording's lock.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def roll_forward(catalog: Catalog, folder: Path, recording_id: str) -> int:
 
 
 def lost_recording(catalog: Catalog, folder: Path, name: str) -> str | None:
-    """The id of a recording of this name that segments hold and the catalog does not know, if there is one."""
+    """The id of a recording of this name that segments hold and the catalog does not know, or None."""
     known = {row.id for row in catalog.recordings()}
     for recording_id, files in sorted(segment_files(folder).items()):
         if recording_id in known:

@@ -27,7 +27,7 @@ from memdb.records import (
 from memdb.schemas.errors import CorruptionError, StoreError
 
 SEGMENT_BYTES_MAX = 1 << 30  # a writer goes on in the next file once one has reached this size
-_NAME = re.compile(r"^([0-9a-f]{32})-([0-9]{6})\.seg$")
+_NAME = re.compile(r"([0-9a-f]{32})-([0-9]{6})\.seg")
 _BUFFERS_MAX = 1024  # of one pwritev (IOV_MAX)
 _WINDOW_BYTES = 1 << 20
 
@@ -38,7 +38,7 @@ def segment_name(recording_id: str, sequence: int) -> str:
 
 def parse_segment_name(name: str) -> tuple[str, int] | None:
     """Recording id and sequence, or None for a name that no segment has."""
-    found = _NAME.match(name)
+    found = _NAME.fullmatch(name)
     return (found[1], int(found[2])) if found else None
 
 

@@ -27,7 +27,7 @@ _HEAD = struct.Struct("<8sIIQQ")
 _HASH_BYTES = 16
 _KEEP = 2
 _FINGERPRINT_BYTES_MAX = 1024
-_NAME = re.compile(r"^([0-9a-f]{32})-([0-9]{10})\.state$")
+_NAME = re.compile(r"([0-9a-f]{32})-([0-9]{10})\.state")
 
 
 class StateFiles:
@@ -87,7 +87,7 @@ class StateFiles:
 
 def state_files(folder: Path) -> list[Path]:
     """All files in `state/` that are named as states are."""
-    return sorted(folder / name for name in os.listdir(folder) if _NAME.match(name))
+    return sorted(folder / name for name in os.listdir(folder) if _NAME.fullmatch(name))
 
 
 def recording_of(path: Path) -> str:
@@ -132,6 +132,6 @@ def _digest(head: bytes, payload: bytes) -> bytes:
 
 
 def _number_of(path: Path) -> int:
-    found = _NAME.match(path.name)
+    found = _NAME.fullmatch(path.name)
     assert found is not None
     return int(found[2])

@@ -44,13 +44,13 @@ def stats(store: Store) -> StoreStats:
     for path in (store.path / "segments").iterdir():
         parsed = parse_segment_name(path.name)
         if parsed:
-            segment_bytes[parsed[0]] = segment_bytes.get(parsed[0], 0) + _size_bytes(path)
+            segment_bytes[parsed[0]] = segment_bytes.get(parsed[0], 0) + size_bytes(path)
     state_bytes: dict[str, int] = {}
     for path in state_files(store.path / "state"):
         owner = recording_of(path)
-        state_bytes[owner] = state_bytes.get(owner, 0) + _size_bytes(path)
+        state_bytes[owner] = state_bytes.get(owner, 0) + size_bytes(path)
     derived = {name: _tree_bytes(store.path / name) for name in FOLDERS if name not in _OWN}
-    derived["catalog.sqlite"] = sum(_size_bytes(path) for path in store.path.glob("catalog.sqlite*"))
+    derived["catalog.sqlite"] = sum(size_bytes(path) for path in store.path.glob("catalog.sqlite*"))
     return StoreStats(
         recordings=[
             _recording(row, segment_bytes.get(row.id, 0), state_bytes.get(row.id, 0))
@@ -87,10 +87,10 @@ def _recording(row: RecordingRow, segment_bytes: int, state_bytes: int) -> Recor
 
 
 def _tree_bytes(folder: Path) -> int:
-    return sum(_size_bytes(Path(root) / name) for root, _, names in os.walk(folder) for name in names)
+    return sum(size_bytes(Path(root) / name) for root, _, names in os.walk(folder) for name in names)
 
 
-def _size_bytes(path: Path) -> int:
+def size_bytes(path: Path) -> int:
     try:
         return path.lstat().st_size
     except FileNotFoundError:

@@ -109,7 +109,7 @@ class Store:
         if bound is not None and bound.fingerprint != identity.fingerprint:
             raise ModelMismatch(
                 f"the store was made with the model {bound.spec!r} ({bound.fingerprint[:12]}), not with "
-                f"{identity.spec!r} ({identity.fingerprint[:12]}): use --model {bound.spec}, or another --store"
+                f"{identity.spec!r} ({identity.fingerprint[:12]}): use --model {bound.spec}, or another store"
             )
 
     # Recordings
@@ -153,7 +153,7 @@ class Store:
         first: int | None = None,
         last: int | None = None,
     ) -> list[UnitRow]:
-        """Units that overlap `[start_ns, end_ns)` and are numbered `first` to `last`, both included; by number."""
+        """Units that overlap `[start_ns, end_ns)` and are numbered `first` to `last`, both included."""
         recording = self._catalog.by_id(recording_id)
         low = max(0, first or 0)
         high = recording.units if last is None else min(recording.units, last + 1)
@@ -237,30 +237,26 @@ class Store:
         self.bind_model(spec.model)
         catalog = Catalog(self.path / CATALOG, write=True)
         lock: FileLock | None = None
-        segment: OwnSegment | None = None
         try:
             # Names are looked up and made under one lock, held for a moment.
-            with FileLock(self.path / "locks" / "names.lock", held_message="", wait=True):
+            with FileLock(self.path / "locks" / "names.lock", wait=True):
                 found = catalog.find(spec.name)
                 recording_id = found.id if found else lost_recording(catalog, self.segments_path, spec.name)
                 recording_id = recording_id or uuid.uuid4().hex
-                lock = FileLock(
-                    self.lock_path(recording_id),
-                    held_message=f"another process writes recording {spec.name!r}: wait for it, or name another",
-                )
+                held = f"another process writes {spec.name!r}: wait for it, or name another recording"
+                lock = FileLock(self.lock_path(recording_id), held_message=held)
                 roll_forward(catalog, self.segments_path, recording_id)
                 found = catalog.find(spec.name)
+                first: OwnSegment | None = None
                 if found is None:
                     created_ns = time.time_ns() if now_ns is None else now_ns
-                    segment = begin_segment(catalog, self.segments_path, recording_id, 0, spec, created_ns)
+                    first = begin_segment(catalog, self.segments_path, recording_id, 0, spec, created_ns)
                     found = catalog.by_id(recording_id)
             _check_same(found, spec)
             return RecordingWriter(
-                catalog, self.segments_path, lock, found, segment, segment_bytes_max=segment_bytes_max
+                catalog, self.segments_path, lock, found, first, segment_bytes_max=segment_bytes_max
             )
         except BaseException:
-            if segment is not None:
-                segment.close()
             if lock is not None:
                 lock.close()
             catalog.close()
@@ -317,14 +313,14 @@ def _has_catalog(folder: Path) -> bool:
 
 def _how_to_get_a_store(folder: Path) -> str:
     if folder.is_dir():
-        return f"{folder} holds no store: name another folder, or make one with memdb ingest FILM --store {folder}"
+        return f"{folder} holds no store: name one, or make it with memdb ingest FILM --store {folder}"
     if folder.exists():
         return f"{folder} is a file, not a store: name the folder of a store"
     return f"there is no store at {folder}: make one with memdb ingest FILM --store {folder}"
 
 
 def _create(folder: Path) -> None:
-    """Make an empty store. Taken up again where a process died in the middle; refused beside foreign files."""
+    """Make an empty store. Taken up again where a process died in between; refused beside foreign files."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         foreign = sorted(

@@ -106,7 +106,7 @@ class RecordingWriter:
             self._commit([self._event(Kind.EPOCH, len(known), meta)])
 
     def end(self, media_end_ns: int) -> None:
-        """Record that the source ended. Units may follow (a file that grew): then the end no longer counts."""
+        """Record that the source ended. Units may follow (a growing file): then the end no longer counts."""
         with self._lock:
             if self._row.end_ns != media_end_ns:
                 meta: dict[str, object] = {"media_end_ns": media_end_ns, "units": self._row.units}
@@ -170,8 +170,8 @@ class RecordingWriter:
             self._broken = f"{type(error).__name__}: {error}"
             if isinstance(error, OSError):
                 raise StoreError(
-                    f"cannot write to segments/: {error.strerror}: what was acknowledged is safe; check the disk, "
-                    "then run the same ingest again"
+                    f"cannot write to segments/: {error.strerror}: what was acknowledged is safe; check "
+                    "the disk, then run the same ingest again"
                 ) from error
             raise
 
@@ -205,7 +205,7 @@ class OwnSegment(SegmentWriter):
 def begin_segment(
     catalog: Catalog, folder: Path, recording_id: str, sequence: int, spec: RecordingSpec, created_ns: int
 ) -> OwnSegment:
-    """A new segment file with its header, safe on the disk and in the catalog. The first makes the recording."""
+    """A new segment file with its header, on the disk and in the catalog. The first makes the recording."""
     meta: dict[str, object] = {
         "format": FORMAT_VERSION,
         "store_id": catalog.store_id,

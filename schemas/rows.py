@@ -147,7 +147,7 @@ class RecordingRow:
 
 @dataclass(frozen=True, eq=False)
 class UnitRow:
-    """A unit as the catalog has it: where its bytes lie, and its tables. Tables are parsed when first used."""
+    """A unit as the catalog has it: where its bytes lie, and its tables, parsed when first used."""
 
     recording_id: str
     number: int

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import xxhash
-
-from memdb.codecs import planes
 from memdb.schemas.fingerprint import ModelIdentity, ModelShape
 from memdb.schemas.frames import SourceIdentity
 from memdb.schemas.recipe import STAGES, Recipe, Stage
 from memdb.schemas.rows import RecordingSpec
 from memdb.schemas.units import BLOCK_DTYPE, SLICE_DTYPE, Bytes, Caption, PackedKV, Unit
+
+from memdb.codecs import planes
 from memdb.store import Store
 from memdb.writer import RecordingWriter
 
@@ -21,11 +21,16 @@ MODEL = ModelIdentity("random:0", "f" * 32, ModelShape(LAYERS, 2, 1, KEY_SIZE, 1
 
 
 def recipe(codec: str = "int4") -> Recipe:
-    stages = {name: Stage("none") for name in STAGES} | {"write": Stage(codec), "unit": Stage("frame", {"frames": 2})}
+    stages = {name: Stage("none") for name in STAGES} | {
+        "write": Stage(codec),
+        "unit": Stage("frame", {"frames": 2}),
+    }
     return Recipe(name="fake", **stages)
 
 
-def spec(name: str = "lobby", *, codec: str = "int4", fingerprint: str = "e" * 32, **changes: object) -> RecordingSpec:
+def spec(
+    name: str = "lobby", *, codec: str = "int4", fingerprint: str = "e" * 32, **changes: object
+) -> RecordingSpec:
     values: dict[str, object] = {
         "name": name,
         "source": SourceIdentity("file", 1234, "abcd"),
@@ -45,7 +50,7 @@ def spec(name: str = "lobby", *, codec: str = "int4", fingerprint: str = "e" * 3
 
 
 def raw_slices(number: int, blocks: int, codec: str, *, raw_bytes: int = 192) -> list[Bytes]:
-    """Layer by layer. Plain codecs get smooth values, which compress; quantised ones noise, which does not."""
+    """Layer by layer. Plain codecs get smooth values, which compress; quantised ones noise."""
     random = np.random.default_rng(number)
     count = LAYERS * blocks
     if codec == "int4":
@@ -53,7 +58,9 @@ def raw_slices(number: int, blocks: int, codec: str, *, raw_bytes: int = 192) ->
     return list(random.normal(1, 0.01, (count, raw_bytes // 4)).astype("<f4").view(np.uint8))
 
 
-def pack(raw: list[Bytes], blocks: int, codec: str, *, level: int = planes.LEVEL, tokens: int = 4) -> PackedKV:
+def pack(
+    raw: list[Bytes], blocks: int, codec: str, *, level: int = planes.LEVEL, tokens: int = 4
+) -> PackedKV:
     element_bytes = planes.element_bytes(codec, "float32")
     slices = np.zeros(len(raw), SLICE_DTYPE)
     payload = bytearray()
@@ -103,12 +110,26 @@ def new_store(folder: Path) -> Store:
     return Store.open(folder / "lobby.memdb", create=True, write=True)
 
 
-def fill(store: Store, units: int, name: str = "lobby", *, codec: str = "int4", batch: int = 2) -> RecordingWriter:
+def fill(
+    store: Store, units: int, name: str = "lobby", *, codec: str = "int4", batch: int = 2
+) -> RecordingWriter:
     """Write units 0 to `units` - 1 and close the writer."""
     with store.writer(spec(name, codec=codec)) as writer:
         for first in range(0, units, batch):
             writer.append([unit(number, codec=codec) for number in range(first, min(first + batch, units))])
     return writer
+
+
+def directory_digest(folder: Path) -> str:
+    """Over names and contents, without what SQLite leaves lying: `-shm` and an empty `-wal`."""
+    whole = xxhash.xxh3_128()
+    for path in sorted(folder.rglob("*")):
+        if path.name.endswith("-shm") or (path.name.endswith("-wal") and path.stat().st_size == 0):
+            continue
+        whole.update(str(path.relative_to(folder)).encode() + b"\0")
+        if path.is_file():
+            whole.update(path.read_bytes())
+    return whole.hexdigest()
 
 
 def flip(path: Path, byte: int, bit: int = 0) -> None:

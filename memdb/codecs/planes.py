@@ -46,8 +46,8 @@ def pack(raw: Bytes, element_bytes: int, *, level: int = LEVEL) -> Bytes:
 def unpack(stored: Bytes, raw_bytes: int, element_bytes: int) -> Bytes:
     """The slice of `raw_bytes` bytes from its compressed form.
 
-    Never allocates more than `raw_bytes`, whatever the frame claims. Raises CodecError on anything that `pack`
-    did not make of a slice of that size.
+    Never allocates more than `raw_bytes`, whatever the frame claims. Raises CodecError on anything that
+    `pack` did not make of a slice of that size.
     """
     import zstandard
 

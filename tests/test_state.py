@@ -1,0 +1,129 @@
+"""Encoder states: whole or passed over, the newest two kept."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from memdb.schemas.errors import CorruptionError, StoreError
+
+from memdb.state import StateFiles, read_state, recording_of, state_files
+from tests.store_cases import fill, flip, new_store
+
+ID, OTHER, ENCODING = "a" * 32, "b" * 32, "e" * 32
+
+
+@pytest.fixture
+def states(tmp_path: Path) -> StateFiles:
+    return StateFiles(tmp_path, ID, ENCODING)
+
+
+@settings(max_examples=25, deadline=None)
+@given(payload=st.binary(max_size=500), number=st.integers(0, 9_999_999_999))
+def test_a_state_comes_back_as_it_was_saved(
+    tmp_path_factory: pytest.TempPathFactory, payload: bytes, number: int
+) -> None:
+    states = StateFiles(tmp_path_factory.mktemp("state"), ID, ENCODING)
+    states.save(number, payload)
+    assert states.load_latest(ENCODING, number) == (number, payload)
+    assert states.load_latest(ENCODING, number - 1) is None
+
+
+def test_the_newest_two_are_kept_and_the_newest_that_fits_is_loaded(
+    states: StateFiles, tmp_path: Path
+) -> None:
+    StateFiles(tmp_path, OTHER, ENCODING).save(1, b"another recording's")
+    for number in (4, 8, 16):
+        states.save(number, b"state %d" % number)
+    assert [path.name for path in states.files()] == [f"{ID}-{number:010d}.state" for number in (16, 8)]
+    assert states.load_latest(ENCODING, 100) == (16, b"state 16")
+    assert states.load_latest(ENCODING, 15) == (8, b"state 8")
+    assert states.load_latest(ENCODING, 7) is None
+    assert [recording_of(path) for path in state_files(tmp_path)] == [ID, ID, OTHER]
+
+
+def test_every_flipped_bit_is_passed_over_with_a_warning(
+    states: StateFiles, caplog: pytest.LogCaptureFixture
+) -> None:
+    states.save(4, b"older")
+    states.save(8, b"newer, and damaged")
+    path = states.files()[0]
+    for byte in range(path.stat().st_size):
+        flip(path, byte, byte % 8)
+        with caplog.at_level(logging.WARNING):
+            assert states.load_latest(ENCODING, 9) == (4, b"older")
+        assert path.name in caplog.text
+        with pytest.raises(CorruptionError) as caught:
+            read_state(path)
+        assert caught.value.file == f"state/{path.name}"
+        caplog.clear()
+        flip(path, byte, byte % 8)
+    assert states.load_latest(ENCODING, 9) == (8, b"newer, and damaged")
+
+
+def test_every_torn_length_is_passed_over(states: StateFiles) -> None:
+    states.save(8, b"a state")
+    path = states.files()[0]
+    data = path.read_bytes()
+    for length in range(len(data)):
+        path.write_bytes(data[:length])
+        assert states.load_latest(ENCODING, 9) is None
+    path.write_bytes(data + b"x")
+    assert states.load_latest(ENCODING, 9) is None
+
+
+def test_a_state_of_another_encoding_is_passed_over(states: StateFiles) -> None:
+    states.save(8, b"a state")
+    assert states.load_latest("f" * 32, 9) is None
+
+
+def test_a_state_under_another_number_is_passed_over(states: StateFiles, tmp_path: Path) -> None:
+    states.save(8, b"a state")
+    os.rename(states.files()[0], tmp_path / f"{ID}-0000000009.state")
+    assert states.load_latest(ENCODING, 9) is None
+
+
+def test_a_state_is_safe_before_its_name_is(states: StateFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    states.save(4, b"older")
+    steps: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def recorded_fsync(fd: int) -> None:
+        steps.append("folder" if os.path.isdir(f"/proc/self/fd/{fd}") else "file")
+        fsync(fd)
+
+    def recorded_replace(source: str, target: str) -> None:
+        steps.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", recorded_replace)
+    states.save(8, b"newer")
+    assert steps == ["file", "rename", "folder"]
+
+
+def test_a_state_that_cannot_be_saved_leaves_the_one_before(
+    states: StateFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states.save(4, b"older")
+
+    def failing(fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(StoreError, match="No space left"):
+        states.save(8, b"newer")
+    monkeypatch.undo()
+    assert states.load_latest(ENCODING, 9) == (4, b"older")
+
+
+def test_the_store_gives_the_states_of_a_recording(tmp_path: Path) -> None:
+    with new_store(tmp_path) as store:
+        fill(store, 1)
+        row = store.recording("lobby")
+        store.state(row.id).save(1, b"state")
+        assert store.state(row.id).load_latest(row.spec.encoding_fingerprint, 1) == (1, b"state")
