@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,7 +96,7 @@ class _Found:
 
 
 class CaptionIndex:
-    """The caption tables of a store, one an encoder. Searches change nothing on disk; threads may run them."""
+    """The caption tables of a store, one an encoder. Searches change nothing on disk. Thread-safe."""
 
     def __init__(self, store_path: Path) -> None:
         self._path = Path(store_path)
@@ -320,7 +321,8 @@ class _Search:
                 lambda wanted: table.matching(self._words, wanted, where), self._depth, slack=0
             )
             scores = {match.commit_id: match.score for match in matching}
-            lists.append([_Found(row, scores[row.commit_id]) for row in self._rows(matching)][: self._depth])
+            rows = self._rows(matching, self._depth)
+            lists.append([_Found(row, scores[row.commit_id]) for row in rows])
         read = [(row, self._index._read(self._store, row)) for row in tail]
         texts = [(row, kept[0]) for row, kept in read if kept is not None]
         ranked = [
@@ -331,17 +333,18 @@ class _Search:
         lists.append(sorted(ranked, key=lambda hit: (-hit.score, hit.commit_id))[: self._depth])
         return lists
 
-    def _rows(self, matches: Sequence[Match]) -> list[UnitRow]:
-        """The catalog's rows of what the table found. The catalog decides what exists and where it stands."""
-        rows: list[UnitRow] = []
+    def _rows(self, matches: Sequence[Match], limit: int | None = None) -> list[UnitRow]:
+        """The catalog's rows of what the table found: the catalog decides what exists and where it stands."""
+        return list(islice(self._each_row(matches), limit))
+
+    def _each_row(self, matches: Sequence[Match]) -> Iterator[UnitRow]:
         for match in matches:
             try:
                 row = self._store.unit(match.recording_id, match.unit)
             except (UnknownRecording, UsageError):
                 continue
             if row.commit_id == match.commit_id and row.has_caption and self._allowed.takes(row):
-                rows.append(row)
-        return rows
+                yield row
 
     def _warn(self, what: str) -> None:
         if what not in self._warnings:

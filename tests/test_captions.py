@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import store_cases
 from fake_store import ENCODER, OTHER, RECORDING, SECOND_NS, FakeStore
 from memdb.schemas.errors import CorruptionError, ModelMismatch, UsageError
 
@@ -19,6 +20,7 @@ from memdb.bm25 import words_of
 from memdb.caption_table import CaptionTable, table_file
 from memdb.captions import CaptionIndex
 from memdb.locks import FileLock
+from memdb.store import Store
 
 E = 8
 COLOURS = ["red", "blue", "green"]
@@ -453,3 +455,28 @@ def test_the_tail_is_read_once(store):
     reads = store.caption_reads
     index.search(store, ENCODER, vector=VECTOR, text="red")
     assert store.caption_reads == reads
+
+
+def test_a_real_store_is_searched_while_it_grows_and_stays_as_it_was(tmp_path):
+    real, names = store_cases.new_store(tmp_path), ["lobby", "yard"]
+    writers = [real.writer(store_cases.spec(name)) for name in names]
+    with Store.open(real.path) as reader:
+        index, searching = CaptionIndex(real.path), CaptionIndex(real.path)
+        for number in range(30):
+            for writer in writers:
+                writer.append([store_cases.unit(number, caption=number % 4 != 1)])
+            if number % 10 == 8:
+                index.index_captions(real, "fake", flush=number > 20)
+            before = store_cases.directory_digest(real.path)
+            hits = searching.search(reader, "fake", vector=VECTOR, text=f"unit {number} stars", limit=100)
+            assert store_cases.directory_digest(real.path) == before
+            expected = {
+                (writer.recording.id, n) for writer in writers for n in range(number + 1) if n % 4 != 1
+            }
+            assert set(places(hits)) == expected
+        text = searching.search(reader, "fake", text="7", limit=10)
+        assert {(hit.unit, hit.start_ns) for hit in text} == {(7, 7 * store_cases.UNIT_NS)}
+        assert len(text) == 2
+    for writer in writers:
+        writer.close()
+    real.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +133,18 @@ def test_faiss_holds_the_bytes_of_the_keys():
     index = FaissIndex.build(keys)
     np.testing.assert_array_equal(index._stored().view(np.uint16), keys.view(np.uint16))
     assert index._index.reconstruct(42).tolist() == keys[42].astype(np.float32).tolist()
+
+
+def test_nothing_heavy_is_loaded_before_it_is_used():
+    script = (
+        "import sys; import memdb.captions, memdb.index.key_search\n"
+        "print([name for name in ('faiss', 'lancedb', 'pyarrow', 'torch') if name in sys.modules])"
+    )
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=root, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "[]"
 
 
 def test_an_unknown_backend_is_named():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import store_cases
 from fake_store import OTHER, RECORDING, SECOND_NS, FakeStore
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -302,3 +303,23 @@ def test_times_select_what_overlaps(tmp_path):
         assert table.blocks["unit"][table.span(end_ns=2 * SECOND_NS + 1)].tolist() == [0, 0, 1]
         assert table.span().all()
         assert not table.span(SECOND_NS, 2 * SECOND_NS).any()
+
+
+def test_a_real_store_and_its_pages_agree(tmp_path):
+    with store_cases.new_store(tmp_path) as store:
+        writer = store_cases.fill(store, 40)
+        recording_id = writer.recording.id
+        index_recording(store, recording_id, flush=True)
+        with store.writer(store_cases.spec()) as writer, KeyTable.open(store, recording_id) as table:
+            writer.append([store_cases.unit(number) for number in range(40, 45)])
+            assert table.refresh()
+            units = [store_cases.unit(number) for number in range(45)]
+            assert table.blocks["unit"].tolist() == [unit.number for unit in units for _ in unit.blocks]
+            assert table.captions["tokens"].tolist() == [5] * 45
+            for layer in range(store_cases.LAYERS):
+                keys = np.concatenate([unit.keys[layer] for unit in units])
+                np.testing.assert_array_equal(table.layer_keys(layer), keys)
+                assert table.holds(layer).all()
+            vectors = np.stack([unit.caption.vector for unit in units])
+            np.testing.assert_array_equal(table.caption_vectors(), vectors)
+            assert table.problems == []

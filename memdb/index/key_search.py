@@ -82,6 +82,9 @@ class KeySearch:
     def _index(self, layer: int) -> KeyIndex:
         index = self._indexes.pop(layer, None)
         if index is None:
+            # Layers are asked for in order: while one is indexed, the disk reads the next.
+            if layer and layer - 1 in self._indexes and layer + 1 not in self._indexes:
+                self.table.prefetch(layer + 1)
             index = self._backend.build(self.table.read_rows(layer), sim=self._sim)
         elif index.count < len(self.table):
             index.extend(self.table.read_rows(layer, index.count))

@@ -176,6 +176,13 @@ class KeyTable:
                 at += n
         return out[first_row - first :]
 
+    def prefetch(self, layer: int) -> None:
+        """Ask the system to read a layer's keys in the background, for a `read_rows` that will follow."""
+        for page in self._pages:
+            if page.header.blocks and 0 <= layer < page.header.layers:
+                offset, length = page.layer_span(layer)
+                os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
+
     def _read_page(self, page: Page, layer: int, out: npt.NDArray[np.float16]) -> None:
         if not len(out) or page.read_layer(self._fd, layer, out):
             return

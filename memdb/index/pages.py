@@ -173,9 +173,16 @@ class Page:
     def end(self) -> int:
         return self.offset + self.header.page_bytes
 
+    def layer_span(self, layer: int) -> tuple[int, int]:
+        """Where a layer's keys lie in the file: offset and length in bytes."""
+        return (
+            self.offset + self.header.keys_offset + layer * self.header.layer_bytes,
+            self.header.layer_bytes,
+        )
+
     def read_layer(self, fd: int, layer: int, out: npt.NDArray[np.float16]) -> bool:
         """Fill `out` (blocks, H*D), C-contiguous, with the keys of a layer. False where they are damaged."""
-        offset = self.offset + self.header.keys_offset + layer * self.header.layer_bytes
+        offset, _ = self.layer_span(layer)
         return read_into(fd, out, offset) and checksum(out) == int(self.layer_xxh3[layer])
 
     def read_vectors(self, fd: int, out: npt.NDArray[np.float32]) -> bool:
