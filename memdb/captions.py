@@ -404,8 +404,9 @@ def _rows_after(store: Store, recordings: dict[str, int], commit_id: int) -> lis
     return sorted(rows, key=lambda row: row.commit_id)
 
 
-def _query_vector(vector: npt.ArrayLike) -> npt.NDArray[np.float32]:
+def _query_vector(vector: npt.ArrayLike) -> npt.NDArray[np.float32] | None:
+    """None for a vector without direction: it says as little as no vector."""
     query = np.ascontiguousarray(vector, np.float32)
-    if query.ndim != 1 or not np.isfinite(query).all() or not query.any():
-        raise UsageError("the vector of a search must be one row of finite numbers, not all of them 0")
-    return query
+    if query.ndim != 1 or not np.isfinite(query).all():
+        raise UsageError("the vector of a search must be one row of finite numbers")
+    return query if query.any() else None

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+
 from memdb.schemas.errors import CorruptionError, UsageError
 from memdb.schemas.units import BLOCK_DTYPE, SLICE_DTYPE, BlockKind, Caption
 

@@ -7,19 +7,20 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import store_cases
 from fake_store import ENCODER, OTHER, RECORDING, SECOND_NS, FakeStore
-from memdb.schemas.errors import CorruptionError, ModelMismatch, UsageError
 
 from memdb import caption_table
 from memdb.bm25 import words_of
 from memdb.caption_table import CaptionTable, table_file
 from memdb.captions import CaptionIndex
 from memdb.locks import FileLock
+from memdb.schemas.errors import CorruptionError, ModelMismatch, UsageError
 from memdb.store import Store
 
 E = 8
@@ -443,8 +444,8 @@ def test_calls_that_make_no_sense_are_refused(store):
         index.search(store, ENCODER, text="red", limit=0)
     with pytest.raises(UsageError, match="finite"):
         index.search(store, ENCODER, vector=[float("nan")] * E)
-    with pytest.raises(UsageError, match="not all of them 0"):
-        index.search(store, ENCODER, vector=np.zeros(E))
+    assert len(index.search(store, ENCODER, vector=np.zeros(E))) == 0  # it says nothing
+    assert {hit.how for hit in index.search(store, ENCODER, vector=np.zeros(E), text="red")} == {"text"}
     with pytest.raises(ModelMismatch, match="3 values"):
         index.search(store, ENCODER, vector=[1.0, 2.0, 3.0])
 
@@ -480,3 +481,15 @@ def test_a_real_store_is_searched_while_it_grows_and_stays_as_it_was(tmp_path):
     for writer in writers:
         writer.close()
     real.close()
+
+
+def test_threads_share_an_index(store):
+    index = indexed_to(store, 30)
+    expected = index.search(store, ENCODER, vector=VECTOR, text="red star", limit=20).hits
+    fresh = CaptionIndex(store.path)
+
+    def search(_: int):
+        return fresh.search(store, ENCODER, vector=VECTOR, text="red star", limit=20).hits
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(hits == expected for hits in pool.map(search, range(12)))

@@ -11,7 +11,6 @@ import pytest
 from fake_store import RECORDING, SECOND_NS, FakeStore
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memdb.schemas.errors import MissingDependency, ModelError, UsageError
 
 from memdb.index import KEY_INDEXES
 from memdb.index.exact import unit_length
@@ -19,6 +18,7 @@ from memdb.index.faiss_index import FaissIndex, gpu_available, to_gpu
 from memdb.index.key_search import KeySearch, search_keys
 from memdb.index.key_table import KeyTable
 from memdb.index.pages import index_recording
+from memdb.schemas.errors import MissingDependency, ModelError, UsageError
 
 BACKENDS = list(KEY_INDEXES)
 needs_gpu = pytest.mark.skipif(

@@ -12,10 +12,10 @@ import store_cases
 from fake_store import OTHER, RECORDING, SECOND_NS, FakeStore
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from memdb.schemas.errors import LockedError
 
 from memdb.index.key_table import KeyTable
 from memdb.index.pages import PAGE_BLOCKS, PageWriter, index_recording, page_path, page_unit, verify_pages
+from memdb.schemas.errors import LockedError
 
 L, HD, E = 2, 6, 5
 
