@@ -11,8 +11,9 @@ import logging
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -142,6 +143,7 @@ class SliceReader:
         self._buffer = np.zeros(0, np.uint8)
         self._scratch = np.zeros(0, np.uint8)
         self._element_bytes: dict[str, int] = {}
+        self._thread_count = threads
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="memdb-read")
         self._lock = threading.Lock()
 
@@ -172,17 +174,30 @@ class SliceReader:
         with ExitStack() as opened:
             segments = self._open(opened, wanted)
             runs = _runs(plan, [segments[wanted[owner][0].segment] for owner in owners], failed)
-            read = self._threads.map(self._read_run, [plan] * len(runs), runs)
             bytes_read = 0
-            for run_bytes, run_failed in read:
+            for run_bytes, run_failed in self._map(plan, runs):
                 bytes_read += run_bytes
                 failed += run_failed
         bad = [_bad_slice(wanted, owners, index, reason) for index, reason in sorted(failed)]
         for slice_ in bad:
             start = plan.starts[slice_.index]
             self._buffer[start : start + plan.raw_bytes[slice_.index]] = 0
-            logger.warning("%s: %s", slice_.file, slice_.reason)
+        for file, count in Counter(slice_.file for slice_ in bad).items():
+            logger.warning("%s: %d of %d slices cannot be served", file, count, len(owners))
         return SliceBatch(self._buffer, starts, raw_bytes, bad, bytes_read, time.perf_counter() - began_s)
+
+    def _map(self, plan: _Plan, runs: list[_Run]) -> list[tuple[int, list[tuple[int, str]]]]:
+        """Read the runs, each thread a stretch of neighbours."""
+        share = max(1, -(-len(runs) // self._thread_count))
+        stretches = [runs[first : first + share] for first in range(0, len(runs), share)]
+        if len(stretches) <= 1:
+            return [self._read_run(plan, run) for run in runs]
+        futures = [
+            self._threads.submit(lambda stretch: [self._read_run(plan, run) for run in stretch], stretch)
+            for stretch in stretches
+        ]
+        wait(futures)  # all of them: the files are closed afterwards, whatever one raised
+        return [result for future in futures for result in future.result()]
 
     def _plan(
         self, wanted: Sequence[tuple[UnitRow, npt.NDArray[np.intp]]]

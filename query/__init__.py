@@ -1,1 +1,1 @@
-
+"""What is asked: plan, cost, retrieve, rebuild, answer."""

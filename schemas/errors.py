@@ -1,27 +1,27 @@
 """Every error that memdb raises, as one tree.
 
-    MemdbError
-    ├── UsageError                 exit 2: the call itself is wrong
-    │   ├── RecipeError            a recipe that cannot be composed
-    │   ├── QuestionError          an empty or over-long question, an unknown mode
-    │   ├── BudgetError            an absurd budget, rate, span or time
-    │   └── UnknownRecording
-    ├── StoreError                 exit 1
-    │   ├── NotAStore              the folder holds no store
-    │   ├── FormatVersionError     written by a newer memdb
-    │   ├── LockedError            another process writes this recording
-    │   └── CorruptionError        exit 3: bytes differ from what was written
-    ├── ModelError                 exit 1
-    │   ├── ModelNotFound
-    │   ├── UnsupportedModel
-    │   ├── ModelMismatch          the store was made with another model
-    │   └── EncodingMismatch       the recording was encoded in another way
-    ├── SourceError                exit 1: a film, folder or address that gives no frames
-    │   └── SourceMismatch         another film under the name of this recording
-    ├── CodecError                 exit 1: values that a codec cannot hold
-    ├── NoPlanFits                 exit 4: no plan fits the budget; nothing was computed
-    ├── Interrupted                exit 130: stopped by the user after the batch in hand
-    └── MissingDependency          exit 1: what to install
+MemdbError
+├── UsageError                 exit 2: the call itself is wrong
+│   ├── RecipeError            a recipe that cannot be composed
+│   ├── QuestionError          an empty or over-long question, an unknown mode
+│   ├── BudgetError            an absurd budget, rate, span or time
+│   └── UnknownRecording
+├── StoreError                 exit 1
+│   ├── NotAStore              the folder holds no store
+│   ├── FormatVersionError     written by a newer memdb
+│   ├── LockedError            another process writes this recording
+│   └── CorruptionError        exit 3: bytes differ from what was written
+├── ModelError                 exit 1
+│   ├── ModelNotFound
+│   ├── UnsupportedModel
+│   ├── ModelMismatch          the store was made with another model
+│   └── EncodingMismatch       the recording was encoded in another way
+├── SourceError                exit 1: a film, folder or address that gives no frames
+│   └── SourceMismatch         another film under the name of this recording
+├── CodecError                 exit 1: values that a codec cannot hold
+├── NoPlanFits                 exit 4: no plan fits the budget; nothing was computed
+├── Interrupted                exit 130: stopped by the user after the batch in hand
+└── MissingDependency          exit 1: what to install
 """
 
 from __future__ import annotations

@@ -101,7 +101,9 @@ class Recipe:
             row = data.get(name)
             if row is None:
                 if base is None:
-                    raise RecipeError(f"the recipe names no {name!r} stage: add it, or name a base = 'RECIPE'")
+                    raise RecipeError(
+                        f"the recipe names no {name!r} stage: add it, or name a base = 'RECIPE'"
+                    )
                 stages[name] = base.stage(name)
                 continue
             if isinstance(row, str):

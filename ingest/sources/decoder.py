@@ -55,7 +55,10 @@ class Decoder:
         except SourceError:
             self._container.close()
             raise
-        self._stream.thread_type = "AUTO"
+        # One thread: with several, the pictures that ffmpeg mends in a damaged film depend on timing, and an
+        # ingest that is killed and run again must see the same frames. It overlaps the model all the same.
+        self._stream.thread_type = "NONE"
+        self._stream.codec_context.thread_count = 1
         self._stream.codec_context.options = {"max_pixels": str(PICTURE_PX_MAX)}
         self._format: str = self._container.format.name.partition(",")[0]
         self._clock = _Clock(self._container, self._stream)
@@ -75,7 +78,7 @@ class Decoder:
     def _whole(self) -> Iterator[Picture]:
         for frame in self._decoded():
             # What ffmpeg made up for what was missing is not memory. Pictures that it mended without a word
-            # stay; with several threads these few may differ from one pass over a damaged film to the next.
+            # stay.
             if frame.is_corrupt:
                 self._note_damage()
                 continue

@@ -60,7 +60,9 @@ class NoRotation(nn.Module):
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         shape = (*position_ids.shape[-2:], 1)
-        return torch.ones(shape, dtype=x.dtype, device=x.device), torch.zeros(shape, dtype=x.dtype, device=x.device)
+        return torch.ones(shape, dtype=x.dtype, device=x.device), torch.zeros(
+            shape, dtype=x.dtype, device=x.device
+        )
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
@@ -99,7 +101,9 @@ def sink_attention(
     return softmax_attention(wide_q, wide_k, wide_v, scale, wide_mask)[..., :D]
 
 
-def ceiling_scores(q_near: Tensor, near: Tensor, q_far: Tensor, sink_k: Tensor, sink_k_near: Tensor) -> Tensor:
+def ceiling_scores(
+    q_near: Tensor, near: Tensor, q_far: Tensor, sink_k: Tensor, sink_k_near: Tensor
+) -> Tensor:
     """Unscaled scores (Hq, T, n) of queries against init tokens whose distance never exceeds W - 1.
 
     Where `near` (T, n) the true distance is below W: q_near (Hq, T, D), rotated to its own place, meets

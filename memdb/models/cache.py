@@ -6,7 +6,7 @@ per layer, text that is put between blocks, and a window over a long context are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -106,14 +106,18 @@ class CacheContext:
         self._incoming: list[tuple[Tensor, int]] | None = None
         for layer, (head, tail) in enumerate(zip(init, blocks, strict=True)):
             whole = head if tail is None else head.plus(tail)
-            device = whole.k.device
-            place = torch.arange(whole.tokens, device=device)
-            next_place = whole.tokens
-            if places is not None and next_places is not None:
-                place = torch.cat((place[: head.tokens], places[layer].to(device)))
-                next_place = next_places[layer]
-            k = rotary.rotate_at(whole.k, place, next_place) if whole.tokens else whole.k
-            self.layers.append(Placed(k, whole.v, place, whole.tokens, next_place))
+            if places is None or next_places is None:
+                self._hold(whole)
+            else:
+                at = torch.arange(head.tokens, device=whole.k.device)
+                self._hold(whole, torch.cat((at, places[layer].to(at))), next_places[layer])
+
+    def _hold(self, whole: LayerKV, place: Tensor | None = None, next_place: int | None = None) -> None:
+        """Rotate one layer's tokens to their places, consecutive ones unless said, and keep them."""
+        if place is None or next_place is None:
+            place, next_place = torch.arange(whole.tokens, device=whole.k.device), whole.tokens
+        k = self.rotary.rotate_at(whole.k, place, next_place) if whole.tokens else whole.k
+        self.layers.append(Placed(k, whole.v, place, whole.tokens, next_place))
 
     @property
     def lengths(self) -> list[int]:
@@ -163,3 +167,42 @@ class CacheContext:
         q_far = self.rotary.rotate_at(q, torch.full_like(place, W - 1), W)
         scores = ceiling_scores(q_near, near, q_far, init.k, held.k[:, :n])
         return sink_attention(q_near, k, v, scale, mask, scores, init.v)
+
+
+class RetrievalContext(CacheContext):
+    """Runs a question's tokens layer by layer, each layer asking `fetch` for the blocks that it wants to see.
+
+    `fetch(layer, q)` gets that layer's unrotated queries (Hq, T, D) and returns its blocks' keys and values, or
+    None. Deeper layers see what shallower ones brought in (ReKV, arXiv 2503.00540, stage 7). The question
+    leaves none of its own keys behind: after the forward this is the cache [init | retrieved].
+    """
+
+    def __init__(
+        self,
+        rotary: Rotary,
+        init: Sequence[LayerKV],
+        fetch: Callable[[int, Tensor], LayerKV | None],
+        *,
+        window: int | None = None,
+    ) -> None:
+        super().__init__(rotary, [], [], window=window)
+        self.init = list(init)
+        self.found: list[LayerKV | None] = []
+        self._fetch: Callable[[int, Tensor], LayerKV | None] | None = fetch
+
+    def end(self, tokens: int) -> None:
+        super().end(tokens)
+        self._fetch = None  # from here on this is an ordinary cache
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        if self._fetch is None:
+            return super().attend(layer, q, k, v, scale)
+        found = self._fetch(layer, q)
+        self.found.append(found)
+        head = self.init[layer]
+        self._hold(head if found is None else head.plus(found))
+        held = self.layers[layer]
+        used, next_place = held.used, held.next_place
+        out = super().attend(layer, q, k, v, scale)
+        held.used, held.next_place = used, next_place
+        return out

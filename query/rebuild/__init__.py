@@ -1,1 +1,9 @@
+"""Stage 8: from what was retrieved to a context that the Video-LLM can read on from."""
 
+from memdb.query.rebuild.consecutive import Consecutive
+from memdb.query.rebuild.text import TextOnly
+
+REBUILDERS: dict[str, type[Consecutive] | type[TextOnly]] = {
+    "consecutive": Consecutive,
+    "text": TextOnly,
+}

@@ -1,1 +1,9 @@
+"""Stage 7: what a question brings back. A method is one file and one line here."""
 
+from memdb.query.retrieve.mmr import CaptionMMR
+from memdb.query.retrieve.topk import BlockTopK
+
+RETRIEVERS: dict[str, type[BlockTopK] | type[CaptionMMR]] = {
+    "topk": BlockTopK,
+    "mmr": CaptionMMR,
+}

@@ -1,0 +1,427 @@
+"""The Python client: one object over one store. Heavy libraries load when they are first needed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from memdb.schemas.answer import Answer, SearchHit
+from memdb.schemas.errors import EncodingMismatch, ModelMismatch, UsageError
+from memdb.schemas.question import Budget, Question
+from memdb.schemas.recording import check_name
+from memdb.schemas.times import parse_time, parse_wall_clock, to_ns, to_s
+from memdb.store import Store, recording_digest
+
+if TYPE_CHECKING:
+    from memdb.ingest.pipeline import IngestReport, Progress
+    from memdb.ladder import LadderReport
+    from memdb.models.caption_vectors import CaptionVectors
+    from memdb.models.protocol import VideoModel
+    from memdb.query.engine import Engine
+    from memdb.schemas.recipe import Recipe
+    from memdb.schemas.rows import RecordingRow, RecordingSpec
+    from memdb.stats import StoreStats
+    from memdb.verify import VerifyReport
+
+log = logging.getLogger(__name__)
+
+DEFAULT_MODEL = "embedded"
+
+
+def connect(
+    path: str | os.PathLike[str],
+    *,
+    model: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    create: bool = True,
+) -> Client:
+    """Open the store in the directory `path`; make it first where there is none, unless `create` is False.
+
+    model: embedded, random:SEED, a folder or a Hub id; by default the one that the store remembers, else
+    embedded. device and dtype as torch names them (float32, bfloat16, float16).
+    Raises NotAStore, FormatVersionError.
+    """
+    if create:
+        Store.open(path, create=True, write=True).close()
+    return Client(Store.open(path), model=model, device=device, dtype=dtype)
+
+
+class Client:
+    """A connection. Threads may share it; the model answers one question at a time."""
+
+    def __init__(
+        self, store: Store, *, model: str | None = None, device: str | None = None, dtype: str | None = None
+    ) -> None:
+        """Use `connect`."""
+        self.store = store
+        self._spec, self._device, self._dtype = model, device, dtype
+        self._model: VideoModel | None = None
+        self._engine: Engine | None = None
+        self._encoders: dict[str, CaptionVectors] = {}
+        self._lock = threading.RLock()
+
+    # Ingest
+
+    def ingest(
+        self,
+        source: str | os.PathLike[str] | Iterable[Any],
+        *,
+        recording: str | None = None,
+        recipe: str | os.PathLike[str] | Recipe = "hybrid",
+        profile: str | None = None,
+        codec: str | None = None,
+        settings: Sequence[str] = (),
+        sample_fps: float = 0.5,
+        fps: float | None = None,
+        started_at: str | None = None,
+        seed: int = 0,
+        progress: Callable[[Progress], None] | None = None,
+        stop: threading.Event | None = None,
+    ) -> IngestReport:
+        """Put a film, folder, address or iterator of frames into the store; go on where an earlier call ended.
+
+        recording: its name, by default made from the source's. recipe: rekv, rlivs, hybrid, a TOML file or a
+        Recipe; profile, codec and settings (`STAGE.PARAM=VALUE`) change it. sample_fps: frames a second that
+        are looked at. fps: of folders and iterators without times. started_at: ISO 8601, the wall clock at
+        media time 0. stop: set it to end after the batch in hand, with Interrupted.
+
+        Raises RecipeError, BudgetError, SourceError, ModelMismatch, EncodingMismatch, SourceMismatch,
+        LockedError, StoreError.
+        """
+        from memdb.ingest.pipeline import Diverged, ingest
+        from memdb.ingest.sampling import slot_ns
+        from memdb.ingest.sources import open_source
+        from memdb.ingest.stages import compose
+        from memdb.query.stages import compose as compose_query
+
+        row = self._recipe(recipe, profile, codec, settings)
+        stages = compose(row)
+        compose_query(row)
+        slot_ns(sample_fps)
+        started_at_ns = parse_wall_clock(started_at) if started_at is not None else None
+        new_epoch = ""
+        while True:
+            with (
+                open_source(source, fps=fps) as opened,
+                Store.open(self.store.path, create=True, write=True) as store,
+                self._lock,
+            ):
+                name = check_name(recording if recording is not None else opened.info.name)
+                model = self._loaded()
+                store.bind_model(model.identity)
+                vectors = self._vectors(stages.captioner.encoder) if row.keeps_captions else None
+                spec = self._spec_of(row, name, opened.info, sample_fps, seed, started_at_ns, model, vectors)
+                done = self._done(store, spec)
+                if done is not None:
+                    return done
+                try:
+                    return ingest(
+                        store,
+                        opened,
+                        spec,
+                        model,
+                        stages,
+                        vectors,
+                        index=_indexer(store, spec),
+                        progress=progress,
+                        stop=stop,
+                        new_epoch=new_epoch,
+                    )
+                except Diverged as error:
+                    log.warning("%s; going on from a fresh window", error)
+                    new_epoch = f"{error}: another machine or library version"
+
+    def _spec_of(
+        self,
+        recipe: Recipe,
+        name: str,
+        info: Any,
+        sample_fps: float,
+        seed: int,
+        started_at_ns: int | None,
+        model: VideoModel,
+        vectors: CaptionVectors | None,
+    ) -> RecordingSpec:
+        from memdb.schemas.fingerprint import encoding_fingerprint
+        from memdb.schemas.rows import RecordingSpec
+
+        dtype = str(model.dtype).removeprefix("torch.")
+        init_ids = tuple(model.init_ids(str(recipe.encode.params.get("init_prompt", ""))))
+        return RecordingSpec(
+            name=name,
+            source=info.identity,
+            source_name=info.name,
+            live=info.live,
+            started_at_ns=started_at_ns if started_at_ns is not None else info.started_at_ns,
+            sample_fps=sample_fps,
+            seed=seed,
+            dtype=dtype,
+            recipe=recipe,
+            model=model.identity,
+            init_ids=init_ids,
+            encoding_fingerprint=encoding_fingerprint(
+                recipe,
+                model=model.identity.fingerprint,
+                init_ids=init_ids,
+                sample_fps=sample_fps,
+                seed=seed,
+                dtype=dtype,
+            ),
+            caption_encoder=vectors.name if vectors is not None else "",
+        )
+
+    def _done(self, store: Store, spec: RecordingSpec) -> IngestReport | None:
+        """The report of an ingest that has nothing left to do, because the recording is whole already."""
+        from memdb.ingest.pipeline import IngestReport
+
+        row = next((row for row in store.recordings() if row.name == spec.name), None)
+        if row is None:
+            return None
+        if row.spec.recipe.codec != spec.recipe.codec:
+            raise EncodingMismatch(
+                f"recording {spec.name!r} is stored as {row.spec.recipe.codec}, not {spec.recipe.codec}: use "
+                f"--codec {row.spec.recipe.codec}, or another --recording"
+            )
+        same = (row.spec.encoding_fingerprint, row.spec.source) == (spec.encoding_fingerprint, spec.source)
+        if not (row.finished and same and spec.source.digest):
+            return None
+        return IngestReport(
+            recording=row.name,
+            units=0,
+            watermark_s=to_s(row.watermark_ns),
+            resumed_from_unit=row.units,
+            replayed_units=0,
+            epoch=len(row.epochs) - 1,
+            written_bytes=0,
+            timings_ms={},
+            warnings=[f"{row.name} holds all of {spec.source_name} already"],
+        )
+
+    @staticmethod
+    def _recipe(
+        recipe: str | os.PathLike[str] | Recipe,
+        profile: str | None,
+        codec: str | None,
+        settings: Sequence[str],
+    ) -> Recipe:
+        from memdb import recipes
+        from memdb.schemas.recipe import Recipe
+
+        if isinstance(recipe, Recipe):
+            return recipes.adjusted(recipe, profile=profile, codec=codec, settings=tuple(settings))
+        return recipes.recipe(os.fspath(recipe), profile=profile, codec=codec, settings=tuple(settings))
+
+    # Questions
+
+    def ask(
+        self,
+        text: str,
+        *,
+        recording: str | None = None,
+        mode: str = "auto",
+        at: float | str | None = None,
+        latency_ms_max: float | None = None,
+        gpu_bytes_max: int | None = None,
+        read_bytes_max: int | None = None,
+        context_tokens_max: int | None = None,
+        on_text: Callable[[str], None] | None = None,
+        save_frames: str | os.PathLike[str] | None = None,
+    ) -> Answer:
+        """Answer a question from the store, within the budget.
+
+        recording: one by name, else all. mode: auto, captions, kv, both, recent. at: as of this media time
+        (seconds, HH:MM:SS, or ISO 8601 where the wall clock is known). on_text gets the answer piece by piece.
+        save_frames: a folder for the key frames of the evidence.
+
+        Raises QuestionError, BudgetError, UnknownRecording, ModelMismatch, NoPlanFits.
+        """
+        budget = Budget(latency_ms_max, gpu_bytes_max, read_bytes_max, context_tokens_max)
+        question = Question(text, mode, recording, None, budget)
+        if at is not None:
+            question = replace(question, at_ns=to_ns(self._time(at, recording)))
+        with self._lock:
+            engine = self._asking()
+            engine.prepare(question)
+            answer = engine.ask(question, on_text=on_text)
+        return self.save_frames(answer, save_frames) if save_frames is not None else answer
+
+    def search(
+        self,
+        text: str,
+        *,
+        recording: str | None = None,
+        start_s: float | str | None = None,
+        end_s: float | str | None = None,
+        limit: int = 10,
+    ) -> list[SearchHit]:
+        """Captions by meaning and by words, best first. No Video-LLM is loaded.
+
+        Recordings whose caption vectors only their Video-LLM can make (rlivs) are searched by words.
+        Raises UsageError, BudgetError, UnknownRecording.
+        """
+        from memdb.query.search import search
+
+        if not text.strip():
+            raise UsageError("nothing to search for: give some words")
+        if limit < 1:
+            raise UsageError(f"limit {limit} finds nothing: give at least 1")
+        start = self._time(start_s, recording) if start_s is not None else None
+        end = self._time(end_s, recording) if end_s is not None else None
+        if start is not None and end is not None and end <= start:
+            raise UsageError(f"the span from {start:g} s to {end:g} s is empty: let it end after it starts")
+        rows = [self.store.recording(recording)] if recording is not None else self.store.recordings()
+        with self._lock:
+            return search(
+                self.store,
+                rows,
+                text,
+                vectors=self._search_vectors,
+                start_ns=to_ns(start) if start is not None else None,
+                end_ns=to_ns(end) if end is not None else None,
+                limit=limit,
+            )
+
+    def save_frames(self, answer: Answer, folder: str | os.PathLike[str]) -> Answer:
+        """Write the key frames of the evidence as JPEG; the answer with their paths, and a warning for each lost."""
+        from memdb.frames_out import save_frames
+
+        return save_frames(self.store, answer, Path(folder))
+
+    # The store
+
+    def recordings(self) -> list[RecordingRow]:
+        """All recordings, by name."""
+        return self.store.recordings()
+
+    def stats(self) -> StoreStats:
+        """Recordings, times, and bytes by tier."""
+        from memdb.stats import stats
+
+        return stats(self.store)
+
+    def verify(self, *, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
+        """Read and check every byte. Damage is reported, not raised."""
+        from memdb.page_check import check_pages
+        from memdb.verify import verify
+
+        return verify(self.store, checkers=[check_pages], progress=progress)
+
+    def digest(self, recording: str | None = None, *, tier: str = "all") -> dict[str, str]:
+        """Recording to digest of its content, from the bytes on disk. tier: all, kv or captions."""
+        names = [recording] if recording is not None else [row.name for row in self.store.recordings()]
+        return {name: recording_digest(self.store, name, tier) for name in names}
+
+    def export(self, recording: str, out: str | os.PathLike[str], *, format: str = "jsonl") -> int:
+        """Write a recording's captions as JSON lines or SRT subtitles; the number written."""
+        from memdb.export import export
+
+        return export(self.store, recording, Path(out), format)
+
+    def compare_uncut(self, film: str | os.PathLike[str], recording: str, question: str) -> LadderReport:
+        """Logits of a question through the stored KV beside one uncut forward over the same frames."""
+        from memdb.ingest.sampling import sample
+        from memdb.ingest.sources import open_source
+        from memdb.ladder import compare
+
+        with self._lock, open_source(film) as source:
+            engine = self._asking()
+            row = self.store.recording(recording)
+            model = self._loaded()
+            pixels = [model.prepare(frame.image) for frame in sample(source.frames(), row.spec.sample_fps)]
+            ids, logits, blocks = engine.question_logits(recording, question)
+            return compare(model, row.spec, pixels, ids, logits, blocks)
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+        self.store.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # What is loaded once
+
+    def _loaded(self) -> VideoModel:
+        from memdb.models.load import load_model, normal_spec
+
+        if self._model is None:
+            known = self.store.model
+            spec = self._spec or (known.spec if known is not None else DEFAULT_MODEL)
+            self._model = load_model(normal_spec(spec), device=self._device, dtype=self._dtype)
+            if (
+                self._spec is None
+                and known is not None
+                and known.fingerprint != self._model.identity.fingerprint
+            ):
+                raise ModelMismatch(
+                    f"the store remembers the model {known.spec!r}, but what loads under that name now is another: "
+                    "name the right one with --model"
+                )
+        return self._model
+
+    def _asking(self) -> Engine:
+        from memdb.query.engine import Engine
+
+        if self._engine is None:
+            self._engine = Engine(self.store, self._loaded(), self._vectors)
+        return self._engine
+
+    def _vectors(self, encoder: str) -> CaptionVectors:
+        """The encoder of caption vectors by the name that a recipe or a recording has (with or without @digest)."""
+        from memdb.models.caption_vectors import caption_vectors
+
+        if encoder not in self._encoders:
+            vectors = caption_vectors(encoder.split("@")[0], self._loaded)
+            if "@" in encoder and vectors.name != encoder:
+                raise ModelMismatch(
+                    f"captions here were embedded by {encoder}, and what is loaded is {vectors.name}: use that model"
+                )
+            self._encoders[encoder] = vectors
+        return self._encoders[encoder]
+
+    def _search_vectors(self, encoder: str) -> CaptionVectors | None:
+        """For search: encoders that need a Video-LLM take part only if it is loaded already."""
+        from memdb.models.caption_vectors import INPUT_EMBEDDINGS
+
+        if encoder.startswith(INPUT_EMBEDDINGS) and self._model is None:
+            return None
+        try:
+            return self._vectors(encoder)
+        except ModelMismatch as error:
+            log.warning("%s; searching by words", error)
+            return None
+
+    def _time(self, value: float | str, recording: str | None) -> float:
+        """Media seconds; a moment on the wall clock needs a recording that is named, or the only one."""
+        started = None
+        if isinstance(value, str):
+            rows = [self.store.recording(recording)] if recording is not None else self.store.recordings()
+            started = rows[0].spec.started_at_ns if len(rows) == 1 else None
+        return parse_time(value, started_at_ns=started)
+
+
+def _indexer(store: Store, spec: RecordingSpec) -> Callable[[bool], None]:
+    """Brings a recording's derived indexes up to its units."""
+    from memdb.captions import CaptionIndex
+    from memdb.index.pages import index_recording
+
+    captions = CaptionIndex(store.path)
+
+    def index(flush: bool) -> None:
+        index_recording(store, store.recording(spec.name).id, flush=flush)
+        if spec.caption_encoder:
+            captions.index_captions(store, spec.caption_encoder, flush=flush)
+
+    return index

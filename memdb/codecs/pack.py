@@ -1,0 +1,88 @@
+"""From the keys and values of a unit to the payload of a commit, and from read slices back to tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from memdb.codecs import planes
+from memdb.codecs.base import Codec
+from memdb.codecs.layout import aligned
+from memdb.models.window import LayerKV
+from memdb.schemas.units import SLICE_DTYPE, Bytes, PackedKV
+
+
+def pack_unit(
+    codec: Codec, layers: Sequence[Sequence[LayerKV | None]], widths: Mapping[int, int], dtype: torch.dtype
+) -> PackedKV:
+    """Quantise and lay out the blocks of one unit, layer by layer.
+
+    layers: per layer, per block of the unit, its keys and values (H, T, D), or None where the layer does not
+    hold the block. widths: per layer the scale width so far in this recording; a layer whose values overflow
+    fp16 widens and stays wide.
+    """
+    held = [
+        (layer, block, kv)
+        for layer, row in enumerate(layers)
+        for block, kv in enumerate(row)
+        if kv is not None
+    ]
+    slices = np.zeros(len(held), SLICE_DTYPE)
+    slices["layer"] = [layer for layer, _, _ in held]
+    slices["block"] = [block for _, block, _ in held]
+    slices["tokens"] = [kv.tokens for _, _, kv in held]
+    for layer, row in enumerate(layers):
+        own = [kv for kv in row if kv is not None]
+        if own:
+            needed = max(codec.scale_bytes(kv.k, kv.v) for kv in own)
+            slices["scale_bytes"][slices["layer"] == layer] = max(needed, widths.get(layer, 0))
+    raw: list[Bytes] = [np.zeros(0, np.uint8)] * len(held)
+    for tokens, width in sorted({(int(row["tokens"]), int(row["scale_bytes"])) for row in slices}):
+        chosen = np.flatnonzero((slices["tokens"] == tokens) & (slices["scale_bytes"] == width))
+        k = torch.stack([held[i][2].k for i in chosen])  # (n, H, T, D)
+        v = torch.stack([held[i][2].v for i in chosen])
+        packed = codec.pack(k, v, width).cpu().numpy()
+        for i, row in zip(chosen, packed, strict=True):
+            raw[i] = row
+    return _lay_out(raw, slices, planes.element_bytes(codec.name, str(dtype).removeprefix("torch.")))
+
+
+def _lay_out(raw: list[Bytes], slices: np.ndarray, element_bytes: int) -> PackedKV:  # type: ignore[type-arg]
+    digest = xxhash.xxh3_128()
+    stored: list[Bytes] = []
+    at = 0
+    for row, data in zip(slices, raw, strict=True):
+        digest.update(data)
+        kept = data
+        if element_bytes:
+            smaller = planes.pack(data, element_bytes)
+            kept = smaller if len(smaller) < len(data) else data
+        stored.append(kept)
+        row["offset"], row["raw_bytes"], row["stored_bytes"] = at, len(data), len(kept)
+        row["xxh3"] = xxhash.xxh3_64_intdigest(kept)
+        at += aligned(len(kept))
+    payload = np.zeros(at, np.uint8)
+    for row, data in zip(slices, stored, strict=True):
+        payload[int(row["offset"]) : int(row["offset"]) + len(data)] = data
+    return PackedKV(payload, slices, digest.digest())
+
+
+def unpack_slices(
+    codec: Codec,
+    raw: Bytes,
+    *,
+    dtype: torch.dtype,
+    scale_bytes: int,
+    H: int,
+    T: int,
+    D: int,
+    device: torch.device,
+    out: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """(n, raw_bytes) uint8 of n slices of one kind -> k and v (n, H, T, D) on `device` in `out`."""
+    packed = torch.from_numpy(raw).to(device, non_blocking=True)
+    return codec.unpack(packed, dtype, scale_bytes, H, T, D, out)

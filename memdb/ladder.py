@@ -1,0 +1,71 @@
+"""The equality ladder: logits through store, close, reopen and rebuild beside one uncut forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memdb.models.protocol import Pixels, VideoModel
+from memdb.models.uncut import uncut_states
+from memdb.schemas.rows import RecordingSpec
+
+
+@dataclass(frozen=True)
+class LadderReport:
+    """Differences are largest absolute ones, over all tokens of the question's prompt."""
+
+    recipe: str
+    codec: str
+    frames: int
+    blocks: int
+    context_tokens: int
+    window_tokens: int
+    window_binds: bool  # whether the context is longer than the encoding window
+    largest_logit: float
+    largest_difference: float
+    same_next_token: bool
+
+    @property
+    def relative(self) -> float:
+        """The largest difference as a share of the largest logit."""
+        return self.largest_difference / self.largest_logit
+
+    def as_json(self) -> dict[str, object]:
+        row: dict[str, object] = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {**row, "relative": self.relative}
+
+
+def compare(
+    model: VideoModel,
+    spec: RecordingSpec,
+    pixels: Sequence[Pixels],
+    ids: Sequence[int],
+    logits: Tensor,
+    blocks: int,
+) -> LadderReport:
+    """`logits` (T, V) came through the store; the frames that went in are fed again here, uncut."""
+    window = int(spec.recipe.encode.params.get("window_tokens", 15_000))  # type: ignore[arg-type]
+    windowed = bool(spec.recipe.rebuild.params.get("windowed", False))
+    with torch.inference_mode():
+        frames = model.visual_tokens(pixels)
+        init, prompt = model.embed(spec.init_ids), model.embed(ids)
+        whole = torch.cat((init, frames.flatten(0, 1), prompt))
+        # Without `windowed` the question sees everything, whatever the window of encoding was.
+        wide = 0 if windowed else len(prompt)
+        states = uncut_states(model, whole, init_tokens=len(init), window=window, unwindowed_tail=wide)
+        truth = model.logits(states[-len(prompt) :])
+    return LadderReport(
+        recipe=spec.recipe.name,
+        codec=spec.recipe.codec,
+        frames=len(pixels),
+        blocks=blocks,
+        context_tokens=len(whole),
+        window_tokens=window,
+        window_binds=len(whole) > window,
+        largest_logit=float(truth.abs().max()),
+        largest_difference=float((logits - truth).abs().max()),
+        same_next_token=bool(logits[-1].argmax() == truth[-1].argmax()),
+    )

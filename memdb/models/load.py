@@ -1,0 +1,167 @@
+"""From a model's name to a model: embedded, random:SEED, a folder, or an id on the Hub."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memdb.models.protocol import VideoModel
+from memdb.models.weights import folder_digest, module_digest
+from memdb.schemas.errors import ModelError, ModelNotFound, UnsupportedModel
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# The embedded model until a trained one ships: random weights of a fixed seed. Its words mean nothing.
+EMBEDDED = "random:0"
+_PREPROCESSING_FILES = ("video_preprocessor_config.json", "preprocessor_config.json", "processor_config.json")
+
+
+def resolve_device(name: str | None) -> torch.device:
+    """The named device, else the first GPU, else the CPU. Raises ModelError where it is not there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ModelError(f"device {name!r} is not known to torch: use cpu, cuda or cuda:0") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError("no CUDA device is visible to torch: use --device cpu, or run memdb doctor")
+    return device
+
+
+def resolve_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The named dtype, else float32 on a CPU and bfloat16 on a GPU."""
+    if name is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in DTYPES:
+        raise ModelError(f"dtype {name!r} is not supported: use one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def load_model(spec: str, *, device: str | None = None, dtype: str | None = None) -> VideoModel:
+    """Load the Video-LLM that `spec` names.
+
+    `embedded`; `random:SEED` or `random:SEED:CONFIG.json`, built offline; a folder with config.json,
+    safetensors and a tokenizer; else a Hub id. Raises ModelNotFound, UnsupportedModel, ModelError.
+    """
+    place = resolve_device(device)
+    kind = resolve_dtype(dtype, place)
+    if spec == "embedded":
+        return _load_random(EMBEDDED, place, kind, spec="embedded")
+    if spec.startswith("random:"):
+        return _load_random(spec, place, kind, spec=spec)
+    folder = Path(spec).expanduser()
+    if folder.is_dir():
+        return _load_folder(folder.resolve(), place, kind, spec=str(folder.resolve()))
+    if spec.startswith((".", "/", "~")) or spec.count("/") != 1:
+        raise ModelNotFound(
+            f"no model {spec!r}: give embedded, random:SEED, a folder with config.json and safetensors, or a Hub "
+            "id such as llava-hf/llava-onevision-qwen2-7b-ov-hf"
+        )
+    return _load_folder(_fetch(spec), place, kind, spec=spec)
+
+
+def normal_spec(spec: str) -> str:
+    """The form in which a store remembers a model: folders by absolute path."""
+    return str(Path(spec).expanduser().resolve()) if Path(spec).expanduser().is_dir() else spec
+
+
+def _load_random(name: str, device: torch.device, dtype: torch.dtype, *, spec: str) -> VideoModel:
+    from memdb.models.llava_onevision import LlavaOnevision
+    from memdb.models.random_llava import random_llava
+
+    _, seed, *rest = name.split(":", 2)
+    if not seed.isdecimal():
+        raise ModelNotFound(f"{name!r} names no seed: write random:0 or random:0:CONFIG.json")
+    config: dict[str, Any] | None = None
+    if rest:
+        config = _read_json(Path(rest[0]))
+        if config is None:
+            raise ModelNotFound(f"{rest[0]} is no readable JSON file with a model's configuration")
+    network, tokenizer = random_llava(config, seed=int(seed))
+    weights = module_digest(network)
+    network = network.to(device=device, dtype=dtype)
+    return LlavaOnevision(network, tokenizer, _preprocessing(None), spec, weights)
+
+
+def _load_llava_onevision(folder: Path, device: torch.device, dtype: torch.dtype, spec: str) -> VideoModel:
+    from transformers import AutoTokenizer, LlavaOnevisionForConditionalGeneration
+
+    from memdb.models.llava_onevision import LlavaOnevision
+
+    weights = folder_digest(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        network = LlavaOnevisionForConditionalGeneration.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True, attn_implementation="sdpa"
+        )
+    except (
+        Exception
+    ) as error:  # transformers raises what its parts raise: OSError, ValueError, SafetensorError
+        raise ModelError(f"the model in {folder} cannot be loaded: {_first_line(error)}") from error
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise UnsupportedModel(f"{folder} has no fast tokenizer (tokenizer.json): save one there")
+    return LlavaOnevision(network.to(device), tokenizer, _preprocessing(folder), spec, weights)
+
+
+# model_type of config.json -> loader. A family is one file and one line here.
+FAMILIES: dict[str, Callable[[Path, torch.device, torch.dtype, str], VideoModel]] = {
+    "llava_onevision": _load_llava_onevision,
+}
+
+
+def _load_folder(folder: Path, device: torch.device, dtype: torch.dtype, *, spec: str) -> VideoModel:
+    config = _read_json(folder / "config.json")
+    if config is None:
+        raise ModelNotFound(
+            f"{folder} holds no readable config.json: name a folder written by save_pretrained"
+        )
+    family = str(config.get("model_type"))
+    if family not in FAMILIES:
+        raise UnsupportedModel(f"{folder} is a {family!r} model: memdb carries {', '.join(FAMILIES)}")
+    return FAMILIES[family](folder, device, dtype, spec)
+
+
+def _fetch(hub_id: str) -> Path:
+    """The local snapshot of a Hub repository, downloaded unless offline. Its folder name is the revision."""
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=wanted))
+    except Exception as error:  # the Hub's errors have no common base across versions
+        raise ModelNotFound(
+            f"model {hub_id!r} is neither a folder here nor to be had from the Hub ({_first_line(error)}): "
+            "check the name and the network, or download it and name the folder"
+        ) from error
+
+
+def _preprocessing(folder: Path | None) -> dict[str, Any]:
+    """Mean and deviation of the checkpoint's processor; SigLIP's own, 0.5, where it says nothing."""
+    found: dict[str, Any] = {}
+    for name in _PREPROCESSING_FILES if folder is not None else ():
+        assert folder is not None
+        data = _read_json(folder / name) or {}
+        for part in (data.get("video_processor"), data.get("image_processor"), data):
+            if isinstance(part, dict):
+                found = {**part, **found}
+    mean, std = found.get("image_mean", [0.5] * 3), found.get("image_std", [0.5] * 3)
+    return {"image_mean": [float(x) for x in mean], "image_std": [float(x) for x in std]}
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return data if isinstance(data, dict) else None
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:300] or type(error).__name__

@@ -1,0 +1,73 @@
+"""One uncut forward, written from the formulas, to hold everything else against: no cache, no window kept.
+
+The whole sequence goes through the language model's own layers at once. Attention is a plain masked softmax
+over rows in fp64, with the rotation that the checkpoint's own frequencies give.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memdb.models.protocol import VideoModel
+from memdb.models.rotary import Rotary
+
+ROWS_AT_ONCE = 128  # queries whose rows of scores are in memory together
+
+
+class UncutContext:
+    """Answers for attention over the sequence that is being fed, and nothing before it.
+
+    A query at x sees a token at j if 0 <= x - j < window, or if j is an init token; an init token's distance
+    never exceeds window - 1 (ReKV, arXiv 2503.00540). The last `unwindowed_tail` tokens see everything at its
+    true distance, as a question over a rebuilt context without a window does.
+    """
+
+    def __init__(self, rotary: Rotary, init_tokens: int, window: int, unwindowed_tail: int) -> None:
+        self._rotary = rotary
+        self._init, self._window, self._tail = init_tokens, window, unwindowed_tail
+
+    def begin(self, tokens: int) -> None: ...
+
+    def end(self, tokens: int) -> None: ...
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        group = q.shape[0] // k.shape[0]
+        k, v = k.double().repeat_interleave(group, 0), v.double().repeat_interleave(group, 0)  # (Hq, T, D)
+        T = q.shape[1]
+        outs = [
+            self._rows(q[:, start : start + ROWS_AT_ONCE].double(), k, v, scale, start, T)
+            for start in range(0, T, ROWS_AT_ONCE)
+        ]
+        return torch.cat(outs, 1).to(q.dtype)
+
+    def _rows(self, q: Tensor, k: Tensor, v: Tensor, scale: float, start: int, T: int) -> Tensor:
+        x = torch.arange(start, start + q.shape[1], device=q.device)[:, None]  # (rows, 1)
+        j = torch.arange(T, device=q.device)[None]  # (1, T)
+        distance = x - j
+        narrow = x < T - self._tail
+        near = (distance < self._window) | ~narrow
+        seen = (distance >= 0) & (near | (j < self._init))
+        near_scores = _turn(self._rotary, q, x[:, 0]) @ _turn(self._rotary, k, j[0]).transpose(1, 2)
+        far = torch.full_like(x[:, 0], self._window - 1)
+        far_scores = _turn(self._rotary, q, far) @ k.transpose(1, 2)  # keys at 0, queries at window - 1
+        scores = torch.where(near, near_scores, far_scores) * scale
+        return scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v
+
+
+def uncut_states(
+    model: VideoModel, embeddings: Tensor, *, init_tokens: int, window: int, unwindowed_tail: int
+) -> Tensor:
+    """Final states (T, E) of one forward over embeddings (T, E)."""
+    return model.forward(embeddings, UncutContext(model.rotary, init_tokens, window, unwindowed_tail))
+
+
+def _turn(rotary: Rotary, x: Tensor, positions: Tensor) -> Tensor:
+    """x (Hq, T, D) rotated to positions (T,), all in fp64."""
+    angles = positions.double()[:, None] * rotary.inv_freq
+    angles = torch.cat((angles, angles), -1)
+    size = angles.shape[-1]
+    part = x[..., :size]
+    left, right = part.chunk(2, -1)
+    turned = (part * angles.cos() + torch.cat((-right, left), -1) * angles.sin()) * rotary.scaling
+    return torch.cat((turned, x[..., size:]), -1)

@@ -1,0 +1,27 @@
+"""Where memdb keeps what is not part of a store: measured costs, digests of weight files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """`$MEMDB_CACHE_DIR`, else `$XDG_CACHE_HOME/memdb`, else `~/.cache/memdb`. Not created here."""
+    named = os.environ.get("MEMDB_CACHE_DIR")
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "memdb"
+
+
+def write_atomically(path: Path, data: bytes) -> bool:
+    """Write a small file whole or not at all. False where the place cannot be written; never raises for that."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
+        return False
+    return True

@@ -1,0 +1,49 @@
+"""The progress line of an ingest on a terminal."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from memdb.schemas.times import format_time
+
+if TYPE_CHECKING:
+    from memdb.ingest.pipeline import Progress
+
+
+class IngestBar:
+    """Media time, share and time left where the length is known, times real time, units, bytes; on stderr."""
+
+    def __init__(self) -> None:
+        self._live = Live(console=Console(stderr=True), refresh_per_second=4, transient=True)
+        self._start: tuple[float, float] | None = None
+
+    def update(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if self._start is None:
+            self._start = now, progress.media_s
+        began, began_s = self._start
+        speed = (progress.media_s - began_s) / (now - began) if now > began else 0.0
+        line = f"{format_time(round(progress.media_s))}"
+        if progress.duration_s:
+            share = min(1.0, progress.media_s / progress.duration_s)
+            line += f" of {format_time(round(progress.duration_s))} ({share:.0%})"
+            if speed > 0:
+                left = max(0.0, progress.duration_s - progress.media_s) / speed
+                line += f", {format_time(round(left))} left"
+        line += f", {speed:.1f} x real time, {progress.units} units, {progress.written_bytes / 2**20:.1f} MiB"
+        self._live.update(Text(line))
+
+    def __enter__(self) -> IngestBar:
+        self._live.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.__exit__(kind, error, trace)

@@ -1,0 +1,116 @@
+"""The pipeline map as data: a row a paper, a column a stage. A paper is a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from memdb.schemas.errors import RecipeError
+from memdb.schemas.legality import check
+from memdb.schemas.recipe import PROFILES, Recipe, Stage, read_toml
+
+INIT_PROMPT = "You are a helpful assistant."
+CAPTION_PROMPT = "Describe what is happening in this video."
+
+REKV = Recipe(
+    name="rekv",  # arXiv 2503.00540
+    unit=Stage("frame"),
+    reduce=Stage("identity"),
+    encode=Stage("window", {"window_tokens": 15_000, "chunk_frames": 64, "init_prompt": INIT_PROMPT}),
+    caption=Stage("none"),
+    write=Stage("fp16"),
+    retain=Stage("all"),
+    index=Stage("mean_key"),
+    retrieve=Stage("topk", {"blocks": 64, "group": 1, "sim": "dot"}),
+    rebuild=Stage("consecutive", {"windowed": True, "time_text_s": 0.0}),
+    answer=Stage("greedy", {"tokens_max": 256}),
+)
+RLIVS = Recipe(
+    name="rlivs",  # arXiv 2510.17364
+    unit=Stage("clip", {"frames": 16, "unit_s_max": 120.0}),
+    reduce=Stage("recurrent", {"clips": 16, "share": 0.0625, "layers": "4/28,8/28,13/28,19/28"}),
+    encode=Stage("none", {"chunk_frames": 16, "init_prompt": INIT_PROMPT}),
+    caption=Stage("clip", {"prompt": CAPTION_PROMPT, "tokens_max": 256, "encoder": "input-embeddings"}),
+    write=Stage("none"),
+    retain=Stage("all"),
+    index=Stage("caption"),
+    retrieve=Stage("mmr", {"caption_tokens": 10_000, "relevance": 0.5}),
+    rebuild=Stage("text", {"windowed": False, "time_text_s": 0.0}),
+    answer=Stage("greedy", {"tokens_max": 256}),
+)
+HYBRID = Recipe(
+    name="hybrid",  # ours: both tiers under one commit
+    unit=Stage("clip", {"frames": 16, "unit_s_max": 120.0}),
+    reduce=Stage("identity"),
+    encode=Stage("window", {"window_tokens": 15_000, "chunk_frames": 16, "init_prompt": INIT_PROMPT}),
+    caption=Stage(
+        "blocks",
+        {
+            "prompt": CAPTION_PROMPT,
+            "tokens_max": 48,
+            "encoder": "all-MiniLM-L6-v2",
+            "clips": 4,
+            "share": 0.0625,
+            "layers": "4/28,8/28,13/28,19/28",
+        },
+    ),
+    write=Stage("int4"),
+    retain=Stage("all"),
+    index=Stage("mean_key"),
+    retrieve=Stage(
+        "topk", {"blocks": 64, "group": 1, "sim": "dot", "caption_tokens": 2_000, "relevance": 0.5}
+    ),
+    rebuild=Stage("consecutive", {"windowed": False, "time_text_s": 4.0}),
+    answer=Stage("greedy", {"tokens_max": 64}),
+)
+RECIPES: dict[str, Recipe] = {"rekv": REKV, "rlivs": RLIVS, "hybrid": HYBRID}
+
+# Where a paper and its released code differ; `fixed` is the row above.
+PROFILE_CHANGES: dict[tuple[str, str], tuple[str, ...]] = {
+    ("rekv", "paper"): ("retrieve.sim=cos",),
+    ("rekv", "code"): (),  # the init tokens count twice in one step: encode/window reads the profile
+    ("rlivs", "paper"): ("caption.tokens_max=1024", "unit.unit_s_max=0"),
+    ("rlivs", "code"): ("caption.tokens_max=1024", "unit.unit_s_max=0", "retrieve.caption_tokens=20000"),
+}
+
+
+def recipe(
+    name: str | Path, *, profile: str | None = None, codec: str | None = None, settings: tuple[str, ...] = ()
+) -> Recipe:
+    """A named recipe or one from a TOML file, with profile, codec and `STAGE.PARAM=VALUE` settings applied.
+
+    Raises RecipeError for unknown names and for combinations that are not legal (the rule is in the message).
+    """
+    text = str(name)
+    if text in RECIPES:
+        found = RECIPES[text]
+    elif text.endswith(".toml"):
+        found = read_toml(Path(text), RECIPES)
+    else:
+        raise RecipeError(f"unknown recipe {text!r}: choose one of {', '.join(RECIPES)}, or a FILE.toml")
+    return adjusted(found, profile=profile, codec=codec, settings=settings)
+
+
+def adjusted(
+    found: Recipe, *, profile: str | None = None, codec: str | None = None, settings: tuple[str, ...] = ()
+) -> Recipe:
+    """A recipe with profile, codec and settings applied, checked. Raises RecipeError."""
+    if profile is not None:
+        found = _with_profile(found, profile)
+    if codec is not None:
+        if not found.keeps_kv:
+            raise RecipeError(f"recipe {found.name!r} stores no KV, so --codec {codec} has nothing to act on")
+        found = found.with_stage("write", Stage(codec))
+    found = found.with_settings(settings)
+    check(found)
+    return found
+
+
+def _with_profile(found: Recipe, profile: str) -> Recipe:
+    if profile not in PROFILES:
+        raise RecipeError(f"unknown profile {profile!r}: choose one of {', '.join(PROFILES)}")
+    if profile != "fixed" and (found.name, profile) not in PROFILE_CHANGES:
+        raise RecipeError(
+            f"recipe {found.name!r} has no profile {profile!r}: it has no paper of its own to follow"
+        )
+    changes = PROFILE_CHANGES.get((found.name, profile), ())
+    return Recipe.from_json({"profile": profile}, base=found.with_settings(changes))

@@ -1,0 +1,144 @@
+"""The captions that a question brings back: ranked by MMR, cut to a token budget, put into time order."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from memdb.captions import CaptionIndex
+from memdb.models.caption_vectors import CaptionVectors
+from memdb.query.rebuild.text import CaptionAt
+from memdb.query.retrieve.mmr import mmr_order, within_budget
+from memdb.query.scope import Opened
+from memdb.schemas.errors import CorruptionError
+from memdb.schemas.times import format_time, to_s
+from memdb.store import Store
+
+log = logging.getLogger(__name__)
+
+# Up to here MMR looks at every caption; beyond, at those that the search table ranks first.
+EXACT_CAPTIONS_MAX = 20_000
+CANDIDATES = 2_048
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A caption that may be taken: a row of a recording's caption table."""
+
+    opened: int  # index into the scope
+    unit: int
+    tokens: int
+    start_ns: int
+    end_ns: int
+
+
+@dataclass(frozen=True)
+class Picked:
+    candidate: Candidate
+    score: float  # cosine to the question
+
+
+def rank(
+    store: Store,
+    scope: Sequence[Opened],
+    vectors: CaptionVectors,
+    index: CaptionIndex,
+    text: str,
+    *,
+    relevance: float,
+) -> tuple[list[Candidate], Iterator[tuple[int, float]]]:
+    """All captions in question of one encoder, and their MMR order as it is asked for."""
+    query = vectors.of_question(text)
+    own = [i for i, opened in enumerate(scope) if opened.row.spec.caption_encoder == vectors.name]
+    masks = {i: scope[i].captions for i in own}
+    if sum(int(mask.sum()) for mask in masks.values()) > EXACT_CAPTIONS_MAX:
+        masks = _narrowed(store, scope, own, vectors, index, query)
+    candidates: list[Candidate] = []
+    parts = []
+    for i, mask in masks.items():
+        table = scope[i].kv.table
+        rows = np.flatnonzero(mask & (table.captions["tokens"] > 0))
+        for row in table.captions[rows]:
+            candidates.append(
+                Candidate(i, int(row["unit"]), int(row["tokens"]), int(row["start_ns"]), int(row["end_ns"]))
+            )
+        if len(rows):
+            parts.append(table.caption_vectors()[rows])
+    if not candidates:
+        return [], iter(())
+    return candidates, mmr_order(np.concatenate(parts), query, relevance)
+
+
+def _narrowed(
+    store: Store,
+    scope: Sequence[Opened],
+    own: Sequence[int],
+    vectors: CaptionVectors,
+    index: CaptionIndex,
+    query: np.ndarray,  # type: ignore[type-arg]
+) -> dict[int, np.ndarray]:  # type: ignore[type-arg]
+    """Masks of the captions that the search table finds nearest: ids only, vectors come from the pages."""
+    by_id = {scope[i].row.id: i for i in own}
+    names = [scope[i].row.id for i in own]
+    hits = index.search(store, vectors.name, vector=query, recordings=names, limit=CANDIDATES)
+    masks = {}
+    for name, i in by_id.items():
+        units = [hit.unit for hit in hits if hit.recording_id == name]
+        masks[i] = scope[i].captions & np.isin(scope[i].kv.table.captions["unit"], units)
+    return masks
+
+
+def pick(
+    ranked: Sequence[tuple[list[Candidate], Iterator[tuple[int, float]]]], budget_tokens: int
+) -> list[Picked]:
+    """Captions within the budget, best first. Several encoders take turns: their cosines do not compare."""
+    whole = sum(row.tokens for candidates, _ in ranked for row in candidates)
+    if len(ranked) == 1:
+        candidates, order = ranked[0]
+        return [
+            Picked(candidates[row], score)
+            for row, score in within_budget(order, [row.tokens for row in candidates], budget_tokens)
+        ]
+    picked: list[Picked] = []
+    used = 0
+    queues = [(candidates, order) for candidates, order in ranked]
+    while queues:
+        for turn in list(queues):
+            candidates, order = turn
+            taken = next(order, None)
+            if taken is None:
+                queues.remove(turn)
+                continue
+            row, score = taken
+            if whole > budget_tokens and used + candidates[row].tokens >= budget_tokens:
+                return picked
+            used += candidates[row].tokens
+            picked.append(Picked(candidates[row], score))
+    return picked
+
+
+def read(
+    store: Store,
+    scope: Sequence[Opened],
+    picked: Sequence[Picked],
+    model_fingerprint: str,
+    warnings: list[str],
+) -> list[tuple[Picked, CaptionAt]]:
+    """Texts and ids from the segments, in time order. A damaged caption is left out with a warning."""
+    found = []
+    ordered = sorted(picked, key=lambda item: (item.candidate.opened, item.candidate.start_ns))
+    for item in ordered:
+        row = scope[item.candidate.opened].row
+        try:
+            caption = store.read_caption(store.unit(row.id, item.candidate.unit))
+        except CorruptionError as error:
+            start = format_time(to_s(item.candidate.start_ns))
+            warnings.append(f"the caption of {row.name} at {start} is damaged and was left out: {error}")
+            continue
+        same = row.spec.model.fingerprint == model_fingerprint
+        at = CaptionAt(caption, item.candidate.start_ns, item.candidate.end_ns, row.name, same)
+        found.append((item, at))
+    return found

@@ -1,0 +1,143 @@
+"""What a plan costs on this machine: a handful of measured figures and the sums over them. No torch.
+
+Each stage's figure is measured by running it (query/measure.py), and corrected by what questions really took:
+per stage, the ratio of actual to predicted, as a running mean.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from memdb.paths import cache_dir, write_atomically
+from memdb.schemas.plan import Predicted, Sizes
+
+log = logging.getLogger(__name__)
+
+NEWS_WEIGHT = 0.3  # of the newest ratio in the running mean
+RATIO_BOUNDS = (0.1, 50.0)  # one question in a swapping machine shall not rule out a mode for ever
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """What the recordings in question hold, as far as costs go. Sizes a block are means."""
+
+    blocks: int = 0
+    layers: int = 0
+    block_tokens: float = 0.0
+    slice_bytes: float = 0.0  # one layer of one block, as stored
+    captions: int = 0
+    caption_tokens: int = 0  # of all captions
+    kv_token_bytes: int = 0  # keys and values of one token over all layers, at the dtype of the question
+    init_tokens: int = 0
+    context_tokens_max: int = 1 << 62  # of the model
+
+
+@dataclass
+class Costs:
+    """Milliseconds. A forward of T tokens against C remembered ones takes base + token * T + pair * T * C."""
+
+    forward_base: float
+    forward_token: float
+    forward_pair: float
+    read_base: float  # one layer's read, whatever its size
+    read_block: float  # and each block of it
+    unpack_token: float  # one token of one layer: codes to rotated keys
+    search_layer: float  # ranking a layer's keys
+    embed: float  # the vector of a question
+    captions: float  # ranking captions
+    ratios: dict[str, float] = field(default_factory=dict)
+
+    def forward(self, tokens: float, context: float) -> float:
+        return self.forward_base + self.forward_token * tokens + self.forward_pair * tokens * context
+
+    def corrected(self, stage: str, ms: float) -> float:
+        return ms * self.ratios.get(stage, 1.0)
+
+    def learn(self, predicted: Mapping[str, float], actual: Mapping[str, float]) -> None:
+        """Correct the stages by what they took. Both are per stage, `predicted` with the present correction."""
+        low, high = RATIO_BOUNDS
+        for stage, ms in predicted.items():
+            if ms <= 0 or stage not in actual:
+                continue
+            before = self.ratios.get(stage, 1.0)
+            news = min(high, max(low, before * actual[stage] / ms))
+            self.ratios[stage] = (1 - NEWS_WEIGHT) * before + NEWS_WEIGHT * news
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The sizes of a question, in tokens: alone, and with the prompt around it."""
+
+    question_tokens: int
+    prompt_tokens: int
+    stamp_tokens_block: float = 0.0  # of time text, a block
+
+
+def predict(mode: str, sizes: Sizes, asked: Asked, held: Holdings, costs: Costs) -> Predicted:
+    """What `mode` at `sizes` would take: pure arithmetic over the measured figures."""
+    uses_kv = mode in ("kv", "both", "recent")
+    uses_captions = mode in ("captions", "both")
+    blocks = min(sizes.blocks, held.blocks) if uses_kv else 0
+    captions = min(sizes.caption_tokens, held.caption_tokens) if uses_captions else 0
+    kv_tokens = blocks * held.block_tokens
+    stamp_tokens = blocks * asked.stamp_tokens_block
+    context = held.init_tokens + kv_tokens
+    stages: dict[str, float] = {}
+    if uses_captions:
+        stages["captions"] = costs.embed + costs.captions
+    if uses_kv:
+        fetch = held.layers * (costs.read_base + costs.read_block * blocks + costs.unpack_token * kv_tokens)
+        if mode != "recent":
+            fetch += held.layers * costs.search_layer + costs.forward(asked.question_tokens, context)
+        stages["retrieve"] = fetch
+    texts = stamp_tokens + captions
+    stages["rebuild"] = costs.forward(texts, context) if texts else 0.0
+    if stamp_tokens:  # with stamps everything moves, and is rotated again
+        stages["rebuild"] += held.layers * costs.unpack_token * kv_tokens
+    context += texts
+    stages["prefill"] = costs.forward(asked.prompt_tokens, context)
+    stages["decode"] = sizes.answer_tokens * costs.forward(
+        1, context + asked.prompt_tokens + sizes.answer_tokens / 2
+    )
+    total_tokens = int(context + asked.prompt_tokens + sizes.answer_tokens)
+    return Predicted(
+        stages_ms={stage: costs.corrected(stage, ms) for stage, ms in stages.items()},
+        gpu_bytes=total_tokens * held.kv_token_bytes,
+        read_bytes=int(blocks * held.layers * held.slice_bytes),
+        context_tokens=total_tokens,
+    )
+
+
+class CostFile:
+    """Where measured costs outlive a process: outside every store, so that a question changes none."""
+
+    def __init__(self, key: str) -> None:
+        self._path = cache_dir() / "costs" / f"{key}.json"
+
+    def load(self) -> Costs | None:
+        try:
+            data = json.loads(self._path.read_bytes())
+            costs = Costs(**data)
+            costs.ratios = {str(stage): float(ratio) for stage, ratio in costs.ratios.items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            return None
+        return costs
+
+    def save(self, costs: Costs) -> None:
+        if not write_atomically(self._path, json.dumps(asdict(costs), indent=1).encode()):
+            log.info(
+                "measured costs cannot be kept in %s; they are measured again next time", self._path.parent
+            )
+
+
+def cost_key(path: Path, store_id: str, model_fingerprint: str, device: str, dtype: str) -> str:
+    """One file a store, model, device and dtype: reading costs belong to the disk that the store lies on."""
+    from memdb.schemas.fingerprint import digest_of
+
+    return digest_of(
+        {"store": store_id, "path": str(path), "model": model_fingerprint, "device": device, "dtype": dtype}
+    )

@@ -1,0 +1,176 @@
+"""The planner: a pure function of question kind, budget, what is held and measured costs. No torch.
+
+A first, honest one. For each kind of question it has an order of modes, most fitting first; it takes the first
+that fits the budget, shrinking a mode's sizes before it leaves it. It explains itself, and says what it rejected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from memdb.query.cost import Asked, Costs, Holdings, predict
+from memdb.schemas.errors import NoPlanFits, QuestionError
+from memdb.schemas.plan import Plan, Predicted, Rejected, Sizes
+from memdb.schemas.question import Budget
+
+# Captions hold the gist, KV the detail; counting, order and times need the long view and the detail.
+PREFERENCE: dict[str, tuple[str, ...]] = {
+    "gist": ("captions", "both", "kv", "recent"),
+    "detail": ("kv", "both", "captions", "recent"),
+    "place": ("kv", "both", "captions", "recent"),
+    "motion": ("kv", "both", "captions", "recent"),
+    "count": ("both", "captions", "kv", "recent"),
+    "order": ("both", "captions", "kv", "recent"),
+    "when": ("both", "captions", "kv", "recent"),
+    "absent": ("both", "kv", "captions", "recent"),
+    "now": ("recent", "kv", "both", "captions"),
+}
+# A mode is shrunk to an eighth before the next one is tried at full size, and to its smallest when none of them
+# fits that way.
+SHRINK = (1.0, 0.5, 0.25, 0.125)
+SHRINK_FURTHER = (1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 1024)
+CAPTION_TOKENS_MIN = 32
+ANSWER_TOKENS_MIN = 8
+
+
+def plan(
+    *,
+    mode: str,
+    kind: str,
+    why: str,
+    full: Sizes,
+    asked: Asked,
+    held: Holdings,
+    costs: Costs,
+    budget: Budget,
+    recordings: tuple[str, ...],
+) -> Plan:
+    """The plan for a question. `full` are the recipe's sizes; `why` says how the kind was found.
+
+    Raises QuestionError for a question that leaves no room in the context, and for a mode whose tier is not
+    stored; NoPlanFits, with the nearest latency that would do, when nothing fits.
+    """
+    room = min(held.context_tokens_max, budget.context_tokens_max or held.context_tokens_max)
+    fixed = held.init_tokens + asked.prompt_tokens
+    if fixed + ANSWER_TOKENS_MIN > room:
+        raise QuestionError(
+            f"the question takes {asked.prompt_tokens} tokens; with {held.init_tokens} before it and "
+            f"{ANSWER_TOKENS_MIN} for an answer that is more than the context of {room}: shorten it"
+            + (", or raise context_tokens_max" if room < held.context_tokens_max else "")
+        )
+    order = PREFERENCE[kind] if mode == "auto" else (mode,)
+    reasons = [why if mode == "auto" else f"mode {mode} was asked for"]
+    missing = {candidate: _missing(candidate, held) for candidate in order}
+    usable = [candidate for candidate in order if not missing[candidate]]
+    if not usable:
+        raise QuestionError(f"mode {order[0]} cannot answer here: {missing[order[0]]}")
+    first = {candidate: _limited(candidate, full, asked, held, room) for candidate in usable}
+    rejected = [
+        Rejected(candidate, full, 0.0, missing[candidate]) for candidate in order if missing[candidate]
+    ]
+
+    chosen: tuple[str, Sizes, Predicted, float] | None = None
+    for candidate, sizes, scale in _candidates(usable, first):
+        predicted = predict(candidate, sizes, asked, held, costs)
+        over = _over(predicted, budget, room)
+        if not over:
+            chosen = candidate, sizes, predicted, scale
+            break
+        if scale == 1.0:
+            rejected.append(Rejected(candidate, sizes, predicted.total_ms, over))
+    if chosen is None:
+        raise _nothing_fits(usable, first, asked, held, costs, budget, room)
+
+    taken, sizes, predicted, scale = chosen
+    if mode == "auto":
+        reasons.append(
+            f"{taken} is the best mode for {kind} questions that is stored here and fits the budget"
+        )
+    if scale < 1.0:
+        reasons.append(f"its sizes were shrunk to {scale:g} of the recipe's until the budget was met")
+    tried = {other.mode for other in rejected}
+    for candidate in usable:
+        if candidate != taken and candidate not in tried:
+            other = predict(candidate, first[candidate], asked, held, costs)
+            rank = f"ranked behind {taken} for {kind} questions"
+            rejected.append(Rejected(candidate, first[candidate], other.total_ms, rank))
+    return Plan(taken, kind, sizes, predicted, tuple(reasons), tuple(rejected), recordings)
+
+
+def _missing(mode: str, held: Holdings) -> str:
+    if mode in ("kv", "both", "recent") and not held.blocks:
+        return "no KV is stored up to this moment"
+    if mode in ("captions", "both") and not held.captions:
+        return "no captions are stored up to this moment"
+    return ""
+
+
+def _limited(mode: str, full: Sizes, asked: Asked, held: Holdings, room: int) -> Sizes:
+    """The recipe's sizes, cut to what is held and to what the context has room for; a share each in `both`."""
+    blocks = min(full.blocks, held.blocks) if mode != "captions" else 0
+    captions = min(full.caption_tokens, held.caption_tokens) if mode in ("captions", "both") else 0
+    free = room - held.init_tokens - asked.prompt_tokens
+    answer = max(ANSWER_TOKENS_MIN, min(full.answer_tokens, free // 4))
+    free -= answer
+    block_tokens = max(1.0, held.block_tokens + asked.stamp_tokens_block)
+    wanted = blocks * block_tokens + captions
+    if wanted > free:
+        scale = free / wanted
+        blocks, captions = int(blocks * scale), int(captions * scale)
+    return Sizes(blocks, captions, answer)
+
+
+def _candidates(usable: list[str], first: dict[str, Sizes]) -> Iterator[tuple[str, Sizes, float]]:
+    for scales in (SHRINK, SHRINK_FURTHER):
+        for candidate in usable:
+            for scale in scales:
+                yield candidate, _scaled(first[candidate], scale), scale
+
+
+def _scaled(sizes: Sizes, scale: float) -> Sizes:
+    """Smaller sizes; what is taken at all never falls to nothing."""
+    return Sizes(
+        blocks=max(1, int(sizes.blocks * scale)) if sizes.blocks else 0,
+        caption_tokens=min(sizes.caption_tokens, max(CAPTION_TOKENS_MIN, int(sizes.caption_tokens * scale))),
+        answer_tokens=min(sizes.answer_tokens, max(ANSWER_TOKENS_MIN, int(sizes.answer_tokens * scale))),
+    )
+
+
+def _over(predicted: Predicted, budget: Budget, room: int) -> str:
+    """Which budget a prediction breaks, with figures; '' for none."""
+    if budget.latency_ms_max is not None and predicted.total_ms > budget.latency_ms_max:
+        return f"predicted {predicted.total_ms:.1f} ms of latency, more than {budget.latency_ms_max:g}"
+    if budget.gpu_bytes_max is not None and predicted.gpu_bytes > budget.gpu_bytes_max:
+        return (
+            f"its context takes {predicted.gpu_bytes} bytes, more than gpu_bytes_max {budget.gpu_bytes_max}"
+        )
+    if budget.read_bytes_max is not None and predicted.read_bytes > budget.read_bytes_max:
+        return f"it reads {predicted.read_bytes} bytes, more than read_bytes_max {budget.read_bytes_max}"
+    if predicted.context_tokens > room:
+        return f"its context takes {predicted.context_tokens} tokens, more than {room}"
+    return ""
+
+
+def _nothing_fits(
+    usable: list[str],
+    first: dict[str, Sizes],
+    asked: Asked,
+    held: Holdings,
+    costs: Costs,
+    budget: Budget,
+    room: int,
+) -> NoPlanFits:
+    smallest = [(mode, predict(mode, _scaled(first[mode], 0.0), asked, held, costs)) for mode in usable]
+    mode, least = min(smallest, key=lambda pair: pair[1].total_ms)
+    why = _over(least, budget, room)
+    nearest = Budget(
+        latency_ms_max=None if budget.latency_ms_max is None else float(-(-least.total_ms * 1.1 // 1)),
+        gpu_bytes_max=budget.gpu_bytes_max and max(budget.gpu_bytes_max, least.gpu_bytes),
+        read_bytes_max=budget.read_bytes_max and max(budget.read_bytes_max, least.read_bytes),
+        context_tokens_max=budget.context_tokens_max and max(budget.context_tokens_max, least.context_tokens),
+    )
+    named = ", ".join(f"{name} {value:g}" for name, value in nearest.as_json().items() if value is not None)
+    return NoPlanFits(
+        f"no plan fits the budget: the cheapest is mode {mode}, and {why}; the nearest budget that would do is {named}",
+        nearest_ms=nearest.latency_ms_max,
+    )

@@ -1,0 +1,70 @@
+"""Blocks at consecutive positions in time order, with times as text between them (methods.md P5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from memdb.models.cache import CacheContext
+from memdb.models.protocol import VideoModel
+from memdb.models.window import LayerKV
+from memdb.query.rebuild.stamps import layer_places, stamps
+from memdb.query.retrieve.topk import Rows
+from memdb.schemas.params import at_least
+from memdb.schemas.times import to_ns
+from memdb.schemas.units import Table
+
+
+@dataclass(frozen=True)
+class Consecutive:
+    """`windowed`: a context longer than the encoding window is seen through that window, as ReKV does.
+
+    `time_text_s`: a time stamp as text before each run of neighbouring blocks and at least this often within;
+    0 for none, as in the papers.
+    """
+
+    windowed: bool = False
+    time_text_s: float = 4.0
+
+    def __post_init__(self) -> None:
+        at_least("rebuild.time_text_s", self.time_text_s, 0)
+
+    def rebuild(
+        self,
+        model: VideoModel,
+        init: Sequence[LayerKV],
+        blocks: Table,
+        rows: Sequence[Rows],
+        found: Sequence[LayerKV | None],
+        window: int | None,
+    ) -> CacheContext:
+        """[init | stamps and blocks in time order], a list of blocks per layer.
+
+        blocks: the key table's. rows: per layer, its blocks, ascending. found: their keys and values, joined.
+        The stamps are prefilled in one forward in which each sees only what stands before it.
+        """
+        union = np.unique(np.concatenate(rows)) if rows else np.zeros(0, np.int64)
+        marks = stamps(blocks, union, to_ns(self.time_text_s)) if self.time_text_s else []
+        if not marks:
+            return CacheContext(model.rotary, init, found, window=window)
+        texts = [model.encode_text(mark.text) for mark in marks]
+        sizes = [len(ids) for ids in texts]
+        start = init[0].tokens
+        own = [
+            layer_places(start, mine, blocks["tokens"][mine].astype(np.int64), marks, sizes) for mine in rows
+        ]
+        context = CacheContext(
+            model.rotary,
+            init,
+            found,
+            window=window,
+            places=[torch.from_numpy(places.blocks) for places in own],
+            next_places=[places.end for places in own],
+        )
+        context.place_next([(torch.from_numpy(p.stamps).to(model.device), p.end) for p in own])
+        with torch.inference_mode():
+            model.forward(model.embed([token for ids in texts for token in ids]), context)
+        return context

@@ -1,0 +1,81 @@
+"""Time stamps as text between blocks: keys without positions carry no clock."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from memdb.query.retrieve.topk import Rows
+from memdb.schemas.times import format_time, to_s
+from memdb.schemas.units import Table
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """A time that is written before the block in this row of the key table."""
+
+    row: int
+    text: str
+
+
+@dataclass(frozen=True)
+class LayerPlaces:
+    """Where one layer's tokens stand: those of its blocks, those of the stamps, and one past the last."""
+
+    blocks: npt.NDArray[np.int64]
+    stamps: npt.NDArray[np.int64]
+    end: int
+
+
+def stamps(blocks: Table, union: Rows, every_ns: int) -> list[Stamp]:
+    """One stamp before each run of neighbouring blocks and again wherever `every_ns` have passed in a run.
+
+    union: the rows that at least one layer holds, ascending.
+    """
+    found: list[Stamp] = []
+    last_ns = 0
+    for index, row in enumerate(union):
+        start_ns = int(blocks[row]["start_ns"])
+        follows = index > 0 and row == union[index - 1] + 1
+        if not follows or start_ns - last_ns >= every_ns:
+            found.append(Stamp(int(row), f"[{format_time(round(to_s(start_ns), 1))}]"))
+            last_ns = start_ns
+    return found
+
+
+def layer_places(
+    start: int,
+    rows: Rows,
+    tokens: npt.NDArray[np.int64],
+    stamps: Sequence[Stamp],
+    stamp_tokens: Sequence[int],
+) -> LayerPlaces:
+    """Consecutive places from `start` on for one layer: its own blocks, and every stamp in its turn.
+
+    rows: the blocks that this layer holds, ascending; tokens: of each. A stamp stands before the block of its
+    row, also in a layer that does not hold that block.
+    """
+    # Sort blocks and stamps together by row, a stamp before the block of the same row.
+    order = np.argsort(
+        np.concatenate((2 * np.asarray([stamp.row for stamp in stamps], np.int64), 2 * rows + 1)),
+        kind="stable",
+    )
+    sizes = np.concatenate((np.asarray(stamp_tokens, np.int64), tokens))
+    begins = np.empty(len(sizes), np.int64)
+    begins[order] = start + np.concatenate(([0], np.cumsum(sizes[order])[:-1])) if len(sizes) else 0
+    return LayerPlaces(
+        blocks=_spread(begins[len(stamps) :], tokens),
+        stamps=_spread(begins[: len(stamps)], np.asarray(stamp_tokens, np.int64)),
+        end=start + int(sizes.sum()),
+    )
+
+
+def _spread(begins: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Each begin, begin + 1, ... for as many places as its size says, one after another."""
+    if not len(begins):
+        return np.zeros(0, np.int64)
+    within = np.arange(int(sizes.sum())) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return np.repeat(begins, sizes) + within

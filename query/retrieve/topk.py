@@ -1,0 +1,83 @@
+"""Blocks by per-layer top-k with the question's own queries (ReKV, arXiv 2503.00540, stage 7, internal)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+
+from memdb.index.exact import Sim
+from memdb.index.key_search import KeySearch
+from memdb.schemas.errors import RecipeError
+from memdb.schemas.params import at_least, share
+
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class BlockTopK:
+    """`blocks`: r, blocks a layer. `group`: runs of this many neighbours are ranked and taken together.
+
+    `sim`: dot as in the released code, cos as in the paper. `caption_tokens` and `relevance` are for the
+    captions that mode `both` adds (see CaptionMMR).
+    """
+
+    blocks: int = 64
+    group: int = 1
+    sim: str = "dot"
+    caption_tokens: int = 0
+    relevance: float = 0.5
+
+    def __post_init__(self) -> None:
+        at_least("retrieve.blocks", self.blocks, 1)
+        at_least("retrieve.group", self.group, 1)
+        at_least("retrieve.caption_tokens", self.caption_tokens, 0)
+        share("retrieve.relevance", self.relevance)
+        if self.sim not in ("dot", "cos"):
+            raise RecipeError(f"retrieve.sim = {self.sim!r}: choose dot or cos")
+        if self.blocks % self.group:
+            raise RecipeError(
+                f"retrieve.blocks = {self.blocks} is no multiple of retrieve.group = {self.group}"
+            )
+
+    @property
+    def similarity(self) -> Sim:
+        return cast(Sim, self.sim)
+
+    def select(
+        self,
+        search: KeySearch,
+        layer: int,
+        query: npt.NDArray[np.float32],
+        allowed: npt.NDArray[np.bool_],
+        blocks: int,
+    ) -> Rows:
+        """Rows of the key table, ascending (time order), at most `blocks` of the rows in `allowed` (n,).
+
+        query (H*D,): the folded mean query of this layer. All rows are taken where they are no more than asked.
+        """
+        candidates = np.flatnonzero(allowed & search.table.holds(layer))
+        if len(candidates) <= blocks:
+            return candidates
+        if self.group == 1:
+            return np.sort(search.search(layer, query, blocks, rows=allowed).rows)
+        hits = search.search(layer, query, len(candidates), rows=allowed)
+        scores = np.full(len(search.table), np.nan, np.float32)
+        scores[hits.rows] = hits.scores
+        return grouped(scores[candidates], candidates, self.group, max(1, blocks // self.group))
+
+
+def grouped(scores: npt.NDArray[np.float32], rows: Rows, group: int, runs: int) -> Rows:
+    """The rows of the best `runs` runs of `group` neighbours, by mean score; a shorter tail run counts as one."""
+    starts = np.arange(0, len(rows), group)
+    means = np.add.reduceat(scores.astype(np.float64), starts) / np.diff(np.append(starts, len(rows)))
+    best = np.sort(np.argsort(-means, kind="stable")[:runs])
+    taken = (starts[best][:, None] + np.arange(group)).ravel()
+    return rows[taken[taken < len(rows)]]
+
+
+def newest(search: KeySearch, layer: int, allowed: npt.NDArray[np.bool_], blocks: int) -> Rows:
+    """The last `blocks` rows that the layer holds: mode `recent`, and the control that memory must beat."""
+    return np.flatnonzero(allowed & search.table.holds(layer))[-blocks:]

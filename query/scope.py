@@ -1,0 +1,86 @@
+"""Which recordings a question is about, and what they hold up to the moment that is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from memdb.query.cost import Holdings
+from memdb.query.stored import StoredKV
+from memdb.schemas.errors import QuestionError
+from memdb.schemas.fingerprint import ModelShape
+from memdb.schemas.question import Question
+from memdb.schemas.rows import RecordingRow
+from memdb.schemas.units import Table
+from memdb.store import Store
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """One recording of the question: its row, its KV tier, and what of it may be used."""
+
+    row: RecordingRow
+    kv: StoredKV
+    blocks: np.ndarray  # type: ignore[type-arg]  # mask of the key table's blocks
+    captions: np.ndarray  # type: ignore[type-arg]  # mask of its captions
+
+    @property
+    def watermark_ns(self) -> int:
+        """End of the last unit that may be used."""
+        ends = [table["end_ns"].max() for table in (self.usable_blocks, self.usable_captions) if len(table)]
+        return int(max(ends)) if ends else 0
+
+    @property
+    def usable_blocks(self) -> Table:
+        found: Table = self.kv.table.blocks[self.blocks]
+        return found
+
+    @property
+    def usable_captions(self) -> Table:
+        found: Table = self.kv.table.captions[self.captions]
+        return found
+
+
+def recordings_of(store: Store, question: Question) -> list[RecordingRow]:
+    """The recording that is named, else all that hold anything. Raises UnknownRecording, QuestionError."""
+    rows = [store.recording(question.recording)] if question.recording is not None else store.recordings()
+    rows = [row for row in rows if row.units]
+    if not rows:
+        where = f"recording {question.recording!r}" if question.recording is not None else "the store"
+        raise QuestionError(f"{where} holds nothing yet: ingest first")
+    return rows
+
+
+def open_scope(kv: StoredKV, at_ns: int | None) -> Opened:
+    blocks, captions = kv.table.blocks, kv.table.captions
+    if at_ns is None:
+        return Opened(kv.row, kv, np.ones(len(blocks), bool), np.ones(len(captions), bool))
+    return Opened(kv.row, kv, blocks["end_ns"] <= at_ns, captions["end_ns"] <= at_ns)
+
+
+def holdings(
+    kv: Opened | None, captions: Sequence[Opened], model: ModelShape, element_bytes: int, init_tokens: int
+) -> Holdings:
+    """What there is to plan with: the KV of one recording, the captions of all in question."""
+    tables = [opened.usable_captions for opened in captions]
+    own = kv.usable_blocks if kv is not None else None
+    return Holdings(
+        blocks=0 if own is None else len(own),
+        layers=model.layers,
+        block_tokens=float(own["tokens"].mean()) if own is not None and len(own) else 0.0,
+        slice_bytes=_slice_bytes(kv) if kv is not None and own is not None and len(own) else 0.0,
+        captions=sum(len(table) for table in tables),
+        caption_tokens=sum(int(table["tokens"].sum()) for table in tables),
+        kv_token_bytes=model.kv_bytes(1, element_bytes),
+        init_tokens=init_tokens,
+        context_tokens_max=model.context_tokens_max,
+    )
+
+
+def _slice_bytes(opened: Opened) -> float:
+    """Mean stored bytes of one layer of one block."""
+    tiers, row = opened.row.tier_bytes, opened.row
+    slices = len(opened.kv.table.blocks) * row.spec.model.shape.layers
+    return tiers.kv / max(1, slices)

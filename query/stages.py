@@ -1,0 +1,44 @@
+"""From a recipe to its methods, stages 7 to 9."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from memdb.query.answer import ANSWERERS, Greedy
+from memdb.query.rebuild import REBUILDERS
+from memdb.query.rebuild.consecutive import Consecutive
+from memdb.query.rebuild.text import TextOnly
+from memdb.query.retrieve import RETRIEVERS
+from memdb.query.retrieve.mmr import CaptionMMR
+from memdb.query.retrieve.topk import BlockTopK
+from memdb.schemas.params import build
+from memdb.schemas.recipe import Recipe, canonical
+
+
+@dataclass(frozen=True)
+class QueryStages:
+    retrieve: BlockTopK | CaptionMMR
+    rebuild: Consecutive | TextOnly
+    answer: Greedy
+    window_tokens: int | None  # the view over a long context, where the recipe keeps the window at rebuild
+
+
+def compose(recipe: Recipe) -> QueryStages:
+    """Raises RecipeError for unknown methods and parameters, and values out of range."""
+    return _composed(canonical(recipe.as_json()))
+
+
+@lru_cache(maxsize=64)
+def _composed(data: bytes) -> QueryStages:
+    import json
+
+    recipe = Recipe.from_json(json.loads(data))
+    rebuild = build("rebuild", recipe.rebuild, REBUILDERS)
+    window = recipe.encode.params.get("window_tokens", 15_000) if rebuild.windowed else None
+    return QueryStages(
+        retrieve=build("retrieve", recipe.retrieve, RETRIEVERS),
+        rebuild=rebuild,
+        answer=build("answer", recipe.answer, ANSWERERS),
+        window_tokens=window if isinstance(window, int) else None,
+    )

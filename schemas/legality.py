@@ -1,0 +1,82 @@
+"""Which stages may stand together (methods.md 3.3), checked when a recipe is composed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from memdb.schemas.errors import RecipeError
+from memdb.schemas.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule, when it is broken, and what the user reads then."""
+
+    name: str
+    broken: Callable[[Recipe], bool]
+    message: str
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        "R1",
+        lambda r: r.retrieve.method == "topk" and not r.keeps_kv,
+        "per-layer retrieval reads KV slices, and this recipe writes none: set write to a codec, "
+        "or retrieve to mmr",
+    ),
+    Rule(
+        "R6",
+        lambda r: r.encode.method == "none" and r.keeps_kv,
+        "a codec is named, but stage encode gives no KV to write: set encode = 'window', or write = 'none'",
+    ),
+    Rule(
+        "R10",
+        lambda r: r.encode.method != "none" and not r.keeps_kv,
+        "stage encode computes KV that nothing stores: set write to a codec, or encode = 'none'",
+    ),
+    Rule(
+        "R14",
+        lambda r: r.retrieve.method == "mmr" and not r.keeps_captions,
+        "caption retrieval needs captions: set caption to a method, or retrieve = 'topk'",
+    ),
+    Rule(
+        "R15",
+        lambda r: r.caption.method == "blocks" and not r.keeps_kv,
+        "captions over blocks read the clip's KV: set write to a codec, or caption = 'clip'",
+    ),
+    Rule(
+        "R18",
+        lambda r: r.reduce.method == "recurrent" and r.caption.method != "clip",
+        "recurrent tokens are chosen by the attention of a caption over the clip: set caption = 'clip', "
+        "or reduce = 'identity'",
+    ),
+    Rule(
+        "R8",
+        lambda r: r.reduce.method == "recurrent" and r.keeps_kv,
+        "a recurrent prefix would change the hidden states of stored KV: use caption = 'blocks', which keeps it "
+        "out of them",
+    ),
+    Rule(
+        "S1",
+        lambda r: not r.keeps_kv and not r.keeps_captions,
+        "the recipe keeps neither captions nor KV: nothing could be asked of it",
+    ),
+    Rule(
+        "S2",
+        lambda r: (r.index.method == "mean_key") != r.keeps_kv,
+        "index mean_key belongs to stored KV, and index caption to recipes without: change one of the two",
+    ),
+    Rule(
+        "S3",
+        lambda r: (r.rebuild.method == "text") != (not r.keeps_kv),
+        "rebuild text belongs to recipes without KV, consecutive to those with: change one of the two",
+    ),
+)
+
+
+def check(recipe: Recipe) -> None:
+    """Raises RecipeError with the first rule that the recipe breaks."""
+    for rule in RULES:
+        if rule.broken(recipe):
+            raise RecipeError(f"recipe {recipe.name!r} is not legal ({rule.name}): {rule.message}")

@@ -1,0 +1,54 @@
+"""From a stage's row of data to its method: names, types and ranges are checked here, once, for every stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, TypeVar, get_type_hints
+
+from memdb.schemas.errors import RecipeError
+from memdb.schemas.recipe import Stage
+
+T = TypeVar("T")
+
+
+def build(stage: str, row: Stage, methods: Mapping[str, type[T]]) -> T:
+    """The method that `row` names, a frozen dataclass whose fields are its parameters.
+
+    Raises RecipeError for an unknown method, an unknown parameter or a value of another type; the method's own
+    `__post_init__` refuses values out of range.
+    """
+    if row.method not in methods:
+        raise RecipeError(
+            f"stage {stage!r} has no method {row.method!r}: choose one of {', '.join(sorted(methods))}"
+        )
+    method = methods[row.method]
+    kinds = get_type_hints(method)
+    known = [field.name for field in fields(method) if field.init]  # type: ignore[arg-type]
+    params: dict[str, Any] = {}
+    for name, value in row.params.items():
+        if name not in known:
+            allowed = ", ".join(known) or "none"
+            raise RecipeError(f"{stage}.{row.method} has no parameter {name!r}: its parameters are {allowed}")
+        params[name] = _checked(f"{stage}.{name}", value, kinds[name])
+    return method(**params)
+
+
+def _checked(where: str, value: object, kind: type) -> object:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        raise RecipeError(f"{where} = {value!r} is not of type {kind.__name__}")
+    return value
+
+
+def at_least(where: str, value: float, lowest: float) -> None:
+    """Raises RecipeError for a parameter below its lowest value; not-a-number is below everything."""
+    if not value >= lowest:
+        raise RecipeError(f"{where} = {value!r} is too small: give at least {lowest}")
+
+
+def share(where: str, value: float) -> None:
+    """Raises RecipeError for a share outside (0, 1]."""
+    if not 0 < value <= 1:
+        raise RecipeError(f"{where} = {value!r} is no share: give more than 0 and at most 1")
