@@ -8,6 +8,7 @@ from enum import IntEnum
 from functools import cached_property
 
 import numpy as np
+
 from memdb.schemas.errors import CorruptionError
 from memdb.schemas.fingerprint import ModelIdentity, ModelShape
 from memdb.schemas.frames import SourceIdentity

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import xxhash
+
+from memdb.codecs import planes
 from memdb.schemas.fingerprint import ModelIdentity, ModelShape
 from memdb.schemas.frames import SourceIdentity
 from memdb.schemas.recipe import STAGES, Recipe, Stage
 from memdb.schemas.rows import RecordingSpec
 from memdb.schemas.units import BLOCK_DTYPE, SLICE_DTYPE, Bytes, Caption, PackedKV, Unit
-
-from memdb.codecs import planes
 from memdb.store import Store
 from memdb.writer import RecordingWriter
 

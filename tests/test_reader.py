@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memdb.schemas.errors import CorruptionError
-from memdb.schemas.rows import UnitRow
 
 from memdb.reader import SliceReader
+from memdb.schemas.errors import CorruptionError
+from memdb.schemas.rows import UnitRow
 from memdb.store import Store
 from tests.store_cases import LAYERS, fill, flip, new_store, raw_slices
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memdb.schemas.errors import CodecError, CorruptionError, StoreError
-from memdb.schemas.rows import PART_DTYPE, Part
-from memdb.schemas.units import BLOCK_DTYPE, SLICE_DTYPE
 
 from memdb.codecs import planes
 from memdb.records import Kind, decode_prologue, encode, read_body, read_record
+from memdb.schemas.errors import CodecError, CorruptionError, StoreError
+from memdb.schemas.rows import PART_DTYPE, Part
+from memdb.schemas.units import BLOCK_DTYPE, SLICE_DTYPE
 from memdb.segments import (
     OpenSegment,
     SegmentWriter,

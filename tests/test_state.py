@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memdb.schemas.errors import CorruptionError, StoreError
 
+from memdb.schemas.errors import CorruptionError, StoreError
 from memdb.state import StateFiles, read_state, recording_of, state_files
 from tests.store_cases import fill, flip, new_store
 

@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from memdb.schemas.errors import MemdbError
 
 from memdb.database import CATALOG
 from memdb.records import Kind, encode
+from memdb.schemas.errors import MemdbError
 from memdb.segments import segment_name
 from memdb.stats import stats
 from memdb.store import Store
