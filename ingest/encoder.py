@@ -22,7 +22,7 @@ from memdb.models.caption_vectors import CaptionVectors
 from memdb.models.protocol import VideoModel
 from memdb.models.window import LayerKV, WindowContext
 from memdb.schemas.errors import CorruptionError
-from memdb.schemas.units import BLOCK_DTYPE, BlockKind, Caption, Unit, no_blocks
+from memdb.schemas.units import BLOCK_DTYPE, BlockKind, Caption, Table, Unit, no_blocks
 from memdb.timing import Laps
 
 
@@ -133,7 +133,7 @@ class StreamEncoder:
         self.counters.unit += 1
         return unit
 
-    def _blocks(self, group: Sequence[SeenFrame]) -> np.ndarray:  # type: ignore[type-arg]
+    def _blocks(self, group: Sequence[SeenFrame]) -> Table:
         blocks = np.zeros(len(group), BLOCK_DTYPE)
         for row, frame in zip(blocks, group, strict=True):
             row["kind"], row["tokens"] = BlockKind.FRAME, len(frame.tokens)
@@ -179,7 +179,8 @@ class StreamEncoder:
         tensors["meta"] = _bytes_tensor(json.dumps(meta).encode())
         if self._opened:
             tensors["jpeg"] = _bytes_tensor(self._opened[0].jpeg())
-        return save_tensors({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+        saved: bytes = save_tensors({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+        return saved
 
     def restore(self, payload: bytes) -> None:
         """Inverse of `state`. Raises CorruptionError for bytes that are no state of this encoder."""
@@ -213,7 +214,7 @@ class StreamEncoder:
 
 
 def _split(kv: LayerKV, sizes: Sequence[int]) -> list[LayerKV]:
-    ks, vs = kv.k.split(list(sizes), 1), kv.v.split(list(sizes), 1)
+    ks, vs = torch.split(kv.k, list(sizes), 1), torch.split(kv.v, list(sizes), 1)
     return [LayerKV(k, v) for k, v in zip(ks, vs, strict=True)]
 
 

@@ -10,6 +10,7 @@ from itertools import islice
 
 import torch
 
+from memdb.digest import unit_digest
 from memdb.ingest.encoder import Counters, StreamEncoder
 from memdb.ingest.frames import ReadyFrame, thumbnail
 from memdb.ingest.queues import Sink, Stream
@@ -23,7 +24,6 @@ from memdb.schemas.frames import Frame
 from memdb.schemas.rows import RecordingSpec
 from memdb.schemas.times import format_time, to_s
 from memdb.schemas.units import Unit
-from memdb.digest import unit_digest
 from memdb.store import Store
 from memdb.timing import Laps
 from memdb.writer import RecordingWriter

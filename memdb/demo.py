@@ -40,7 +40,8 @@ def _demo(seed: int, folder: Path, say: Callable[[str], object]) -> None:
     )
     report = _memdb("ingest", str(film), "--store", str(store), "--recording", "shapes", "--sample-fps", "1")
     say(
-        f"ingested by one process: {report['units']} units up to {format_time(report['watermark_s'])}, recipe hybrid, int4"
+        f"ingested by one process: {report['units']} units up to {format_time(report['watermark_s'])}, "
+        "recipe hybrid, codec int4"
     )
     scene = scenes[len(scenes) // 2]
     question = QUESTION.format(colour=scene.colour, shape=scene.shape)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from memdb.captions import CaptionIndex
 from memdb.models.caption_vectors import CaptionVectors
@@ -78,8 +79,8 @@ def _narrowed(
     own: Sequence[int],
     vectors: CaptionVectors,
     index: CaptionIndex,
-    query: np.ndarray,  # type: ignore[type-arg]
-) -> dict[int, np.ndarray]:  # type: ignore[type-arg]
+    query: npt.NDArray[np.float32],
+) -> dict[int, npt.NDArray[np.bool_]]:
     """Masks of the captions that the search table finds nearest: ids only, vectors come from the pages."""
     by_id = {scope[i].row.id: i for i in own}
     names = [scope[i].row.id for i in own]

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from memdb.captions import CaptionIndex
+from memdb.index.mean_key import fold
 from memdb.models.cache import CacheContext, RetrievalContext
 from memdb.models.caption_vectors import CaptionVectors
 from memdb.models.decode import TextStream, greedy, prefill, run_init
@@ -16,16 +17,16 @@ from memdb.models.protocol import VideoModel
 from memdb.models.window import LayerKV, WindowContext
 from memdb.query import captions as caption_tier
 from memdb.query import evidence, scope
-from memdb.query.cost import Asked, CostFile, Costs, Holdings, cost_key
+from memdb.query.cost import Asked, CostFile, Costs, cost_key
 from memdb.query.kinds import KindOf, by_rules
 from memdb.query.measure import measure
 from memdb.query.plan import plan as make_plan
+from memdb.query.rebuild.consecutive import Consecutive
 from memdb.query.rebuild.text import CaptionAt, caption_ids
 from memdb.query.retrieve.topk import BlockTopK, Rows, newest
 from memdb.query.scope import Opened
 from memdb.query.stages import QueryStages, compose
 from memdb.query.stored import Readings, StoredKV
-from memdb.index.mean_key import fold
 from memdb.reader import SliceReader
 from memdb.schemas.answer import Answer, Evidence, Used
 from memdb.schemas.errors import CorruptionError, ModelMismatch
@@ -78,7 +79,7 @@ class Engine:
         self._reader.close()
 
     def prepare(self, question: Question) -> None:
-        """Everything that is loaded once: encoders, sentence vectors for kinds, measured costs. Not timed as latency."""
+        """Load what is loaded once: encoders, sentence vectors of kinds, measured costs. No part of latency."""
         rows = scope.recordings_of(self.store, question)
         encoders = [self._vectors(name) for name in sorted({row.spec.caption_encoder for row in rows} - {""})]
         if question.mode == "auto":
@@ -292,11 +293,12 @@ class Engine:
     ) -> CacheContext:
         """[init | blocks in time order, with times | captions in time order, with times]."""
         if got.kv and chosen is not None:
-            if stages.rebuild.time_text_s or got.cache is None:
+            if isinstance(stages.rebuild, Consecutive) and (stages.rebuild.time_text_s or got.cache is None):
                 context = stages.rebuild.rebuild(
                     self.model, init, chosen.kv.table.blocks, got.rows, got.kv, stages.window_tokens
                 )
             else:
+                assert got.cache is not None
                 context = got.cache
         else:
             context = CacheContext(self.model.rotary, init, [None] * len(init), window=stages.window_tokens)

@@ -13,6 +13,7 @@ from memdb.models.cache import CacheContext
 from memdb.models.protocol import VideoModel
 from memdb.models.window import LayerKV
 from memdb.query.cost import Costs
+from memdb.query.retrieve.topk import Rows
 from memdb.query.scope import Opened
 from memdb.query.stored import Readings
 
@@ -23,7 +24,7 @@ BLOCKS = 8  # of one layer's read; scattered, as retrieval scatters them
 
 
 def measure(
-    model: VideoModel, kv: Opened | None, embed: Callable[[], None], captions: Callable[[], None]
+    model: VideoModel, kv: Opened | None, embed: Callable[[], object], captions: Callable[[], object]
 ) -> Costs:
     """Time each stage; medians of a few runs. `embed` and `captions` run theirs once."""
     base, token, pair = _forwards(model)
@@ -75,7 +76,7 @@ def _reads(model: VideoModel, kv: Opened) -> tuple[float, float, float]:
     usable = np.flatnonzero(kv.blocks)
     many = usable[np.unique(np.linspace(0, len(usable) - 1, min(BLOCKS, len(usable))).astype(np.intp))]
 
-    def read(rows: np.ndarray) -> tuple[float, float]:  # type: ignore[type-arg]
+    def read(rows: Rows) -> tuple[float, float]:
         readings = Readings()
         started = time.perf_counter()
         kv.kv.read(0, rows, model.device, model.dtype, readings)

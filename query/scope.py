@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from memdb.query.cost import Holdings
 from memdb.query.stored import StoredKV
@@ -23,8 +24,8 @@ class Opened:
 
     row: RecordingRow
     kv: StoredKV
-    blocks: np.ndarray  # type: ignore[type-arg]  # mask of the key table's blocks
-    captions: np.ndarray  # type: ignore[type-arg]  # mask of its captions
+    blocks: npt.NDArray[np.bool_]  # mask of the key table's blocks
+    captions: npt.NDArray[np.bool_]  # mask of its captions
 
     @property
     def watermark_ns(self) -> int:

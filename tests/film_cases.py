@@ -14,6 +14,7 @@ from typing import Any
 
 import av
 import numpy as np
+
 from memdb.schemas.frames import Image
 
 WIDTH, HEIGHT = 96, 64

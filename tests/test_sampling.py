@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from memdb.ingest.sampling import sample, slot_ns
 from memdb.schemas.errors import BudgetError, SourceError
 from memdb.schemas.frames import DecodedFrame, Frame, Image

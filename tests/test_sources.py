@@ -31,14 +31,14 @@ from film_cases import (
     write_film,
     write_tone,
 )
+
+from memdb.films import COLOURS, plan_scenes, render_film
 from memdb.ingest.sampling import sample
 from memdb.ingest.sources import FrameIterator, ImageFolder, VideoAddress, VideoFile, open_source, video
 from memdb.ingest.sources.base import LONG_SIDE_PX_MAX
 from memdb.schemas.errors import BudgetError, SourceError, UsageError
 from memdb.schemas.frames import Image
 from memdb.schemas.recording import check_name
-
-from memdb.films import COLOURS, plan_scenes, render_film
 
 MS = 1_000_000
 CONSTANT = [40 * i for i in range(30)]

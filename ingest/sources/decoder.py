@@ -14,6 +14,7 @@ import av.error
 import numpy as np
 from av.sidedata.sidedata import Type as SideDataType
 from av.stream import Disposition
+
 from memdb.ingest.sources.base import PICTURE_PX_MAX, check_size, fitted
 from memdb.schemas.errors import MemdbError, SourceError
 from memdb.schemas.frames import Image

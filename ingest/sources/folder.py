@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
+
 from memdb.ingest.sampling import checked_fps
 from memdb.ingest.sources.base import Source, check_size, fitted, suggested_name
 from memdb.schemas.errors import SourceError

@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
+
 from memdb.ingest.sampling import checked_fps
 from memdb.ingest.sources.base import Source, Timeline, check_size, fitted
 from memdb.schemas.errors import SourceError, UsageError

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import xxhash
+
 from memdb.ingest.sources.base import Source, Timeline, suggested_name
 from memdb.schemas.errors import SourceError
 from memdb.schemas.frames import DecodedFrame, Image, SourceIdentity, SourceInfo

@@ -31,7 +31,7 @@ class Affine:
 
     @property
     def levels(self) -> int:
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
     def scale_bytes(self, k: Tensor, v: Tensor) -> int:
         largest = max(float(k.abs().max()), float(v.abs().max())) if k.numel() else 0.0
@@ -83,7 +83,7 @@ class Affine:
             pad = list(codes.shape)
             pad[along] = 1
             codes = torch.cat((codes, codes.new_zeros(pad)), along)
-        pairs = codes.unflatten(along, (-1, 2))
+        pairs = codes.reshape(*codes.shape[:along], -1, 2, *codes.shape[along + 1 :])
         return pairs.select(along + 1, 0) | (pairs.select(along + 1, 1) << 4)
 
     def _split(self, joined: Tensor, along: int, size: int) -> Tensor:

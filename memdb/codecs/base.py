@@ -11,7 +11,8 @@ from memdb.codecs.layout import SliceLayout
 
 
 class Codec(Protocol):
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def scale_bytes(self, k: Tensor, v: Tensor) -> int:
         """The width of the scales that these values need: 2 (fp16), 4 where fp16 overflows, 0 without scales."""

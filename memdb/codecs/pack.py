@@ -13,7 +13,7 @@ from memdb.codecs import planes
 from memdb.codecs.base import Codec
 from memdb.codecs.layout import aligned
 from memdb.models.window import LayerKV
-from memdb.schemas.units import SLICE_DTYPE, Bytes, PackedKV
+from memdb.schemas.units import SLICE_DTYPE, Bytes, PackedKV, Table
 
 
 def pack_unit(
@@ -51,19 +51,19 @@ def pack_unit(
     return _lay_out(raw, slices, planes.element_bytes(codec.name, str(dtype).removeprefix("torch.")))
 
 
-def _lay_out(raw: list[Bytes], slices: np.ndarray, element_bytes: int) -> PackedKV:  # type: ignore[type-arg]
+def _lay_out(raw: list[Bytes], slices: Table, element_bytes: int) -> PackedKV:
     digest = xxhash.xxh3_128()
     stored: list[Bytes] = []
     at = 0
     for row, data in zip(slices, raw, strict=True):
-        digest.update(data)
+        digest.update(data.data)
         kept = data
         if element_bytes:
             smaller = planes.pack(data, element_bytes)
             kept = smaller if len(smaller) < len(data) else data
         stored.append(kept)
         row["offset"], row["raw_bytes"], row["stored_bytes"] = at, len(data), len(kept)
-        row["xxh3"] = xxhash.xxh3_64_intdigest(kept)
+        row["xxh3"] = xxhash.xxh3_64_intdigest(kept.data)
         at += aligned(len(kept))
     payload = np.zeros(at, np.uint8)
     for row, data in zip(slices, stored, strict=True):

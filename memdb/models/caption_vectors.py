@@ -52,10 +52,12 @@ class SentenceVectors:
         self.name = encoder.name
 
     def of_caption(self, text: str, ids: Sequence[int]) -> Vector:
-        return self._encoder.encode([text])[0]
+        vector: Vector = self._encoder.encode([text])[0]
+        return vector
 
     def of_question(self, text: str) -> Vector:
-        return self._encoder.encode([text])[0]
+        vector: Vector = self._encoder.encode([text])[0]
+        return vector
 
 
 def caption_vectors(encoder: str, model: Callable[[], VideoModel]) -> CaptionVectors:

@@ -75,7 +75,8 @@ def grouped(scores: npt.NDArray[np.float32], rows: Rows, group: int, runs: int) 
     means = np.add.reduceat(scores.astype(np.float64), starts) / np.diff(np.append(starts, len(rows)))
     best = np.sort(np.argsort(-means, kind="stable")[:runs])
     taken = (starts[best][:, None] + np.arange(group)).ravel()
-    return rows[taken[taken < len(rows)]]
+    inside: Rows = rows[taken[taken < len(rows)]]
+    return inside
 
 
 def newest(search: KeySearch, layer: int, allowed: npt.NDArray[np.bool_], blocks: int) -> Rows:
