@@ -1,7 +1,14 @@
-"""No test reaches the network: set before anything imports huggingface_hub; spawned processes inherit it."""
+"""No test reaches the network or a user's cache: set before anything is imported; spawned processes inherit it."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["LANCE_LOG"] = "error"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+_cache = tempfile.mkdtemp(prefix="memdb-tests-")
+os.environ["MEMDB_CACHE_DIR"] = _cache
+atexit.register(shutil.rmtree, _cache, ignore_errors=True)
