@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from memdb.schemas.answer import Answer, SearchHit
-from memdb.schemas.errors import EncodingMismatch, ModelMismatch, UsageError
+from memdb.schemas.errors import EncodingMismatch, MissingDependency, ModelMismatch, UsageError
 from memdb.schemas.question import Budget, Question
 from memdb.schemas.recording import check_name
 from memdb.schemas.times import parse_time, parse_wall_clock, to_ns, to_s
@@ -418,10 +418,16 @@ def _indexer(store: Store, spec: RecordingSpec) -> Callable[[bool], None]:
     from memdb.index.pages import index_recording
 
     captions = CaptionIndex(store.path)
+    searchable = bool(spec.caption_encoder)
 
     def index(flush: bool) -> None:
+        nonlocal searchable
         index_recording(store, store.recording(spec.name).id, flush=flush)
-        if spec.caption_encoder:
-            captions.index_captions(store, spec.caption_encoder, flush=flush)
+        try:
+            if searchable:
+                captions.index_captions(store, spec.caption_encoder, flush=flush)
+        except MissingDependency as error:  # derived data: searches scan until somebody indexes
+            searchable = False
+            log.warning("captions are kept but not indexed: %s", error)
 
     return index

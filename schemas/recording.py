@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from memdb.schemas.errors import UsageError
 
-_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9 ._@+-]{0,127}$")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._@+-]{0,127}")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Epoch:
 
 def check_name(name: str) -> str:
     """The name itself, if it can stand in a store. Raises UsageError for one that climbs out or is odd."""
-    if not _NAME.match(name) or ".." in name:
+    if not _NAME.fullmatch(name) or ".." in name:
         raise UsageError(
             f"recording name {name!r} is not allowed: use 1 to 128 letters, digits, spaces and . _ @ + -, "
             "beginning with a letter or digit, without '..'"

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from memdb.models.protocol import VideoModel
-from memdb.models.weights import folder_digest, module_digest
+from memdb.models.quiet import no_progress_bars
+from memdb.models.weights import folder_digest
 from memdb.schemas.errors import ModelError, ModelNotFound, UnsupportedModel
+from memdb.schemas.fingerprint import digest_of
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ def resolve_dtype(name: str | None, device: torch.device) -> torch.dtype:
 def load_model(spec: str, *, device: str | None = None, dtype: str | None = None) -> VideoModel:
     """Load the Video-LLM that `spec` names.
 
-    `embedded`; `random:SEED` or `random:SEED:CONFIG.json`, built offline; a folder with config.json,
+    `embedded`; `random:SEED` or `random:SEED:CONFIG.json` (see random_llava), built offline; a folder with config.json,
     safetensors and a tokenizer; else a Hub id. Raises ModelNotFound, UnsupportedModel, ModelError.
     """
     place = resolve_device(device)
@@ -74,19 +76,15 @@ def normal_spec(spec: str) -> str:
 
 def _load_random(name: str, device: torch.device, dtype: torch.dtype, *, spec: str) -> VideoModel:
     from memdb.models.llava_onevision import LlavaOnevision
-    from memdb.models.random_llava import random_llava
+    from memdb.models.random_llava import random_llava, read_config
 
     _, seed, *rest = name.split(":", 2)
     if not seed.isdecimal():
         raise ModelNotFound(f"{name!r} names no seed: write random:0 or random:0:CONFIG.json")
-    config: dict[str, Any] | None = None
-    if rest:
-        config = _read_json(Path(rest[0]))
-        if config is None:
-            raise ModelNotFound(f"{rest[0]} is no readable JSON file with a model's configuration")
-    network, tokenizer = random_llava(config, seed=int(seed))
-    weights = module_digest(network)
-    network = network.to(device=device, dtype=dtype)
+    config = read_config(rest[0]) if rest else {}
+    network, tokenizer = random_llava(config, seed=int(seed), dtype=dtype, device=device)
+    # Drawn from the seed alone, the same on every machine: seed and configuration say which weights they are.
+    weights = digest_of({"random": 1, "seed": int(seed), "config": config})
     return LlavaOnevision(network, tokenizer, _preprocessing(None), spec, weights)
 
 
@@ -97,10 +95,11 @@ def _load_llava_onevision(folder: Path, device: torch.device, dtype: torch.dtype
 
     weights = folder_digest(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        network = LlavaOnevisionForConditionalGeneration.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True, attn_implementation="sdpa"
-        )
+        with no_progress_bars():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            network = LlavaOnevisionForConditionalGeneration.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, use_safetensors=True, attn_implementation="sdpa"
+            )
     except (
         Exception
     ) as error:  # transformers raises what its parts raise: OSError, ValueError, SafetensorError
