@@ -43,6 +43,7 @@ QUESTIONS = (
     ("both", "When was it?"),
     ("recent", "Now?"),
 )
+TIERS = ("kv", "closed_form", "keys", "captions", "keyframes", "overhead")
 
 
 def main() -> int:
