@@ -5,14 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from memdb.schemas.answer import Answer, SearchHit
-from memdb.schemas.errors import EncodingMismatch, MissingDependency, ModelMismatch, UsageError
+from memdb.schemas.errors import (
+    EncodingMismatch,
+    MissingDependency,
+    ModelMismatch,
+    SourceMismatch,
+    UsageError,
+)
 from memdb.schemas.question import Budget, Question
 from memdb.schemas.recording import check_name
 from memdb.schemas.times import parse_time, parse_wall_clock, to_ns, to_s
@@ -135,6 +141,10 @@ class Client:
                         new_epoch=new_epoch,
                     )
                 except Diverged as error:
+                    if isinstance(source, Iterator):  # used up: the frames behind the watermark are gone
+                        raise SourceMismatch(
+                            f"{error}: give the same frames as at first, or another recording"
+                        ) from None
                     log.warning("%s; going on from a fresh window", error)
                     new_epoch = f"{error}: another machine or library version"
 
@@ -324,17 +334,24 @@ class Client:
 
         return export(self.store, recording, Path(out), format)
 
-    def compare_uncut(self, film: str | os.PathLike[str], recording: str, question: str) -> LadderReport:
-        """Logits of a question through the stored KV beside one uncut forward over the same frames."""
+    def compare_uncut(
+        self,
+        source: str | os.PathLike[str] | Iterable[Any],
+        recording: str,
+        question: str,
+        *,
+        fps: float | None = None,
+    ) -> LadderReport:
+        """Logits of a question through the stored KV beside one uncut forward over the source's frames."""
         from memdb.ingest.sampling import sample
         from memdb.ingest.sources import open_source
         from memdb.ladder import compare
 
-        with self._lock, open_source(film) as source:
+        with self._lock, open_source(source, fps=fps) as opened:
             engine = self._asking()
             row = self.store.recording(recording)
             model = self._loaded()
-            pixels = [model.prepare(frame.image) for frame in sample(source.frames(), row.spec.sample_fps)]
+            pixels = [model.prepare(frame.image) for frame in sample(opened.frames(), row.spec.sample_fps)]
             ids, logits, blocks = engine.question_logits(recording, question)
             return compare(model, row.spec, pixels, ids, logits, blocks)
 
@@ -375,7 +392,7 @@ class Client:
         from memdb.query.engine import Engine
 
         if self._engine is None:
-            self._engine = Engine(self.store, self._loaded(), self._vectors)
+            self._engine = Engine(self.store, self._loaded(), self._question_vectors)
         return self._engine
 
     def _vectors(self, encoder: str) -> CaptionVectors:
@@ -391,17 +408,21 @@ class Client:
             self._encoders[encoder] = vectors
         return self._encoders[encoder]
 
+    def _question_vectors(self, encoder: str) -> CaptionVectors | None:
+        """For questions: None where what is loaded is not the encoder that made the vectors."""
+        try:
+            return self._vectors(encoder)
+        except ModelMismatch as error:
+            log.info("%s; ranking by words", error)
+            return None
+
     def _search_vectors(self, encoder: str) -> CaptionVectors | None:
         """For search: encoders that need a Video-LLM take part only if it is loaded already."""
         from memdb.models.caption_vectors import INPUT_EMBEDDINGS
 
         if encoder.startswith(INPUT_EMBEDDINGS) and self._model is None:
             return None
-        try:
-            return self._vectors(encoder)
-        except ModelMismatch as error:
-            log.warning("%s; searching by words", error)
-            return None
+        return self._question_vectors(encoder)
 
     def _time(self, value: float | str, recording: str | None) -> float:
         """Media seconds; a moment on the wall clock needs a recording that is named, or the only one."""
