@@ -1,0 +1,273 @@
+"""Tiny models, moving pictures, and plain loops over an untouched network to hold the pipeline against."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+import memdb
+from memdb.client import Client
+from memdb.models.load import load_model
+from memdb.models.protocol import VideoModel
+from memdb.models.random_llava import random_llava, read_config
+from memdb.schemas.frames import Image
+from memdb.schemas.recipe import Recipe
+
+TINY = "random:0"  # 4 layers, 4 query and 2 KV heads of 64, 16 tokens a frame
+# 3 layers, 6 query and 2 KV heads of 20, 9 tokens a frame (5 x 5 patches), another base of the rotation
+OTHER = {
+    "vision_config": {"image_size": 70},
+    "text_config": {
+        "hidden_size": 96,
+        "intermediate_size": 160,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 20,
+        "initializer_range": 0.15,
+        "rope_theta": 10_000.0,
+    },
+}
+# Captions cost time and no KV depends on them: where they are not what is tested, they are short.
+SHORT_CAPTIONS = ("caption.encoder=input-embeddings", "caption.tokens_max=3")
+QUESTION = "What happens in this video?"
+
+Pair = tuple[float, Image]
+Seen = Callable[[int, int], tuple[Tensor, Tensor]]
+
+
+def other_spec(folder: Path) -> str:
+    """The other tiny model, its configuration in a file."""
+    path = folder / "other.json"
+    path.write_text(json.dumps(OTHER))
+    return f"random:3:{path}"
+
+
+def pictures(count: int, *, seed: int = 0) -> list[Image]:
+    """Frames of 96 x 64 pixels that all differ: coloured noise in large squares, and a bright square that moves."""
+    random = np.random.default_rng(seed)
+    found = []
+    for number in range(count):
+        coarse = random.integers(0, 256, (4, 6, 3), np.uint8)
+        picture = np.ascontiguousarray(coarse.repeat(16, 0).repeat(16, 1))
+        x = 7 * number % 72
+        picture[20:44, x : x + 24] = (255, 40 * number % 256, 0)
+        found.append(picture)
+    return found
+
+
+def timed(shown: Sequence[Image], *, step_s: float = 1.0) -> list[Pair]:
+    """Frames with their times, as `ingest` takes them."""
+    return [(number * step_s, picture) for number, picture in enumerate(shown)]
+
+
+def ingest(
+    store: Path,
+    shown: Sequence[Image],
+    *,
+    model: str | None = TINY,
+    recipe: str | Recipe = "rekv",
+    codec: str | None = None,
+    settings: Sequence[str] = (),
+    recording: str = "film",
+    **more: Any,
+) -> None:
+    """One frame a second into a store, closed again."""
+    dtype = more.pop("dtype", None)
+    with memdb.connect(store, model=model, device="cpu", dtype=dtype) as db:
+        db.ingest(
+            timed(shown),
+            recording=recording,
+            recipe=recipe,
+            codec=codec,
+            settings=settings,
+            sample_fps=1.0,
+            **more,
+        )
+
+
+@contextmanager
+def reopened(store: Path, *, dtype: str | None = None) -> Iterator[Client]:
+    with memdb.connect(store, device="cpu", dtype=dtype, create=False) as db:
+        yield db
+
+
+@lru_cache(maxsize=8)
+def wrapped(spec: str = TINY, dtype: str = "float32") -> VideoModel:
+    """A model behind our protocol, shared by the tests of a process."""
+    return load_model(spec, device="cpu", dtype=dtype)
+
+
+def relative(found: Tensor, truth: Tensor) -> float:
+    """The largest difference as a share of the largest true value."""
+    assert found.shape == truth.shape
+    return float((found.double() - truth.double()).abs().max() / truth.double().abs().max())
+
+
+class PlainModel:
+    """A random network as transformers makes it: its own rotation, its own attention, nothing of ours in it."""
+
+    def __init__(self, spec: str) -> None:
+        _, seed, *rest = spec.split(":", 2)
+        self.network, self._tokenizer = random_llava(read_config(rest[0]) if rest else {}, seed=int(seed))
+        self._exact: Any = None
+        text = self.network.config.text_config
+        self.layers = int(text.num_hidden_layers)
+        self.heads = int(text.num_attention_heads)
+        self.kv_heads = int(text.num_key_value_heads)
+        self.head_size = int(self.network.model.language_model.layers[0].self_attn.head_dim)
+        self.theta = float(text.rope_parameters["rope_theta"])
+
+    @torch.inference_mode()
+    def see(self, shown: Sequence[Image]) -> Tensor:
+        """Visual tokens (F, N, E) by transformers' own path; resized as PIL resizes, scaled to -1..1."""
+        from PIL import Image as Pictures
+
+        side = int(self.network.config.vision_config.image_size)
+        resized = [
+            np.asarray(Pictures.fromarray(picture).resize((side, side), Pictures.Resampling.BICUBIC))
+            for picture in shown
+        ]
+        pixels = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+        whole = self.network.model.get_video_features(pixels[None]).pooler_output
+        tokens = whole[0] if isinstance(whole, list | tuple) else whole.reshape(-1, whole.shape[-1])
+        return tokens[:-1].reshape(len(shown), -1, tokens.shape[-1])  # the last is the newline
+
+    @torch.inference_mode()
+    def embed(self, ids: Sequence[int]) -> Tensor:
+        found: Tensor = self.network.get_input_embeddings()(torch.tensor(list(ids), dtype=torch.long))
+        return found
+
+    @torch.inference_mode()
+    def newline(self) -> Tensor:
+        return self.network.model.image_newline[None]
+
+    @torch.inference_mode()
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Logits (T, V) of every token: one ordinary causal forward with transformers' rotation and sdpa."""
+        states = self.network.model.language_model(inputs_embeds=embeddings[None], use_cache=False)
+        return self.network.lm_head(states.last_hidden_state[0])
+
+    def say(self, embeddings: Tensor, tokens_max: int, stop: frozenset[int]) -> list[int]:
+        """Greedy tokens, the whole sequence computed anew for each."""
+        ids: list[int] = []
+        while len(ids) < tokens_max:
+            token = int(self.forward(torch.cat((embeddings, self.embed(ids))))[-1].argmax())
+            if token in stop:
+                break
+            ids.append(token)
+        return ids
+
+    @property
+    def exact(self) -> Any:
+        """The same weights in fp64."""
+        if self._exact is None:
+            self._exact = copy.deepcopy(self.network).double()
+        return self._exact
+
+    @torch.inference_mode()
+    def loop(
+        self,
+        embeddings: Tensor,
+        seen: Seen,
+        *,
+        given: Sequence[tuple[Tensor, Tensor]] | None = None,
+        heard: list[tuple[Tensor, Tensor, Tensor]] | None = None,
+    ) -> Tensor:
+        """Logits (T, V) in fp64, token by token from the formulas.
+
+        `seen(layer, x)` names the tokens that token x attends to and how far away each of them stands: its query
+        is turned by that distance and meets the unturned key. `given`: per layer keys and values (H, G, D) that
+        take the places 0..G - 1 whatever was computed there. `heard` gets (q, k, v) of every layer, unturned.
+        """
+        language, x = self.exact.model.language_model, embeddings.double()  # x (T, E)
+        group, D = self.heads // self.kv_heads, self.head_size
+        cos, sin = self.angles(torch.arange(len(x) + 1))
+        for number, layer in enumerate(language.layers):
+            own = layer.self_attn
+            normed = layer.input_layernorm(x)
+            q, k, v = (
+                part(normed).view(len(x), -1, D).transpose(0, 1)
+                for part in (own.q_proj, own.k_proj, own.v_proj)
+            )
+            if given is not None:
+                gk, gv = (part.double() for part in given[number])
+                k = torch.cat((gk, k[:, gk.shape[1] :]), 1)
+                v = torch.cat((gv, v[:, gv.shape[1] :]), 1)
+            if heard is not None:
+                heard.append((q, k, v))
+            wide_k, wide_v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)  # (Hq, T, D)
+            rows = []
+            for place in range(len(x)):
+                tokens, distance = seen(number, place)
+                turned = turn(q[:, place : place + 1], cos[distance], sin[distance])  # (Hq, n, D)
+                scores = (turned * wide_k[:, tokens]).sum(-1) / math.sqrt(D)
+                rows.append((scores.softmax(-1)[:, None] @ wide_v[:, tokens])[:, 0])
+            out = torch.stack(rows).flatten(1)  # (T, Hq * D)
+            x = x + own.o_proj(out)
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+        return self.exact.lm_head(language.norm(x))
+
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine (n, D / 2) of p * theta^(-2 i / D) for positions p (n,)."""
+        D = self.head_size
+        steps = self.theta ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
+        angles = positions.double()[:, None] * steps
+        return angles.cos(), angles.sin()
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (H, 1 or n, D) with the pairs (i, i + D / 2) of its channels turned by angles (n, D / 2), in fp64."""
+    left, right = x.double().chunk(2, -1)
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), -1)
+
+
+@lru_cache(maxsize=4)
+def plain(spec: str = TINY) -> PlainModel:
+    return PlainModel(spec)
+
+
+def causal(layer: int, x: int) -> tuple[Tensor, Tensor]:
+    """Everything before, at its true distance."""
+    tokens = torch.arange(x + 1)
+    return tokens, x - tokens
+
+
+def windowed(init: int, window: int, *, wide_from: int | None = None) -> Seen:
+    """Less than `window` back, and the first `init` tokens, at `window` - 1 at most; all from `wide_from` on."""
+
+    def seen(layer: int, x: int) -> tuple[Tensor, Tensor]:
+        tokens = torch.arange(x + 1)
+        if wide_from is not None and x >= wide_from:
+            return tokens, x - tokens
+        tokens = tokens[(x - tokens < window) | (tokens < init)]
+        return tokens, (x - tokens).clamp(max=window - 1)
+
+    return seen
+
+
+def at_places(places: Sequence[npt.NDArray[np.int64]], first: int, before: Seen, hidden: int = -1) -> Seen:
+    """Tokens from `first` on see by places: per layer one place a token (`hidden` where it is not there).
+
+    Tokens before `first` see as `before` says: they were encoded earlier.
+    """
+
+    def seen(layer: int, x: int) -> tuple[Tensor, Tensor]:
+        if x < first:
+            return before(layer, x)
+        own = torch.from_numpy(places[layer])
+        tokens = torch.nonzero((own != hidden) & (own <= own[x]))[:, 0]
+        return tokens, own[x] - own[tokens]
+
+    return seen
