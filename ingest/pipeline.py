@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import torch
@@ -14,13 +15,14 @@ from memdb.digest import unit_digest
 from memdb.ingest.encoder import Counters, StreamEncoder
 from memdb.ingest.frames import ReadyFrame, thumbnail
 from memdb.ingest.queues import Sink, Stream
-from memdb.ingest.sampling import sample
+from memdb.ingest.sampling import sample, slot_ns
 from memdb.ingest.sources.base import Source
 from memdb.ingest.stages import IngestStages
 from memdb.models.caption_vectors import CaptionVectors
 from memdb.models.protocol import VideoModel
 from memdb.schemas.errors import CorruptionError, Interrupted, SourceError
-from memdb.schemas.frames import Frame
+from memdb.schemas.frames import DecodedFrame, Frame
+from memdb.schemas.recording import Gap
 from memdb.schemas.rows import RecordingSpec
 from memdb.schemas.times import format_time, to_s
 from memdb.schemas.units import Unit
@@ -79,44 +81,58 @@ def ingest(
     `index(flush)` brings the derived indexes up; the writer's thread calls it after commits, with flush at the
     end. `stop` ends the ingest after the batch in hand, with Interrupted. `new_epoch` is a reason not to resume
     but to go on from a fresh window. Raises Diverged where the replay differs from what was written first.
+
+    A live source has no beginning to go back to: connected again it goes on behind what was seen, after a gap.
     """
+    live = source.info.live
     laps = Laps(torch.cuda.synchronize if model.device.type == "cuda" else None)
     size = stages.encode.chunk_frames
     with store.writer(spec) as writer:
         encoder = StreamEncoder(model, stages, spec.init_ids, vectors, laps)
-        resumed = _resume(store, writer, encoder, new_epoch)
+        resumed = _resume(store, writer, encoder, new_epoch, live=live)
+        gap = _reconnected(writer, encoder.counters.taken_ns) if live and writer.recording.epochs else None
         run = _Run(store, writer, encoder, index, progress, source.info.duration_ns, laps)
         counters = encoder.counters
-        frames = sample(source.frames(), spec.sample_fps, after_ns=counters.taken_ns, number=counters.frame)
-        ready = Stream((_ready(frame, model) for frame in frames), ahead=2 * size, name="memdb-decode")
+        decoded = _later(source.frames(), gap.end_ns) if gap is not None else source.frames()
+        frames = sample(decoded, spec.sample_fps, after_ns=counters.taken_ns, number=counters.frame)
+        ready = Stream(
+            (_ready(frame, model) for frame in frames), ahead=2 * size, name="memdb-decode", stop=stop
+        )
         sink = Sink(run.commit, ahead=BATCHES_AHEAD, name="memdb-write")
-        stopped = False
+        waiting = 0
         try:
+            if gap is not None:
+                sink.put(run.ending(flush=True))  # no clip spans a gap
             for batch in _batches(iter(ready), size):
-                if len(batch) < size and source.info.live:
-                    break  # a live source may go on later: its partial batch waits there for more
-                sink.put(run.encode(batch))
-                if stop is not None and stop.is_set():
-                    stopped = True
+                if len(batch) < size and (ready.stopped or live):
+                    waiting = len(batch)  # whoever goes on cuts the same batches: a partial one is the last
                     break
-            sink.put(run.ending(flush=not stopped and not source.info.live))
+                sink.put(run.encode(batch))
+            sink.put(run.ending(flush=not ready.stopped and not live))
         finally:
             ready.close()
             sink.finish()
-        report = run.report(resumed, source.warnings)
-        if stopped:
+        warnings = list(source.warnings)
+        if gap is not None:
+            warnings.append(f"{spec.name} was connected again: {_told(gap)}")
+        if live and waiting:
+            warnings.append(f"the last {waiting} frames make no full batch of {size} and were not kept")
+        report = run.report(resumed, warnings)
+        if ready.stopped:
             raise Interrupted(
                 f"stopped at {format_time(report.watermark_s)}: everything up to there is kept; run the same "
                 "command again to go on"
             )
-        if writer.next_unit == 0:
+        if writer.next_unit == 0 and not live:
             raise SourceError(f"{spec.source_name} gave no frame: is it a film with a picture track?")
-        if source.media_end_ns is not None and not source.info.live:
+        if source.media_end_ns is not None and not live:
             writer.end(source.media_end_ns)
         return report
 
 
-def _resume(store: Store, writer: RecordingWriter, encoder: StreamEncoder, new_epoch: str) -> int | None:
+def _resume(
+    store: Store, writer: RecordingWriter, encoder: StreamEncoder, new_epoch: str, *, live: bool
+) -> int | None:
     """Bring the encoder to the last whole state; the unit from which it goes on, None at the very start.
 
     Without a state a file is encoded again from its beginning; what cannot be replayed goes on as a new epoch.
@@ -124,21 +140,53 @@ def _resume(store: Store, writer: RecordingWriter, encoder: StreamEncoder, new_e
     row = writer.recording
     if writer.next_unit == 0:
         writer.epoch(0, 0, "the beginning")
-        return None
+        if not live:
+            return None
     if not new_epoch:
         found = store.state(row.id).load_latest(row.spec.encoding_fingerprint, writer.next_unit)
+        if found is not None and live and found[0] < writer.next_unit:
+            log.warning("the saved state is older than the last unit, and a live source cannot be replayed")
+            found = None
         if found is not None:
             try:
                 encoder.restore(found[1])
                 return found[0]
             except CorruptionError as error:
                 log.warning("%s", error)
-        if row.spec.source.digest and len(row.epochs) < 2:
+        if row.spec.source.digest and len(row.epochs) < 2 and not live:
             encoder.start_fresh(Counters())
             return 0
         new_epoch = "no encoder state was left, and the stretch before cannot be encoded again"
+    if writer.next_unit == 0:
+        encoder.start_fresh(Counters())
+        return None
     _start_epoch(store, writer, encoder, new_epoch)
     return writer.next_unit
+
+
+def _reconnected(writer: RecordingWriter, taken_ns: int) -> Gap:
+    """Where a live source goes on that is connected again, on record as a gap.
+
+    Its own times begin anew, the recording's never go back: it goes on as much later as the wall clock says,
+    and at least one slot behind the last frame, for how long nobody looked is not known any better.
+    """
+    row = writer.recording
+    slot = slot_ns(row.spec.sample_fps)
+    lost_ns = max([writer.watermark_ns, (taken_ns // slot + 1) * slot, *(gap.end_ns for gap in row.gaps)])
+    passed_ns = time.time_ns() - row.created_ns
+    gap = Gap(lost_ns, max(lost_ns + slot, -(-passed_ns // slot) * slot), "the source was not connected")
+    writer.gap(gap.start_ns, gap.end_ns, gap.reason)
+    log.info("%s: %s", row.name, _told(gap))
+    return gap
+
+
+def _told(gap: Gap) -> str:
+    return f"nothing was seen from {format_time(to_s(gap.start_ns))} to {format_time(to_s(gap.end_ns))}"
+
+
+def _later(frames: Iterator[DecodedFrame], by_ns: int) -> Iterator[DecodedFrame]:
+    for frame in frames:
+        yield replace(frame, pts_ns=frame.pts_ns + by_ns)
 
 
 def _start_epoch(store: Store, writer: RecordingWriter, encoder: StreamEncoder, reason: str) -> None:

@@ -15,10 +15,15 @@ _POLL_S = 0.1
 class Stream(Generic[T]):
     """Runs an iterable in a thread of its own, at most `ahead` items before its reader.
 
-    An exception there is raised here, after the items that came before it. `close` ends the thread.
+    An exception there is raised here, after the items that came before it. `close` ends the thread. Once `stop`
+    is set the reader gets no more items, also where it waits for one; `stopped` says that it was cut off so.
     """
 
-    def __init__(self, items: Iterable[T], *, ahead: int, name: str) -> None:
+    def __init__(
+        self, items: Iterable[T], *, ahead: int, name: str, stop: threading.Event | None = None
+    ) -> None:
+        self.stopped = False
+        self._stop = stop or threading.Event()
         self._queue: queue.Queue[object] = queue.Queue(maxsize=ahead)
         self._closed = threading.Event()
         self._error: BaseException | None = None
@@ -26,8 +31,17 @@ class Stream(Generic[T]):
         self._thread.start()
 
     def __iter__(self) -> Iterator[T]:
-        while (item := self._queue.get()) is not _END:
+        while not self._stop.is_set():
+            try:
+                item = self._queue.get(timeout=_POLL_S)
+            except queue.Empty:
+                continue
+            if item is _END:
+                break
             yield item  # type: ignore[misc]
+        else:
+            self.stopped = True
+            return
         if self._error is not None:
             raise self._error
 
