@@ -62,6 +62,8 @@ HYBRID = Recipe(
     rebuild=Stage("consecutive", {"windowed": False, "time_text_s": 4.0}),
     answer=Stage("greedy", {"tokens_max": 64}),
 )
+LIVE_UNIT_S_MAX = 10.0
+LIVE_CHUNK_FRAMES = 4
 RECIPES: dict[str, Recipe] = {"rekv": REKV, "rlivs": RLIVS, "hybrid": HYBRID}
 
 # Where a paper and its released code differ; `fixed` is the row above.
@@ -103,6 +105,17 @@ def adjusted(
     found = found.with_settings(settings)
     check(found)
     return found
+
+
+def for_live(found: Recipe) -> Recipe:
+    """`hybrid` on a live source: clips close after 10 s, and batches are no longer than a clip, so that a
+    question waits for neither. Other recipes, and values that were set by hand, stay as they are.
+    """
+    if found.name != HYBRID.name or found.unit != HYBRID.unit or found.encode != HYBRID.encode:
+        return found
+    return found.with_stage("unit", found.unit.with_params(unit_s_max=LIVE_UNIT_S_MAX)).with_stage(
+        "encode", found.encode.with_params(chunk_frames=LIVE_CHUNK_FRAMES)
+    )
 
 
 def _with_profile(found: Recipe, profile: str) -> Recipe:

@@ -20,10 +20,14 @@ from memdb.index.key_table import KeyTable
 from memdb.index.pages import index_recording
 from memdb.schemas.errors import MissingDependency, ModelError, UsageError
 
-BACKENDS = list(KEY_INDEXES)
 needs_gpu = pytest.mark.skipif(
     not gpu_available(), reason="the loaded FAISS has no GPU support or sees no GPU"
 )
+# Every backend obeys the same contract, the one on a GPU where there is one.
+BACKENDS = [
+    pytest.param(name, marks=[needs_gpu, pytest.mark.gpu] if name == "faiss-gpu" else [])
+    for name in KEY_INDEXES
+]
 
 
 def naive(keys, query, k, *, sim="dot", mask=None):
@@ -197,6 +201,8 @@ def test_without_a_gpu_the_error_names_the_packages_and_their_cuda():
         to_gpu(index)
     for word in ("faiss-gpu", "faiss-gpu-cu12", "CUDA 12", "faiss-gpu-cuvs", "CUDA 13"):
         assert word in str(caught.value)
+    with pytest.raises(MissingDependency, match="uninstall faiss-cpu"):
+        KEY_INDEXES["faiss-gpu"].build(np.zeros((1, 2), np.float16))
 
 
 @needs_gpu

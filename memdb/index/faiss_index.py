@@ -115,6 +115,22 @@ class FaissFlatIndex(FaissIndex):
         return stored.reshape(self.count, size)
 
 
+class FaissGpuIndex(FaissIndex):
+    """FaissIndex whose searches run on the first GPU. Raises MissingDependency where there is none."""
+
+    def _start(self, size: int) -> None:
+        if not gpu_available():
+            raise MissingDependency(_NO_GPU)
+        super()._start(size)
+
+    def _candidates(
+        self, query: npt.NDArray[np.float32], k: int, slack: float, allowed: Allowed, rows: int
+    ) -> npt.NDArray[np.int64]:
+        if not self.on_gpu:
+            to_gpu(self)
+        return super()._candidates(query, k, slack, allowed, rows)
+
+
 def to_gpu(index: KeyIndex, device: int = 0) -> FaissIndex:
     """Clone a FAISS index to a GPU; searches without a selector run there from then on, until keys are added.
 

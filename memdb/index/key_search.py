@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from importlib.util import find_spec
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,11 @@ def search_keys(
     answer.
     """
     return backend_named(backend).build(keys, sim=sim).search(query, k, allowed)
+
+
+def default_backend() -> str:
+    """faiss where it is installed, else the exact search in NumPy, which gives the same rows."""
+    return "faiss" if find_spec("faiss") is not None else "exact"
 
 
 def backend_named(name: str) -> type[KeyIndex]:
