@@ -31,7 +31,7 @@ class Candidate:
 
     opened: int  # index into the scope
     unit: int
-    tokens: int
+    tokens: int  # with what goes before it
     start_ns: int
     end_ns: int
 
@@ -39,7 +39,11 @@ class Candidate:
 @dataclass(frozen=True)
 class Picked:
     candidate: Candidate
-    score: float  # cosine to the question
+    score: float  # cosine to the question; where words rank, the reciprocal rank, 0 without a common word
+
+
+# All captions of one encoder that are in question, and rows of them, best first, each with its score.
+Ranked = tuple[list[Candidate], Iterator[tuple[int, float]]]
 
 
 def rank(
@@ -50,7 +54,8 @@ def rank(
     text: str,
     *,
     relevance: float,
-) -> tuple[list[Candidate], Iterator[tuple[int, float]]]:
+    head_tokens: int = 0,
+) -> Ranked:
     """All captions in question of one encoder, and their MMR order as it is asked for."""
     query = vectors.of_question(text)
     own = [i for i, opened in enumerate(scope) if opened.row.spec.caption_encoder == vectors.name]
@@ -60,17 +65,60 @@ def rank(
     candidates: list[Candidate] = []
     parts = []
     for i, mask in masks.items():
-        table = scope[i].kv.table
-        rows = np.flatnonzero(mask & (table.captions["tokens"] > 0))
-        for row in table.captions[rows]:
-            candidates.append(
-                Candidate(i, int(row["unit"]), int(row["tokens"]), int(row["start_ns"]), int(row["end_ns"]))
-            )
+        rows, own_candidates = _candidates(scope, i, mask, head_tokens)
+        candidates += own_candidates
         if len(rows):
-            parts.append(table.caption_vectors()[rows])
+            parts.append(scope[i].kv.table.caption_vectors()[rows])
     if not candidates:
         return [], iter(())
     return candidates, mmr_order(np.concatenate(parts), query, relevance)
+
+
+def rank_by_words(
+    store: Store,
+    scope: Sequence[Opened],
+    encoder: str,
+    index: CaptionIndex,
+    text: str,
+    *,
+    head_tokens: int = 0,
+) -> Ranked:
+    """The same where nothing that is loaded can compare vectors: by common words, then the newest first."""
+    own = [i for i, opened in enumerate(scope) if opened.row.spec.caption_encoder == encoder]
+    candidates: list[Candidate] = []
+    for i in own:
+        candidates += _candidates(scope, i, scope[i].captions, head_tokens)[1]
+    if not candidates:
+        return [], iter(())
+    row_of = {(scope[found.opened].row.id, found.unit): row for row, found in enumerate(candidates)}
+    names = [scope[i].row.id for i in own]
+    end_ns = max(found.end_ns for found in candidates)
+    hits = index.search(store, encoder, text=text, recordings=names, end_ns=end_ns, limit=CANDIDATES)
+    scores = {
+        row_of[hit.recording_id, hit.unit]: hit.score
+        for hit in hits
+        if (hit.recording_id, hit.unit) in row_of
+    }
+    rest = sorted(set(range(len(candidates))) - set(scores), key=lambda row: -candidates[row].start_ns)
+    return candidates, iter([*scores.items(), *((row, 0.0) for row in rest)])
+
+
+def _candidates(
+    scope: Sequence[Opened], opened: int, mask: npt.NDArray[np.bool_], head_tokens: int
+) -> tuple[npt.NDArray[np.intp], list[Candidate]]:
+    """The captions of one recording that are not empty: their rows in its table, and as candidates."""
+    captions = scope[opened].kv.table.captions
+    rows = np.flatnonzero(mask & (captions["tokens"] > 0))
+    return rows, [
+        Candidate(
+            opened,
+            int(row["unit"]),
+            int(row["tokens"]) + head_tokens,
+            int(row["start_ns"]),
+            int(row["end_ns"]),
+        )
+        for row in captions[rows]
+    ]
 
 
 def _narrowed(
@@ -84,7 +132,8 @@ def _narrowed(
     """Masks of the captions that the search table finds nearest: ids only, vectors come from the pages."""
     by_id = {scope[i].row.id: i for i in own}
     names = [scope[i].row.id for i in own]
-    hits = index.search(store, vectors.name, vector=query, recordings=names, limit=CANDIDATES)
+    end_ns = max(scope[i].watermark_ns for i in own)
+    hits = index.search(store, vectors.name, vector=query, recordings=names, end_ns=end_ns, limit=CANDIDATES)
     masks = {}
     for name, i in by_id.items():
         units = [hit.unit for hit in hits if hit.recording_id == name]
@@ -92,9 +141,7 @@ def _narrowed(
     return masks
 
 
-def pick(
-    ranked: Sequence[tuple[list[Candidate], Iterator[tuple[int, float]]]], budget_tokens: int
-) -> list[Picked]:
+def pick(ranked: Sequence[Ranked], budget_tokens: int) -> list[Picked]:
     """Captions within the budget, best first. Several encoders take turns: their cosines do not compare."""
     whole = sum(row.tokens for candidates, _ in ranked for row in candidates)
     if len(ranked) == 1:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,9 +29,10 @@ class Holdings:
     blocks: int = 0
     layers: int = 0
     block_tokens: float = 0.0
-    slice_bytes: float = 0.0  # one layer of one block, as stored
+    slice_bytes: float = 0.0  # one layer of one block, at most
     captions: int = 0
-    caption_tokens: int = 0  # of all captions
+    caption_tokens: int = 0  # of all captions, with the times and names that go before them
+    caption_tokens_longest: int = 0  # of the longest
     kv_token_bytes: int = 0  # keys and values of one token over all layers, at the dtype of the question
     init_tokens: int = 0
     context_tokens_max: int = 1 << 62  # of the model
@@ -103,11 +105,11 @@ def predict(mode: str, sizes: Sizes, asked: Asked, held: Holdings, costs: Costs)
     stages["decode"] = sizes.answer_tokens * costs.forward(
         1, context + asked.prompt_tokens + sizes.answer_tokens / 2
     )
-    total_tokens = int(context + asked.prompt_tokens + sizes.answer_tokens)
+    total_tokens = math.ceil(context + asked.prompt_tokens + sizes.answer_tokens - 1e-6)
     return Predicted(
         stages_ms={stage: costs.corrected(stage, ms) for stage, ms in stages.items()},
         gpu_bytes=total_tokens * held.kv_token_bytes,
-        read_bytes=int(blocks * held.layers * held.slice_bytes),
+        read_bytes=math.ceil(blocks * held.layers * held.slice_bytes),
         context_tokens=total_tokens,
     )
 
@@ -121,11 +123,12 @@ class CostFile:
     def load(self) -> Costs | None:
         try:
             data = json.loads(self._path.read_bytes())
-            costs = Costs(**data)
-            costs.ratios = {str(stage): float(ratio) for stage, ratio in costs.ratios.items()}
-        except (OSError, ValueError, TypeError, AttributeError):
+            ratios = {str(stage): float(ratio) for stage, ratio in data.pop("ratios").items()}
+            costs = Costs(**{str(name): float(ms) for name, ms in data.items()}, ratios=ratios)
+        except (OSError, ValueError, TypeError, AttributeError, KeyError):
             return None
-        return costs
+        figures = [*(ms for ms in vars(costs).values() if isinstance(ms, float)), *ratios.values()]
+        return costs if all(math.isfinite(ms) and ms >= 0 for ms in figures) else None
 
     def save(self, costs: Costs) -> None:
         if not write_atomically(self._path, json.dumps(asdict(costs), indent=1).encode()):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,7 +22,7 @@ from memdb.query.kinds import KindOf, by_rules
 from memdb.query.measure import measure
 from memdb.query.plan import plan as make_plan
 from memdb.query.rebuild.consecutive import Consecutive
-from memdb.query.rebuild.text import CaptionAt, caption_ids
+from memdb.query.rebuild.text import CaptionAt, around, caption_ids
 from memdb.query.retrieve.topk import BlockTopK, Rows, newest
 from memdb.query.scope import Opened
 from memdb.query.stages import QueryStages, compose
@@ -48,6 +48,7 @@ class Retrieved:
     kv: list[LayerKV | None] = field(default_factory=list)
     cache: CacheContext | None = None
     captions: list[tuple[caption_tier.Picked, CaptionAt]] = field(default_factory=list)
+    caption_ids: list[int] = field(default_factory=list)  # of all of them, with times and names between
 
 
 class Engine:
@@ -57,12 +58,14 @@ class Engine:
         self,
         store: Store,
         model: VideoModel,
-        vectors: Callable[[str], CaptionVectors],
+        vectors: Callable[[str], CaptionVectors | None],
         *,
         reader: SliceReader | None = None,
         key_index: str = "faiss",
     ) -> None:
-        """`vectors` gives the encoder of caption vectors by the name that a recording's row has."""
+        """`vectors` gives the encoder of caption vectors by the name that a recording's row has; None for one that
+        cannot be had, as with the input embeddings of another Video-LLM: then words rank the captions.
+        """
         self.store, self.model = store, model
         self._vectors = vectors
         self._reader = reader or SliceReader(store)
@@ -81,9 +84,12 @@ class Engine:
     def prepare(self, question: Question) -> None:
         """Load what is loaded once: encoders, sentence vectors of kinds, measured costs. No part of latency."""
         rows = scope.recordings_of(self.store, question)
-        encoders = [self._vectors(name) for name in sorted({row.spec.caption_encoder for row in rows} - {""})]
-        if question.mode == "auto":
-            self._kind = self._kind or KindOf(self._vectors(KIND_ENCODER).of_question)
+        names = sorted({row.spec.caption_encoder for row in rows} - {""})
+        encoders = [found for name in names if (found := self._vectors(name)) is not None]
+        if question.mode == "auto" and self._kind is None:
+            examples = self._vectors(KIND_ENCODER)
+            assert examples is not None, "it needs no Video-LLM"
+            self._kind = KindOf(examples.of_question)
             self._kind.prepare()
         if self._costs is None:
             self._costs = self._measured(question, encoders)
@@ -99,26 +105,28 @@ class Engine:
         readings = Readings()
         with laps("open"):
             opened = self._open(question)
-            ranked: list[tuple[list[caption_tier.Candidate], Iterator[tuple[int, float]]]] | None = None
+            ranked: list[caption_tier.Ranked] | None = None
         if len(opened) > 1:  # captions over all of them say whose KV is read
             with laps("captions"):
-                ranked = self._rank(opened, question.text)
+                ranked = self._rank(opened, question.text, warnings)
         with laps("plan"):
             chosen, ranked = self._choose(opened, ranked, warnings)
+            chosen = self._own_kv(question, opened, chosen, warnings)
             plan, stages, init = self._plan(question, opened, chosen)
         got = Retrieved()
         if plan.mode in ("captions", "both"):
             with laps("captions"):
-                got.captions = self._caption_context(opened, ranked, question.text, plan, warnings)
+                self._caption_context(opened, ranked, question.text, plan, stages, got, warnings)
         if plan.mode != "captions" and chosen is not None:
             with laps("retrieve"):
                 self._retrieve(question, plan, stages, chosen, init, got, readings)
         warnings += _damage(readings)
         with laps("rebuild"):
-            context = self._rebuild(plan, stages, chosen, init, got)
+            prompt = self.model.prompt_ids(question.text)
+            room = self._room(question) - len(prompt) - plan.sizes.answer_tokens
+            context = self._rebuild(plan, stages, chosen, init, got, room)
         stream = TextStream(self.model)
         with laps("prefill"):
-            prompt = self.model.prompt_ids(question.text)
             scores = prefill(self.model, self.model.embed(prompt), context)
         with laps("decode"):
             for token in greedy(self.model, scores, context, plan.sizes.answer_tokens):
@@ -150,14 +158,14 @@ class Engine:
     def _choose(
         self,
         opened: Sequence[Opened],
-        ranked: list[tuple[list[caption_tier.Candidate], Iterator[tuple[int, float]]]] | None,
+        ranked: list[caption_tier.Ranked] | None,
         warnings: list[str],
-    ) -> tuple[Opened | None, list[tuple[list[caption_tier.Candidate], Iterator[tuple[int, float]]]] | None]:
+    ) -> tuple[Opened | None, list[caption_tier.Ranked] | None]:
         """The recording whose KV may be read: the named one, else the one with the best caption and KV."""
         usable = [one for one in opened if len(one.usable_blocks)]
         if len(usable) <= 1 or ranked is None:
             return (usable[0] if usable else None), ranked
-        kept: list[tuple[list[caption_tier.Candidate], Iterator[tuple[int, float]]]] = []
+        kept: list[caption_tier.Ranked] = []
         best: Opened | None = None
         for candidates, order in ranked:
             seen = list(order)
@@ -174,20 +182,37 @@ class Engine:
             )
         return best, kept
 
+    def _own_kv(
+        self, question: Question, opened: Sequence[Opened], chosen: Opened | None, warnings: list[str]
+    ) -> Opened | None:
+        """The recording whose KV may be read, if this model computed it. Captions are for any model."""
+        if chosen is None or chosen.row.spec.model.fingerprint == self.model.identity.fingerprint:
+            return chosen
+        spec, here = chosen.row.spec, self.model.identity.spec
+        captions = any(len(one.usable_captions) for one in opened)
+        if question.mode in ("kv", "both", "recent") or (question.mode == "auto" and not captions):
+            raise ModelMismatch(
+                f"the KV of {spec.name!r} was computed by {spec.model.spec!r} and means nothing to {here!r}: ask "
+                "with that model" + (", or with mode captions" if captions else "")
+            )
+        if question.mode == "auto":
+            warnings.append(
+                f"the KV here was computed by {spec.model.spec!r}, so {here!r} reads captions only"
+            )
+        return None
+
     def _plan(
         self, question: Question, opened: Sequence[Opened], chosen: Opened | None
     ) -> tuple[Plan, QueryStages, list[LayerKV]]:
         spec = (chosen or opened[0]).row.spec
         stages = compose(spec.recipe)
-        init = self._init(spec.init_ids)
-        if chosen is not None and spec.model.fingerprint != self.model.identity.fingerprint:
-            if question.mode in ("kv", "both", "recent"):
-                raise ModelMismatch(
-                    f"the KV of {spec.name!r} was computed by {spec.model.spec!r} and means nothing to "
-                    f"{self.model.identity.spec!r}: ask with that model, or with mode captions"
-                )
-            chosen = None
-        held = scope.holdings(chosen, opened, self.model.shape, self.model.dtype.itemsize, init[0].tokens)
+        own = spec.model.fingerprint == self.model.identity.fingerprint
+        # Ids are of the vocabulary of the model that encoded; another one writes the same prompt in its own.
+        prompt = str(spec.recipe.encode.params.get("init_prompt", ""))
+        init = self._init(spec.init_ids if own else tuple(self.model.init_ids(prompt)))
+        head_tokens = self._head_tokens(opened)
+        shape, element_bytes = self.model.shape, self.model.dtype.itemsize
+        held = scope.holdings(chosen, opened, shape, element_bytes, init[0].tokens, head_tokens)
         kind, why = self._kind(question.text) if self._kind is not None else by_rules(question.text)
         ids = self.model.encode_text(question.text)
         asked = Asked(
@@ -197,9 +222,11 @@ class Engine:
         )
         assert self._costs is not None, "prepare comes first"
         retrieve = stages.retrieve
+        # The recording whose KV is read need not be one that has captions: rekv beside rlivs.
+        spoken = [compose(one.row.spec.recipe).retrieve for one in opened if len(one.usable_captions)]
         full = Sizes(
             blocks=retrieve.blocks if isinstance(retrieve, BlockTopK) else 0,
-            caption_tokens=retrieve.caption_tokens,
+            caption_tokens=max((each.caption_tokens for each in spoken), default=0),
             answer_tokens=stages.answer.tokens_max,
         )
         plan = make_plan(
@@ -224,34 +251,81 @@ class Engine:
         share = min(1.0, to_s(int(first["end_ns"] - first["start_ns"])) / every_s)
         return share * len(self.model.encode_text("[00:00:00]"))
 
+    def _head_tokens(self, opened: Sequence[Opened]) -> int:
+        """Tokens that go before a caption and behind it, at most: name and time."""
+        times = any(compose(one.row.spec.recipe).rebuild.time_text_s for one in opened)
+        latest = max(one.watermark_ns for one in opened)
+        latest += 500_000_000 - latest % 1_000_000_000  # with a fraction, which takes more signs
+        names = [one.row.name for one in opened] if len(opened) > 1 else [""]
+        return max(sum(map(len, around(self.model, name, latest, latest, times=times))) for name in names)
+
+    def _room(self, question: Question) -> int:
+        """Tokens that the context may hold in all, by the model and every budget."""
+        budget, shape = question.budget, self.model.shape
+        room = min(shape.context_tokens_max, budget.context_tokens_max or shape.context_tokens_max)
+        if budget.gpu_bytes_max is not None:
+            room = min(room, int(budget.gpu_bytes_max // shape.kv_bytes(1, self.model.dtype.itemsize)))
+        return room
+
     # Retrieve and rebuild
 
     def _rank(
-        self, opened: Sequence[Opened], text: str, relevance: float = 0.5
-    ) -> list[tuple[list[caption_tier.Candidate], Iterator[tuple[int, float]]]]:
-        names = sorted({one.row.spec.caption_encoder for one in opened} - {""})
-        ranked = [
-            caption_tier.rank(
-                self.store, opened, self._vectors(name), self._captions, text, relevance=relevance
+        self, opened: Sequence[Opened], text: str, warnings: list[str], relevance: float = 0.5
+    ) -> list[caption_tier.Ranked]:
+        """All captions in question, a list for each encoder."""
+        head_tokens = self._head_tokens(opened)
+        ranked = []
+        for name in sorted({one.row.spec.caption_encoder for one in opened} - {""}):
+            vectors = self._vectors(name)
+            if vectors is None:
+                warnings.append(
+                    f"captions were ranked by words: their vectors are of {name}, which only the model that made "
+                    "them can compare with a question"
+                )
+                ranked.append(
+                    caption_tier.rank_by_words(
+                        self.store, opened, name, self._captions, text, head_tokens=head_tokens
+                    )
+                )
+                continue
+            ranked.append(
+                caption_tier.rank(
+                    self.store,
+                    opened,
+                    vectors,
+                    self._captions,
+                    text,
+                    relevance=relevance,
+                    head_tokens=head_tokens,
+                )
             )
-            for name in names
-        ]
         return [pair for pair in ranked if pair[0]]
 
     def _caption_context(
         self,
         opened: Sequence[Opened],
-        ranked: list[tuple[list[caption_tier.Candidate], Iterator[tuple[int, float]]]] | None,
+        ranked: list[caption_tier.Ranked] | None,
         text: str,
         plan: Plan,
+        stages: QueryStages,
+        got: Retrieved,
         warnings: list[str],
-    ) -> list[tuple[caption_tier.Picked, CaptionAt]]:
+    ) -> None:
+        """The captions that are read, as ids in time order, within the plan's share of the context."""
         if ranked is None:
-            ranked = self._rank(opened, text, compose(opened[0].row.spec.recipe).retrieve.relevance)
+            ranked = self._rank(opened, text, warnings, stages.retrieve.relevance)
         picked = caption_tier.pick(ranked, plan.sizes.caption_tokens)
-        if not picked:
+        found = caption_tier.read(self.store, opened, picked, self.model.identity.fingerprint, warnings)
+        several = len({at.recording for _, at in found}) > 1
+        times = bool(stages.rebuild.time_text_s)
+        ids = [caption_ids(self.model, [at], times=times, names=several) for _, at in found]
+        # Another model writes a caption in more or fewer tokens than the one that said it.
+        while sum(map(len, ids)) > plan.sizes.caption_tokens:
+            worst = min(range(len(found)), key=lambda index: found[index][0].score)
+            del found[worst], ids[worst]
+        if not found:
             warnings.append("no caption fits into the plan's share of the context")
-        return caption_tier.read(self.store, opened, picked, self.model.identity.fingerprint, warnings)
+        got.captions, got.caption_ids = found, [token for own in ids for token in own]
 
     def _retrieve(
         self,
@@ -289,29 +363,35 @@ class Engine:
         got.cache = context
 
     def _rebuild(
-        self, plan: Plan, stages: QueryStages, chosen: Opened | None, init: list[LayerKV], got: Retrieved
+        self,
+        plan: Plan,
+        stages: QueryStages,
+        chosen: Opened | None,
+        init: list[LayerKV],
+        got: Retrieved,
+        room: int,
     ) -> CacheContext:
-        """[init | blocks in time order, with times | captions in time order, with times]."""
+        """[init | blocks in time order, with times | captions in time order, with times], in at most `room` tokens."""
         if got.kv and chosen is not None:
             if isinstance(stages.rebuild, Consecutive) and (stages.rebuild.time_text_s or got.cache is None):
+                longest = max(0 if kv is None else kv.tokens for kv in got.kv)
                 context = stages.rebuild.rebuild(
-                    self.model, init, chosen.kv.table.blocks, got.rows, got.kv, stages.window_tokens
+                    self.model,
+                    init,
+                    chosen.kv.table.blocks,
+                    got.rows,
+                    got.kv,
+                    stages.window_tokens,
+                    stamp_tokens_max=max(0, room - init[0].tokens - longest - len(got.caption_ids)),
                 )
             else:
                 assert got.cache is not None
                 context = got.cache
         else:
             context = CacheContext(self.model.rotary, init, [None] * len(init), window=stages.window_tokens)
-        if got.captions:
-            several = len({at.recording for _, at in got.captions}) > 1
-            ids = caption_ids(
-                self.model,
-                [at for _, at in got.captions],
-                times=bool(stages.rebuild.time_text_s),
-                names=several,
-            )
+        if got.caption_ids:
             with torch.inference_mode():
-                self.model.forward(self.model.embed(ids), context)
+                self.model.forward(self.model.embed(got.caption_ids), context)
         return context
 
     def _init(self, ids: tuple[int, ...]) -> list[LayerKV]:
@@ -386,7 +466,7 @@ class Engine:
         costs.learn(plan.predicted.stages_ms, timings)
         file.save(costs)
         return Answer(
-            text=stream.text.strip(),
+            text=stream.text,
             evidence=tuple(found),
             plan=plan.after(timings),
             timings_ms=timings,
@@ -417,7 +497,7 @@ class Engine:
                 self.model,
                 kv,
                 embed=lambda: [vectors.of_question(SAMPLE_QUESTION) for vectors in encoders],
-                captions=lambda: [list(order) for _, order in self._rank(opened, SAMPLE_QUESTION)],
+                captions=lambda: [list(order) for _, order in self._rank(opened, SAMPLE_QUESTION, [])],
             )
             file.save(costs)
         return file, costs

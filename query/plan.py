@@ -6,6 +6,7 @@ that fits the budget, shrinking a mode's sizes before it leaves it. It explains 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from memdb.query.cost import Asked, Costs, Holdings, predict
@@ -28,7 +29,7 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
 # A mode is shrunk to an eighth before the next one is tried at full size, and to its smallest when none of them
 # fits that way.
 SHRINK = (1.0, 0.5, 0.25, 0.125)
-SHRINK_FURTHER = (1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 1024)
+SHRINK_FURTHER = (1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 1024, 0.0)
 CAPTION_TOKENS_MIN = 32
 ANSWER_TOKENS_MIN = 8
 
@@ -47,20 +48,13 @@ def plan(
 ) -> Plan:
     """The plan for a question. `full` are the recipe's sizes; `why` says how the kind was found.
 
-    Raises QuestionError for a question that leaves no room in the context, and for a mode whose tier is not
-    stored; NoPlanFits, with the nearest latency that would do, when nothing fits.
+    Raises QuestionError for a question that leaves no room in the model's context, and for a mode whose tier is
+    not stored; NoPlanFits, with the nearest budget that would do, when nothing fits.
     """
     room = min(held.context_tokens_max, budget.context_tokens_max or held.context_tokens_max)
-    fixed = held.init_tokens + asked.prompt_tokens
-    if fixed + ANSWER_TOKENS_MIN > room:
-        raise QuestionError(
-            f"the question takes {asked.prompt_tokens} tokens; with {held.init_tokens} before it and "
-            f"{ANSWER_TOKENS_MIN} for an answer that is more than the context of {room}: shorten it"
-            + (", or raise context_tokens_max" if room < held.context_tokens_max else "")
-        )
     order = PREFERENCE[kind] if mode == "auto" else (mode,)
     reasons = [why if mode == "auto" else f"mode {mode} was asked for"]
-    missing = {candidate: _missing(candidate, held) for candidate in order}
+    missing = {candidate: _missing(candidate, full, held) for candidate in order}
     usable = [candidate for candidate in order if not missing[candidate]]
     if not usable:
         raise QuestionError(f"mode {order[0]} cannot answer here: {missing[order[0]]}")
@@ -70,7 +64,7 @@ def plan(
     ]
 
     chosen: tuple[str, Sizes, Predicted, float] | None = None
-    for candidate, sizes, scale in _candidates(usable, first):
+    for candidate, sizes, scale in _candidates(usable, first, held):
         predicted = predict(candidate, sizes, asked, held, costs)
         over = _over(predicted, budget, room)
         if not over:
@@ -97,41 +91,51 @@ def plan(
     return Plan(taken, kind, sizes, predicted, tuple(reasons), tuple(rejected), recordings)
 
 
-def _missing(mode: str, held: Holdings) -> str:
+def _missing(mode: str, full: Sizes, held: Holdings) -> str:
     if mode in ("kv", "both", "recent") and not held.blocks:
         return "no KV is stored up to this moment"
     if mode in ("captions", "both") and not held.captions:
         return "no captions are stored up to this moment"
+    if mode in ("captions", "both") and not full.caption_tokens:
+        return "the recipe takes no captions (retrieve.caption_tokens = 0)"
     return ""
 
 
 def _limited(mode: str, full: Sizes, asked: Asked, held: Holdings, room: int) -> Sizes:
-    """The recipe's sizes, cut to what is held and to what the context has room for; a share each in `both`."""
+    """The recipe's sizes, cut to what is held and to what the context has room for; a share each in `both`.
+
+    Never less than the smallest sizes, which may then be too large: the prediction says so.
+    """
     blocks = min(full.blocks, held.blocks) if mode != "captions" else 0
     captions = min(full.caption_tokens, held.caption_tokens) if mode in ("captions", "both") else 0
-    free = room - held.init_tokens - asked.prompt_tokens
-    answer = max(ANSWER_TOKENS_MIN, min(full.answer_tokens, free // 4))
-    free -= answer
+    whole = Sizes(blocks, captions, full.answer_tokens)
+    free = max(0, room - held.init_tokens - asked.prompt_tokens)
+    answer = min(full.answer_tokens, max(ANSWER_TOKENS_MIN, free // 4))
+    free = max(0, free - answer)
     block_tokens = max(1.0, held.block_tokens + asked.stamp_tokens_block)
     wanted = blocks * block_tokens + captions
     if wanted > free:
         scale = free / wanted
         blocks, captions = int(blocks * scale), int(captions * scale)
-    return Sizes(blocks, captions, answer)
+    least = _scaled(whole, 0.0, held)
+    return Sizes(max(blocks, least.blocks), max(captions, least.caption_tokens), answer)
 
 
-def _candidates(usable: list[str], first: dict[str, Sizes]) -> Iterator[tuple[str, Sizes, float]]:
+def _candidates(
+    usable: list[str], first: dict[str, Sizes], held: Holdings
+) -> Iterator[tuple[str, Sizes, float]]:
     for scales in (SHRINK, SHRINK_FURTHER):
         for candidate in usable:
             for scale in scales:
-                yield candidate, _scaled(first[candidate], scale), scale
+                yield candidate, _scaled(first[candidate], scale, held), scale
 
 
-def _scaled(sizes: Sizes, scale: float) -> Sizes:
-    """Smaller sizes; what is taken at all never falls to nothing."""
+def _scaled(sizes: Sizes, scale: float, held: Holdings) -> Sizes:
+    """Smaller sizes; what is taken at all never falls to nothing: one block, and any one of the captions."""
+    one_caption = max(CAPTION_TOKENS_MIN, held.caption_tokens_longest + 1)
     return Sizes(
         blocks=max(1, int(sizes.blocks * scale)) if sizes.blocks else 0,
-        caption_tokens=min(sizes.caption_tokens, max(CAPTION_TOKENS_MIN, int(sizes.caption_tokens * scale))),
+        caption_tokens=min(sizes.caption_tokens, max(one_caption, int(sizes.caption_tokens * scale))),
         answer_tokens=min(sizes.answer_tokens, max(ANSWER_TOKENS_MIN, int(sizes.answer_tokens * scale))),
     )
 
@@ -160,17 +164,41 @@ def _nothing_fits(
     budget: Budget,
     room: int,
 ) -> NoPlanFits:
-    smallest = [(mode, predict(mode, _scaled(first[mode], 0.0), asked, held, costs)) for mode in usable]
-    mode, least = min(smallest, key=lambda pair: pair[1].total_ms)
-    why = _over(least, budget, room)
-    nearest = Budget(
-        latency_ms_max=None if budget.latency_ms_max is None else float(-(-least.total_ms * 1.1 // 1)),
-        gpu_bytes_max=budget.gpu_bytes_max and max(budget.gpu_bytes_max, least.gpu_bytes),
-        read_bytes_max=budget.read_bytes_max and max(budget.read_bytes_max, least.read_bytes),
-        context_tokens_max=budget.context_tokens_max and max(budget.context_tokens_max, least.context_tokens),
-    )
-    named = ", ".join(f"{name} {value:g}" for name, value in nearest.as_json().items() if value is not None)
+    """The error, with the smallest budget above the one given that a mode at its smallest sizes would meet."""
+    smallest = [(mode, predict(mode, _scaled(first[mode], 0.0, held), asked, held, costs)) for mode in usable]
+    possible = [pair for pair in smallest if pair[1].context_tokens <= held.context_tokens_max]
+    if not possible:
+        raise QuestionError(
+            f"the question takes {asked.prompt_tokens} tokens, and with {held.init_tokens} before it, the least "
+            f"of what is remembered and an answer that is more than the model's context of "
+            f"{held.context_tokens_max}: shorten it"
+        )
+    mode, least = min(possible, key=lambda pair: _excess(pair[1], budget))
+    nearest: dict[str, float | int] = {}
+    for name, value, needed in (
+        ("latency_ms_max", budget.latency_ms_max, least.total_ms),
+        ("gpu_bytes_max", budget.gpu_bytes_max, least.gpu_bytes),
+        ("read_bytes_max", budget.read_bytes_max, least.read_bytes),
+        ("context_tokens_max", budget.context_tokens_max, least.context_tokens),
+    ):
+        if value is not None:
+            margin = 1.1 if name == "latency_ms_max" else 1  # milliseconds are a median, the others a bound
+            nearest[name] = value if needed <= value else math.ceil(needed * margin)
+    named = ", ".join(f"{name} {value}" for name, value in nearest.items())
     return NoPlanFits(
-        f"no plan fits the budget: the cheapest is mode {mode}, and {why}; the nearest budget that would do is {named}",
-        nearest_ms=nearest.latency_ms_max,
+        f"no plan fits the budget: the nearest is mode {mode} at its smallest, and {_over(least, budget, room)}; "
+        f"the nearest budget that would do is {named}",
+        nearest=nearest,
     )
+
+
+def _excess(predicted: Predicted, budget: Budget) -> float:
+    """How many times over the budget a prediction is, where it is furthest over."""
+    needs = {
+        "latency_ms_max": predicted.total_ms,
+        "gpu_bytes_max": predicted.gpu_bytes,
+        "read_bytes_max": predicted.read_bytes,
+        "context_tokens_max": predicted.context_tokens,
+    }
+    limits = budget.as_json()
+    return max((need / limit for name, need in needs.items() if (limit := limits[name])), default=0.0)

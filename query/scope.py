@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from memdb import codecs
+from memdb.models.load import DTYPES
 from memdb.query.cost import Holdings
 from memdb.query.stored import StoredKV
 from memdb.schemas.errors import QuestionError
@@ -62,18 +64,28 @@ def open_scope(kv: StoredKV, at_ns: int | None) -> Opened:
 
 
 def holdings(
-    kv: Opened | None, captions: Sequence[Opened], model: ModelShape, element_bytes: int, init_tokens: int
+    kv: Opened | None,
+    captions: Sequence[Opened],
+    model: ModelShape,
+    element_bytes: int,
+    init_tokens: int,
+    head_tokens: int,
 ) -> Holdings:
-    """What there is to plan with: the KV of one recording, the captions of all in question."""
-    tables = [opened.usable_captions for opened in captions]
+    """What there is to plan with: the KV of one recording, the captions of all in question.
+
+    `head_tokens` go before each caption: its time, and the recording's name where there are several.
+    """
+    tokens = np.concatenate([opened.usable_captions["tokens"].astype(np.int64) for opened in captions])
+    tokens = tokens[tokens > 0] + head_tokens
     own = kv.usable_blocks if kv is not None else None
     return Holdings(
         blocks=0 if own is None else len(own),
         layers=model.layers,
         block_tokens=float(own["tokens"].mean()) if own is not None and len(own) else 0.0,
         slice_bytes=_slice_bytes(kv) if kv is not None and own is not None and len(own) else 0.0,
-        captions=sum(len(table) for table in tables),
-        caption_tokens=sum(int(table["tokens"].sum()) for table in tables),
+        captions=len(tokens),
+        caption_tokens=int(tokens.sum()),
+        caption_tokens_longest=int(tokens.max(initial=0)),
         kv_token_bytes=model.kv_bytes(1, element_bytes),
         init_tokens=init_tokens,
         context_tokens_max=model.context_tokens_max,
@@ -81,7 +93,10 @@ def holdings(
 
 
 def _slice_bytes(opened: Opened) -> float:
-    """Mean stored bytes of one layer of one block."""
-    tiers, row = opened.row.tier_bytes, opened.row
-    slices = len(opened.kv.table.blocks) * row.spec.model.shape.layers
-    return tiers.kv / max(1, slices)
+    """Bytes of one layer of one block before compression, which makes them fewer: a budget is a bound."""
+    row, shape = opened.row, opened.row.spec.model.shape
+    mean = row.tier_bytes.kv / max(1, len(opened.kv.table.blocks) * shape.layers)
+    longest = int(opened.usable_blocks["tokens"].max())
+    codec, dtype = codecs.codec(row.spec.recipe.codec), DTYPES[row.spec.dtype]
+    widths = (codec.layout(dtype, width, shape.kv_heads, longest, shape.head_size) for width in (2, 4))
+    return max(mean, next((float(w.slice_bytes) for w in widths if w.slice_bytes >= mean), mean))

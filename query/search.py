@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 from memdb.captions import CaptionIndex
 from memdb.fusion import reciprocal_rank
 from memdb.models.caption_vectors import CaptionVectors
 from memdb.schemas.answer import SearchHit
+from memdb.schemas.errors import CorruptionError
 from memdb.schemas.rows import RecordingRow
 from memdb.schemas.search import CaptionHit
 from memdb.schemas.times import to_s
 from memdb.store import Store
+
+log = logging.getLogger(__name__)
 
 
 def search(
@@ -48,13 +52,15 @@ def search(
         ranks = reciprocal_rank([[(hit.recording_id, hit.unit) for hit in hits] for hits in lists])
         found = [(by_place[place], score) for place, score in ranks]
     return [
-        SearchHit(
-            recording=names[hit.recording_id],
-            start_s=to_s(hit.start_ns),
-            end_s=to_s(hit.end_ns),
-            score=score,
-            caption=store.read_caption(store.unit(hit.recording_id, hit.unit)).text,
-            how=hit.how,
-        )
+        SearchHit(names[hit.recording_id], to_s(hit.start_ns), to_s(hit.end_ns), score, text, hit.how)
         for hit, score in found[:limit]
+        if (text := _text(store, hit)) is not None
     ]
+
+
+def _text(store: Store, hit: CaptionHit) -> str | None:
+    try:
+        return store.read_caption(store.unit(hit.recording_id, hit.unit)).text
+    except CorruptionError as error:
+        log.warning("a caption was found and is left out: %s; run memdb verify", error)
+        return None

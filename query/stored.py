@@ -48,7 +48,7 @@ class StoredKV:
         self.table = KeyTable.open(store, row.id)
         self.search = KeySearch(self.table, backend=backend, sim=cast(Sim, sim))
         self._store, self._reader = store, reader
-        self._codec = codecs.codec(row.spec.recipe.codec)
+        self._codec = codecs.codec(row.spec.recipe.codec) if row.spec.recipe.keeps_kv else None
         self._encoded = DTYPES[row.spec.dtype]
         self._units: OrderedDict[int, UnitRow] = OrderedDict()
 
@@ -104,6 +104,7 @@ class StoredKV:
         device: torch.device,
         dtype: torch.dtype,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self._codec is not None, "a recording without KV has no blocks to read"
         return unpack_slices(
             self._codec, raw, dtype=self._encoded, scale_bytes=width, H=H, T=T, D=D, device=device, out=dtype
         )

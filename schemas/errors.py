@@ -26,6 +26,8 @@ MemdbError
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class MemdbError(Exception):
     """Base of every error that memdb raises on purpose. The message says what to do."""
@@ -112,13 +114,13 @@ class CodecError(MemdbError):
 
 
 class NoPlanFits(MemdbError):
-    """No plan fits the budget. `nearest_ms` is the smallest latency that would, where one would."""
+    """No plan fits the budget. `nearest` is a budget that one would fit: the limits that were given, raised."""
 
     exit_code = 4
 
-    def __init__(self, message: str, *, nearest_ms: float | None = None) -> None:
+    def __init__(self, message: str, *, nearest: Mapping[str, float | int]) -> None:
         super().__init__(message)
-        self.nearest_ms = nearest_ms
+        self.nearest = dict(nearest)
 
 
 class Interrupted(MemdbError):

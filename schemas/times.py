@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import re
 from datetime import UTC, datetime
 
 from memdb.schemas.errors import BudgetError
 
 NS_PER_S = 1_000_000_000
-_CLOCK = re.compile(r"^(?:(\d+):)?(\d{1,2}):(\d{1,2}(?:\.\d+)?)$")
+# MM may pass 59 only where it leads: 90:00 is an hour and a half, 1:90:00 a slip of the pen.
+_CLOCK = re.compile(r"^(?:(\d+):(?=[0-5]?\d:))?(\d{1,2}):([0-5]?\d(?:\.\d+)?)$", re.ASCII)
+TIME_S_MAX = 9e9  # 285 years: what nanoseconds hold in 64 bits
 
 
 def to_ns(seconds: float) -> int:
@@ -31,7 +32,7 @@ def parse_time(text: str | float, *, started_at_ns: int | None = None) -> float:
         seconds = float(text)
     else:
         seconds = _parse_text(text.strip(), started_at_ns)
-    if not math.isfinite(seconds) or seconds < 0:
+    if not 0 <= seconds <= TIME_S_MAX:  # not-a-number is outside, too
         raise BudgetError(f"time {text!r} is not a time from the start on: give seconds >= 0 or HH:MM:SS")
     return seconds
 

@@ -14,3 +14,5 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 _cache = tempfile.mkdtemp(prefix="memdb-tests-")
 os.environ["MEMDB_CACHE_DIR"] = _cache
 atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+
+pytest_plugins = ["tests.question_cases"]

@@ -34,7 +34,10 @@ def greedy(model: VideoModel, scores: Tensor, context: Context, tokens_max: int)
 
 
 class TextStream:
-    """Turns token ids into pieces of text as they arrive, holding back what is not a whole character yet."""
+    """Turns token ids into pieces of text as they arrive, holding back what is not a whole character yet.
+
+    Space around the text is no part of it; the pieces, one after another, are the text.
+    """
 
     def __init__(self, model: VideoModel) -> None:
         self._model = model
@@ -43,7 +46,7 @@ class TextStream:
 
     def push(self, token: int) -> str:
         self.ids.append(token)
-        text = self._model.decode_text(self.ids)
+        text = self.text
         if text.endswith("\ufffd"):
             return ""
         piece, self._given = text[self._given :], len(text)
@@ -57,7 +60,7 @@ class TextStream:
 
     @property
     def text(self) -> str:
-        return self._model.decode_text(self.ids)
+        return self._model.decode_text(self.ids).strip()
 
 
 def run_init(model: VideoModel, ids: Sequence[int], context: Context) -> None:

@@ -11,7 +11,7 @@ import torch
 from memdb.models.cache import CacheContext
 from memdb.models.protocol import VideoModel
 from memdb.models.window import LayerKV
-from memdb.query.rebuild.stamps import layer_places, stamps
+from memdb.query.rebuild.stamps import Stamp, layer_places, stamps
 from memdb.query.retrieve.topk import Rows
 from memdb.schemas.params import at_least
 from memdb.schemas.times import to_ns
@@ -40,17 +40,18 @@ class Consecutive:
         rows: Sequence[Rows],
         found: Sequence[LayerKV | None],
         window: int | None,
+        stamp_tokens_max: int | None = None,
     ) -> CacheContext:
         """[init | stamps and blocks in time order], a list of blocks per layer.
 
         blocks: the key table's. rows: per layer, its blocks, ascending. found: their keys and values, joined.
-        The stamps are prefilled in one forward in which each sees only what stands before it.
+        The stamps are prefilled in one forward in which each sees only what stands before it. Where they would
+        take more than `stamp_tokens_max` they are thinned out.
         """
         union = np.unique(np.concatenate(rows)) if rows else np.zeros(0, np.int64)
-        marks = stamps(blocks, union, to_ns(self.time_text_s)) if self.time_text_s else []
+        marks, texts = self._stamps(model, blocks, union, stamp_tokens_max) if self.time_text_s else ([], [])
         if not marks:
             return CacheContext(model.rotary, init, found, window=window)
-        texts = [model.encode_text(mark.text) for mark in marks]
         sizes = [len(ids) for ids in texts]
         start = init[0].tokens
         own = [
@@ -68,3 +69,17 @@ class Consecutive:
         with torch.inference_mode():
             model.forward(model.embed([token for ids in texts for token in ids]), context)
         return context
+
+    def _stamps(
+        self, model: VideoModel, blocks: Table, union: Rows, tokens_max: int | None
+    ) -> tuple[list[Stamp], list[list[int]]]:
+        """The stamps and their ids, further apart the less room there is."""
+        every_ns = apart_ns = to_ns(self.time_text_s)
+        marks = stamps(blocks, union, every_ns)
+        texts = [model.encode_text(mark.text) for mark in marks]
+        while marks and tokens_max is not None and sum(map(len, texts)) > tokens_max:
+            last = len(marks) == 1
+            marks = [] if last else stamps(blocks, union, every_ns, apart_ns=apart_ns)
+            texts = [model.encode_text(mark.text) for mark in marks]
+            apart_ns *= 2
+        return marks, texts

@@ -30,17 +30,19 @@ class LayerPlaces:
     end: int
 
 
-def stamps(blocks: Table, union: Rows, every_ns: int) -> list[Stamp]:
+def stamps(blocks: Table, union: Rows, every_ns: int, *, apart_ns: int = 0) -> list[Stamp]:
     """One stamp before each run of neighbouring blocks and again wherever `every_ns` have passed in a run.
 
-    union: the rows that at least one layer holds, ascending.
+    union: the rows that at least one layer holds, ascending. Stamps that would follow another within `apart_ns`
+    are left out: that is for contexts in which not all of them have room.
     """
     found: list[Stamp] = []
     last_ns = 0
     for index, row in enumerate(union):
         start_ns = int(blocks[row]["start_ns"])
         follows = index > 0 and row == union[index - 1] + 1
-        if not follows or start_ns - last_ns >= every_ns:
+        due = not follows or start_ns - last_ns >= every_ns
+        if due and (not found or start_ns - last_ns >= apart_ns):
             found.append(Stamp(int(row), f"[{format_time(round(to_s(start_ns), 1))}]"))
             last_ns = start_ns
     return found

@@ -37,15 +37,21 @@ def caption_ids(model: VideoModel, captions: Sequence[CaptionAt], *, times: bool
     """Token ids of the captions, one after another, in the order given."""
     ids: list[int] = []
     for item in captions:
-        head = f"{item.recording} " if names else ""
-        if times:
-            head += f"[{_clock(item.start_ns)} - {_clock(item.end_ns)}] "
-        if head:
-            ids += model.encode_text(head)
+        head, tail = around(model, item.recording if names else "", item.start_ns, item.end_ns, times=times)
+        ids += head
         ids += item.caption.token_ids if item.same_model else model.encode_text(item.caption.text)
-        if times or names:
-            ids += model.encode_text("\n")
+        ids += tail
     return ids
+
+
+def around(
+    model: VideoModel, name: str, start_ns: int, end_ns: int, *, times: bool
+) -> tuple[list[int], list[int]]:
+    """The ids before and behind a caption: name and span before it, an end of line behind; none without both."""
+    head = f"{name} " if name else ""
+    if times:
+        head += f"[{_clock(start_ns)} - {_clock(end_ns)}] "
+    return (model.encode_text(head), model.encode_text("\n")) if head else ([], [])
 
 
 def _clock(ns: int) -> str:
