@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from rich.console import Console
 from rich.live import Live
@@ -12,8 +12,18 @@ from rich.text import Text
 
 from memdb.schemas.times import format_time
 
-if TYPE_CHECKING:
-    from memdb.ingest.pipeline import Progress
+
+class Progress(Protocol):
+    """How far an ingest is, as the pipeline tells it."""
+
+    @property
+    def media_s(self) -> float: ...
+    @property
+    def duration_s(self) -> float | None: ...
+    @property
+    def units(self) -> int: ...
+    @property
+    def written_bytes(self) -> int: ...
 
 
 class IngestBar:

@@ -31,7 +31,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "detail": (
         "What was printed on the shirt?",
         "What kind of hat did he have on?",
-        "Which brand was the cup?",
+        "What brand was the cup?",
     ),
     "place": ("In what part of the building was that?", "What surrounded the car?"),
     "motion": ("How did the ball travel?", "Was the dog going left or right?"),
