@@ -39,7 +39,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "order": ("What did she do prior to leaving?", "What followed the knock at the door?"),
     "when": ("At what point did the lights go out?", "How far into the recording did it begin?"),
     "now": ("What is in view at present?", "Who is standing there?"),
-    "absent": ("Was there ever a dog?", "Did anybody come by at all?", "Is there any sign of smoke?"),
+    "absent": ("Was there ever a dog?", "Did anybody come by at all?", "Is there any trace of smoke?"),
 }
 Embed = Callable[[str], npt.NDArray[np.float32]]
 
