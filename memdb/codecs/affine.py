@@ -13,6 +13,7 @@ from torch import Tensor
 
 from memdb.codecs.base import get, put
 from memdb.codecs.layout import SliceLayout, affine_layout
+from memdb.codecs.plain import out_of_range
 from memdb.schemas.errors import CodecError
 
 _FP16_MAX = 65504.0
@@ -42,15 +43,14 @@ class Affine:
 
     def pack(self, k: Tensor, v: Tensor, scale_bytes: int) -> Tensor:
         n, H, T, D = k.shape
-        if not bool(k.isfinite().all() & v.isfinite().all()):
-            raise CodecError(
-                "the model gave keys or values that are not finite: try --dtype float32, or check the checkpoint"
-            )
         layout = self.layout(k.dtype, scale_bytes, H, T, D)
         width = _width(scale_bytes)
         packed = torch.zeros(n, layout.slice_bytes, dtype=torch.uint8, device=k.device)
         for part, values, over, along in ((0, k, 2, 2), (3, v, 3, 3)):
             codes, scale, low = self._quantise(values.float(), over, width)
+            # What is not finite, and a range that overflows, both show here: no need to look at every value.
+            if not bool((scale.isfinite() & low.isfinite()).all()):
+                raise CodecError(out_of_range(self.name, bool(values.isfinite().all())))
             put(packed, layout, part, self._join(codes, along))
             put(packed, layout, part + 1, scale)
             put(packed, layout, part + 2, low)

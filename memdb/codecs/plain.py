@@ -35,7 +35,7 @@ class Plain:
         for part, values in ((0, k), (3, v)):
             kept = values.to(stored)
             if not bool(kept.isfinite().all()):
-                raise CodecError(_overflow(self.name, bool(values.isfinite().all())))
+                raise CodecError(out_of_range(self.name, bool(values.isfinite().all())))
             put(packed, layout, part, kept)
         return packed
 
@@ -47,7 +47,9 @@ class Plain:
         return k, v
 
 
-def _overflow(name: str, finite: bool) -> str:
+def out_of_range(name: str, finite: bool) -> str:
+    """What to do about values that a codec cannot hold; `finite` says whether they were finite at all."""
     if finite:
-        return f"keys or values exceed the range of codec {name!r}: ingest with --codec bf16, raw or int4"
+        wider = "bf16, raw or int4" if name == "fp16" else "raw"
+        return f"keys or values exceed the range of codec {name!r}: ingest with --codec {wider}"
     return "the model gave keys or values that are not finite: try --dtype float32, or check the checkpoint"
