@@ -50,15 +50,23 @@ def encoding_fingerprint(
     The model, stages 1 to 5 with every parameter, the init prompt, the sample rate, the seed and the dtype of
     encoding. The storage codec is no part of it unless the encoder reads back what was stored.
     """
-    stages = {name: recipe.stage(name).as_json() for name in ENCODING_STAGES}
+    stages = {name: _plain(recipe.stage(name).as_json()) for name in ENCODING_STAGES}
     return digest_of(
         {
             "model": model,
             "profile": recipe.profile,
             "stages": stages,
             "init_ids": list(init_ids),
-            "sample_fps": sample_fps,
+            "sample_fps": float(sample_fps),
             "seed": seed,
             "dtype": dtype,
         }
     )
+
+
+def _plain(params: Mapping[str, object]) -> dict[str, object]:
+    """A number is the same number whether it was written as 120 or as 120.0."""
+    return {
+        name: int(value) if isinstance(value, float) and value.is_integer() else value
+        for name, value in params.items()
+    }

@@ -23,6 +23,7 @@ from memdb.client import Client, connect
 from memdb.films import render_film
 from memdb.models.load import load_model
 from memdb.models.protocol import VideoModel
+from memdb.schemas.errors import StoreError
 from memdb.schemas.rows import UnitRow
 from memdb.store import Store
 
@@ -211,7 +212,7 @@ def end_at(store: Path, units: int, number: signal.Signals, *words: str) -> Ran:
     """Run a command and send it a signal as soon as its store has that many units; wait for its end."""
 
     def reached() -> bool:
-        return (store / "catalog.sqlite").exists() and count_units(store) >= units
+        return count_units(store) >= units
 
     with started(*words) as process:
         until(reached, process)
@@ -225,5 +226,5 @@ def count_units(store: Path) -> int:
     try:
         with Store.open(store) as found:
             return sum(row.units for row in found.recordings())
-    except Exception:
+    except StoreError:
         return 0
