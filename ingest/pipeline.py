@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
@@ -75,12 +76,14 @@ def ingest(
     progress: Callable[[Progress], None] | None = None,
     stop: threading.Event | None = None,
     new_epoch: str = "",
+    turn: AbstractContextManager[object] = nullcontext(),  # noqa: B008
 ) -> IngestReport:
     """Put a source into the store, from where an earlier ingest of it ended.
 
     `index(flush)` brings the derived indexes up; the writer's thread calls it after commits, with flush at the
     end. `stop` ends the ingest after the batch in hand, with Interrupted. `new_epoch` is a reason not to resume
-    but to go on from a fresh window. Raises Diverged where the replay differs from what was written first.
+    but to go on from a fresh window. `turn` is held while the model works on a batch, so that questions over the
+    same model have theirs in between. Raises Diverged where the replay differs from what was written first.
 
     A live source has no beginning to go back to: connected again it goes on behind what was seen, after a gap.
     """
@@ -88,8 +91,9 @@ def ingest(
     laps = Laps(torch.cuda.synchronize if model.device.type == "cuda" else None)
     size = stages.encode.chunk_frames
     with store.writer(spec) as writer:
-        encoder = StreamEncoder(model, stages, spec.init_ids, vectors, laps)
-        resumed = _resume(store, writer, encoder, new_epoch, live=live)
+        with turn:
+            encoder = StreamEncoder(model, stages, spec.init_ids, vectors, laps)
+            resumed = _resume(store, writer, encoder, new_epoch, live=live)
         gap = _reconnected(writer, encoder.counters.taken_ns) if live and writer.recording.epochs else None
         run = _Run(store, writer, encoder, index, progress, source.info.duration_ns, laps)
         counters = encoder.counters
@@ -102,13 +106,19 @@ def ingest(
         waiting = 0
         try:
             if gap is not None:
-                sink.put(run.ending(flush=True))  # no clip spans a gap
+                with turn:
+                    encoded = run.ending(flush=True)  # no clip spans a gap
+                sink.put(encoded)
             for batch in _batches(iter(ready), size):
                 if len(batch) < size and (ready.stopped or live):
                     waiting = len(batch)  # whoever goes on cuts the same batches: a partial one is the last
                     break
-                sink.put(run.encode(batch))
-            sink.put(run.ending(flush=not ready.stopped and not live))
+                with turn:
+                    encoded = run.encode(batch)
+                sink.put(encoded)
+            with turn:
+                encoded = run.ending(flush=not ready.stopped and not live)
+            sink.put(encoded)
         finally:
             ready.close()
             sink.finish()

@@ -46,28 +46,37 @@ def connect(
     model: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    key_index: str | None = None,
     create: bool = True,
 ) -> Client:
     """Open the store in the directory `path`; make it first where there is none, unless `create` is False.
 
     model: embedded, random:SEED, a folder or a Hub id; by default the one that the store remembers, else
-    embedded. device and dtype as torch names them (float32, bfloat16, float16).
+    embedded. device and dtype as torch names them (float32, bfloat16, float16). key_index: exact, faiss,
+    faiss-flat or faiss-gpu, which all give the same blocks; by default faiss where it is installed.
     Raises NotAStore, FormatVersionError.
     """
     if create:
         Store.open(path, create=True, write=True).close()
-    return Client(Store.open(path), model=model, device=device, dtype=dtype)
+    return Client(Store.open(path), model=model, device=device, dtype=dtype, key_index=key_index)
 
 
 class Client:
     """A connection. Threads may share it; the model answers one question at a time."""
 
     def __init__(
-        self, store: Store, *, model: str | None = None, device: str | None = None, dtype: str | None = None
+        self,
+        store: Store,
+        *,
+        model: str | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        key_index: str | None = None,
     ) -> None:
         """Use `connect`."""
         self.store = store
         self._spec, self._device, self._dtype = model, device, dtype
+        self._key_index = key_index
         self._model: VideoModel | None = None
         self._engine: Engine | None = None
         self._encoders: dict[str, CaptionVectors] = {}
@@ -106,6 +115,7 @@ class Client:
         from memdb.ingest.sources import open_source
         from memdb.ingest.stages import compose
         from memdb.query.stages import compose as compose_query
+        from memdb.recipes import for_live
 
         row = self._recipe(recipe, profile, codec, settings)
         stages = compose(row)
@@ -117,12 +127,15 @@ class Client:
             with (
                 open_source(source, fps=fps) as opened,
                 Store.open(self.store.path, create=True, write=True) as store,
-                self._lock,
             ):
+                if opened.info.live:
+                    row = for_live(row)
+                    stages = compose(row)
                 name = check_name(recording if recording is not None else opened.info.name)
-                model = self._loaded()
+                with self._lock:
+                    model = self._loaded()
+                    vectors = self._vectors(stages.captioner.encoder) if row.keeps_captions else None
                 store.bind_model(model.identity)
-                vectors = self._vectors(stages.captioner.encoder) if row.keeps_captions else None
                 spec = self._spec_of(row, name, opened.info, sample_fps, seed, started_at_ns, model, vectors)
                 done = self._done(store, spec)
                 if done is not None:
@@ -139,6 +152,7 @@ class Client:
                         progress=progress,
                         stop=stop,
                         new_epoch=new_epoch,
+                        turn=self._lock,
                     )
                 except Diverged as error:
                     if isinstance(source, Iterator):  # used up: the frames behind the watermark are gone
@@ -392,7 +406,9 @@ class Client:
         from memdb.query.engine import Engine
 
         if self._engine is None:
-            self._engine = Engine(self.store, self._loaded(), self._question_vectors)
+            self._engine = Engine(
+                self.store, self._loaded(), self._question_vectors, key_index=self._key_index
+            )
         return self._engine
 
     def _vectors(self, encoder: str) -> CaptionVectors:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from memdb.captions import CaptionIndex
+from memdb.index.key_search import default_backend
 from memdb.index.mean_key import fold
 from memdb.models.cache import CacheContext, RetrievalContext
 from memdb.models.caption_vectors import CaptionVectors
@@ -61,7 +62,7 @@ class Engine:
         vectors: Callable[[str], CaptionVectors | None],
         *,
         reader: SliceReader | None = None,
-        key_index: str = "faiss",
+        key_index: str | None = None,
     ) -> None:
         """`vectors` gives the encoder of caption vectors by the name that a recording's row has; None for one that
         cannot be had, as with the input embeddings of another Video-LLM: then words rank the captions.
@@ -69,7 +70,7 @@ class Engine:
         self.store, self.model = store, model
         self._vectors = vectors
         self._reader = reader or SliceReader(store)
-        self._key_index = key_index
+        self._key_index = key_index or default_backend()
         self._captions = CaptionIndex(store.path)
         self._opened: dict[str, StoredKV] = {}
         self._inits: dict[tuple[int, ...], list[LayerKV]] = {}
