@@ -335,6 +335,16 @@ def test_what_is_chosen_at_question_time_may_change(bench: Bench, tmp_path: Path
     assert content(store) == content(bench.whole["hybrid"])
 
 
+def test_a_number_is_the_same_however_it_is_written(bench: Bench, tmp_path: Path) -> None:
+    """A script says 1 frame a second and the command line 1.0: that is one encoding."""
+    store = tmp_path / "s.memdb"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        ingested(store, bench.model, bench.film, "rlivs", sample_fps=1, stop=stop_at(patch, 2))
+    settings = (*SETTINGS["rlivs"], "unit.unit_s_max=120")
+    ingested(store, bench.model, bench.film, "rlivs", sample_fps=1.0, settings=settings)
+    assert content(store) == content(bench.whole["rlivs"])
+
+
 # Frames that a program hands over
 
 
