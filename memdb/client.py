@@ -25,7 +25,7 @@ from memdb.schemas.times import parse_time, parse_wall_clock, to_ns, to_s
 from memdb.store import Store, recording_digest
 
 if TYPE_CHECKING:
-    from memdb.ingest.pipeline import IngestReport, Progress
+    from memdb.ingest.run import IngestReport, Progress
     from memdb.ladder import LadderReport
     from memdb.models.caption_vectors import CaptionVectors
     from memdb.models.protocol import VideoModel
@@ -110,7 +110,8 @@ class Client:
         Raises RecipeError, BudgetError, SourceError, ModelMismatch, EncodingMismatch, SourceMismatch,
         LockedError, StoreError.
         """
-        from memdb.ingest.pipeline import Diverged, ingest
+        from memdb.ingest.pipeline import ingest
+        from memdb.ingest.run import Diverged
         from memdb.ingest.sampling import slot_ns
         from memdb.ingest.sources import open_source
         from memdb.ingest.stages import compose
@@ -203,7 +204,7 @@ class Client:
 
     def _done(self, store: Store, spec: RecordingSpec) -> IngestReport | None:
         """The report of an ingest that has nothing left to do, because the recording is whole already."""
-        from memdb.ingest.pipeline import IngestReport
+        from memdb.ingest.run import IngestReport
 
         row = next((row for row in store.recordings() if row.name == spec.name), None)
         if row is None:

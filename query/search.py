@@ -52,9 +52,9 @@ def search(
         ranks = reciprocal_rank([[(hit.recording_id, hit.unit) for hit in hits] for hits in lists])
         found = [(by_place[place], score) for place, score in ranks]
     return [
-        SearchHit(names[hit.recording_id], to_s(hit.start_ns), to_s(hit.end_ns), score, text, hit.how)
+        SearchHit(names[hit.recording_id], to_s(hit.start_ns), to_s(hit.end_ns), score, caption, hit.how)
         for hit, score in found[:limit]
-        if (text := _text(store, hit)) is not None
+        if (caption := _text(store, hit)) is not None
     ]
 
 

@@ -20,7 +20,7 @@ import PIL.Image
 import pytest
 
 from memdb.client import Client, connect
-from memdb.ingest import pipeline
+from memdb.ingest import resume
 from memdb.ingest.encoder import StreamEncoder
 from memdb.ingest.sources import open_source
 from memdb.models.protocol import VideoModel
@@ -156,7 +156,7 @@ def check_times(store: Path) -> None:
 def at_wall_clock(monkeypatch: pytest.MonkeyPatch, store: Path, seconds: float) -> None:
     """For the ingest that follows: so long after the recording was begun."""
     moment = recording(store).created_ns + round(seconds * NS)
-    monkeypatch.setattr(pipeline, "time", SimpleNamespace(time_ns=lambda: moment))
+    monkeypatch.setattr(resume, "time", SimpleNamespace(time_ns=lambda: moment))
 
 
 def test_only_full_batches_are_kept_and_the_recording_stays_open(
