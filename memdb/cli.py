@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -38,19 +39,25 @@ def main() -> None:
     except MemdbError as error:
         click.echo(f"memdb: {_one_line(error)}", err=True)
         code = error.exit_code if not isinstance(error, CorruptionError) else 1
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
+        code = error.exit_code
+    except click.ClickException as error:
+        of = getattr(error, "ctx", None)
+        hint = f" (see {of.command_path} --help)" if of is not None else ""
+        click.echo(f"memdb: {_one_line(error.format_message()).rstrip('.')}{hint}", err=True)
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("memdb: interrupted", err=True)
         code = EXIT_INTERRUPTED
     except BrokenPipeError:
-        sys.stderr.close()  # nobody reads on: no complaint at exit
+        # Nobody reads on. What is still in the buffer goes nowhere, so that there is no complaint at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _one_line(error: BaseException) -> str:
+def _one_line(error: object) -> str:
     return " ".join(str(error).split())
 
 

@@ -42,7 +42,8 @@ class Scene:
     background: str
 
     def __str__(self) -> str:
-        return f"a {self.colour} {self.shape} on {self.background}"
+        article = "an" if self.colour[0] in "aeiou" else "a"
+        return f"{article} {self.colour} {self.shape} on {self.background}"
 
 
 def plan_scenes(seconds: float, *, scene_s: float = 4.0, seed: int = 0) -> list[Scene]:
