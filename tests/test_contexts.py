@@ -73,12 +73,17 @@ def turned(x: Tensor, position: int) -> Tensor:
     return torch.cat((left * angle.cos() - right * angle.sin(), right * angle.cos() + left * angle.sin()), -1)
 
 
-def looked(q: Tensor, seen: Sequence[tuple[Tensor, Tensor, int]]) -> tuple[Tensor, Tensor]:
-    """Attention of one query q (Hq, D) over (k (H, D), v (H, D), distance) each: output (Hq, D), weights (Hq, n)."""
+def looked(
+    q: Tensor, seen: Sequence[tuple[Tensor, Tensor, int]], scaling: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Attention of one query q (Hq, D) over (k (H, D), v (H, D), distance) each: output (Hq, D), weights (Hq, n).
+
+    `scaling` is the factor that a scaled rotation puts on query and key.
+    """
     group = q.shape[0] // seen[0][0].shape[0]
     scores = torch.stack(
         [
-            (turned(q, distance) * k.double().repeat_interleave(group, 0)).sum(-1) * SCALE
+            (turned(q, distance) * k.double().repeat_interleave(group, 0)).sum(-1) * SCALE * scaling**2
             for k, _, distance in seen
         ],
         -1,
@@ -88,7 +93,7 @@ def looked(q: Tensor, seen: Sequence[tuple[Tensor, Tensor, int]]) -> tuple[Tenso
     return (weights[..., None] * values).sum(1), weights
 
 
-def through_window(stream: Stream, n: int, W: int, T: int) -> list[Tensor]:
+def through_window(stream: Stream, n: int, W: int, T: int, scaling: float = 1.0) -> list[Tensor]:
     """Every token sees init tokens, at W - 1 at most, and what lies less than W back."""
     outs = []
     for q, k, v in stream.layers:
@@ -99,7 +104,7 @@ def through_window(stream: Stream, n: int, W: int, T: int) -> list[Tensor]:
                 for j in range(x + 1)
                 if j < n or x - j < W
             ]
-            rows.append(looked(q[:, x], seen)[0])
+            rows.append(looked(q[:, x], seen, scaling)[0])
         outs.append(torch.stack(rows, 1))
     return outs
 
@@ -108,8 +113,8 @@ def close(found: Sequence[Tensor], truth: Sequence[Tensor], bound: float = 2e-5)
     return all(float((a.double() - b).abs().max()) <= bound for a, b in zip(found, truth, strict=True))
 
 
-def rotary() -> Rotary:
-    return Rotary(INV_FREQ)
+def rotary(scaling: float = 1.0) -> Rotary:
+    return Rotary(INV_FREQ, scaling)
 
 
 def cuts_of(n: int, T: int, sizes: Sequence[int]) -> list[int]:
@@ -167,16 +172,17 @@ def test_rotation_at_zero_is_the_identity() -> None:
     sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4),
     walk=st.integers(1, 8),
     heads=st.sampled_from([(4, 2), (3, 1), (2, 2)]),
+    scaling=st.sampled_from([1.0, 1.0, 1.2]),
 )
 def test_the_window_is_the_plain_loop(
-    n: int, W: int, sizes: list[int], walk: int, heads: tuple[int, int]
+    n: int, W: int, sizes: list[int], walk: int, heads: tuple[int, int], scaling: float
 ) -> None:
     """Whatever is fed at once, whatever is attended at once, before and after the window overflows."""
     T = 36
     stream = Stream.random(T, heads=heads[0], kv_heads=heads[1])
-    context = WindowContext(rotary(), W, walk_tokens=walk)
+    context = WindowContext(rotary(scaling), W, walk_tokens=walk)
     found = stream.feed_all(context, cuts_of(n, T, sizes))
-    assert close(found, through_window(stream, n, W, T))
+    assert close(found, through_window(stream, n, W, T, scaling))
     assert [kv.tokens for kv in context.local] == [min(W, T - n)] * LAYERS
     for layer in range(LAYERS):
         assert torch.equal(context.init[layer].k, stream.kv(layer, 0, n).k)
@@ -315,15 +321,16 @@ def test_of_a_published_frame_91_to_103_queries_read_init_tokens_twice(code: boo
     held=st.lists(st.integers(0, 9), min_size=LAYERS, max_size=LAYERS),
     sizes=st.lists(st.integers(1, 4), min_size=1, max_size=4),
     window=st.sampled_from([None, 3, 6, 11, 40]),
+    scaling=st.sampled_from([1.0, 1.2]),
 )
 def test_a_rebuilt_cache_is_the_plain_loop(
-    n: int, held: list[int], sizes: list[int], window: int | None
+    n: int, held: list[int], sizes: list[int], window: int | None, scaling: float
 ) -> None:
     """[init | blocks, another number a layer | tokens fed in pieces], with and without a window over it."""
     stream = Stream.random(40)
     init = [stream.kv(layer, 0, n) for layer in range(LAYERS)]
     blocks = [stream.kv(layer, 5, 5 + count) if count else None for layer, count in enumerate(held)]
-    context = CacheContext(rotary(), init, blocks, window=window)
+    context = CacheContext(rotary(scaling), init, blocks, window=window)
     assert context.lengths == [n + count for count in held]
     at = 20
     for size in sizes:
@@ -342,7 +349,7 @@ def test_a_rebuilt_cache_is_the_plain_loop(
                     elif window is not None and distance >= window:
                         continue
                     seen.append((k[:, token], v[:, token], distance))
-                rows.append(looked(q[:, at + i], seen)[0])
+                rows.append(looked(q[:, at + i], seen, scaling)[0])
             assert close([found[layer]], [torch.stack(rows, 1)])
         at += size
     assert context.lengths == [n + count + sum(sizes) for count in held]

@@ -107,7 +107,7 @@ def ceiling_scores(
     """Unscaled scores (Hq, T, n) of queries against init tokens whose distance never exceeds W - 1.
 
     Where `near` (T, n) the true distance is below W: q_near (Hq, T, D), rotated to its own place, meets
-    sink_k_near (H, n, D), rotated to theirs. Elsewhere q_far, rotated to W - 1, meets the unrotated sink_k.
+    sink_k_near (H, n, D), rotated to theirs. Elsewhere q_far, rotated to W - 1, meets sink_k at rest.
     LM-Infinite's ceiling as ReKV uses it (arXiv 2503.00540), decided per query, so that chunks do not matter.
     """
     group = q_far.shape[0] // sink_k.shape[0]

@@ -165,7 +165,7 @@ class CacheContext:
             return softmax_attention(q_near, k, v, scale, mask)
         near = place[:, None] - held.place[None, :n] < W
         q_far = self.rotary.rotate_at(q, torch.full_like(place, W - 1), W)
-        scores = ceiling_scores(q_near, near, q_far, init.k, held.k[:, :n])
+        scores = ceiling_scores(q_near, near, q_far, self.rotary.rest(init.k), held.k[:, :n])
         return sink_attention(q_near, k, v, scale, mask, scores, init.v)
 
 

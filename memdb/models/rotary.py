@@ -47,6 +47,10 @@ class Rotary:
         cos, sin = self.tables(length)
         return turn(x, cos[positions], sin[positions])
 
+    def rest(self, x: Tensor) -> Tensor:
+        """x (H, T, D) at position 0: turned by nothing, but with the factor of a scaled rotation."""
+        return self.rotate_at(x, torch.zeros(x.shape[1], dtype=torch.long, device=x.device), 1)
+
     def undo(self, x: Tensor, positions: Tensor) -> Tensor:
         """The inverse of a rotation, for keys of foreign caches: x (H, T, D) at `positions` (T,) -> unrotated."""
         cos, sin = self.at(positions)

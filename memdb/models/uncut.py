@@ -50,7 +50,8 @@ class UncutContext:
         seen = (distance >= 0) & (near | (j < self._init))
         near_scores = _turn(self._rotary, q, x[:, 0]) @ _turn(self._rotary, k, j[0]).transpose(1, 2)
         far = torch.full_like(x[:, 0], self._window - 1)
-        far_scores = _turn(self._rotary, q, far) @ k.transpose(1, 2)  # keys at 0, queries at window - 1
+        # keys at 0, queries at window - 1
+        far_scores = _turn(self._rotary, q, far) @ _turn(self._rotary, k, 0 * j[0]).transpose(1, 2)
         scores = torch.where(near, near_scores, far_scores) * scale
         return scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v
 
