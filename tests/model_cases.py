@@ -13,15 +13,21 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 import torch
 from torch import Tensor
 
 import memdb
 from memdb.client import Client
+from memdb.models.decode import prefill
 from memdb.models.load import load_model
 from memdb.models.protocol import VideoModel
 from memdb.models.random_llava import random_llava, read_config
+from memdb.models.window import LayerKV
+from memdb.query import engine
+from memdb.query.stored import Readings
 from memdb.schemas.frames import Image
+from memdb.schemas.question import Question
 from memdb.schemas.recipe import Recipe
 
 TINY = "random:0"  # 4 layers, 4 query and 2 KV heads of 64, 16 tokens a frame
@@ -107,6 +113,30 @@ def reopened(store: Path, *, dtype: str | None = None) -> Iterator[Client]:
 def wrapped(spec: str = TINY, dtype: str = "float32") -> VideoModel:
     """A model behind our protocol, shared by the tests of a process."""
     return load_model(spec, device="cpu", dtype=dtype)
+
+
+def record_decisions(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """From now on, the logits (V,) by which each answer's first token is decided."""
+    decided: list[Tensor] = []
+
+    def recorded(*args: Any) -> Tensor:
+        decided.append(prefill(*args))
+        return decided[-1]
+
+    monkeypatch.setattr(engine, "prefill", recorded)
+    return decided
+
+
+def stored_kv(db: Client, recording: str = "film") -> list[LayerKV]:
+    """All keys and values of a recording, a layer each (H, tokens, D), as a question reads them."""
+    opened = db._asking()._open(Question(QUESTION, "kv", recording))[0]
+    model, readings, found = db._loaded(), Readings(), []
+    for layer in range(model.shape.layers):
+        kv, _ = opened.kv.read(layer, np.flatnonzero(opened.blocks), model.device, model.dtype, readings)
+        assert kv is not None
+        found.append(kv)
+    assert not readings.bad
+    return found
 
 
 def relative(found: Tensor, truth: Tensor) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from memdb.models.attention import sink_attention
 from memdb.models.cache import AttentionProbe, CacheContext, RetrievalContext
-from memdb.models.rotary import Rotary, turn
+from memdb.models.rotary import Rotary
 from memdb.models.window import LayerKV, WindowContext
 
 D, THETA, LAYERS = 8, 100.0, 2
@@ -124,42 +124,6 @@ def cuts_of(n: int, T: int, sizes: Sequence[int]) -> list[int]:
         cuts.append(min(T, cuts[-1] + sizes[turn % len(sizes)]))
         turn += 1
     return cuts
-
-
-# The rotation (X1, X2)
-
-
-@given(st.integers(0, 10**6), st.integers(0, 300), st.integers(0, 300))
-@settings(max_examples=40, deadline=None)
-def test_scores_depend_on_distance_alone(far: int, p: int, j: int) -> None:
-    """X1. The same distance anywhere gives the same score; angles stay true up to a million."""
-    q, k = torch.randn(2, 1, 1, D, generator=torch.Generator().manual_seed(1))
-
-    def score(at_q: int, at_k: int) -> float:
-        own = rotary()
-        return float((turn(q, *own.at(torch.tensor([at_q]))) * turn(k, *own.at(torch.tensor([at_k])))).sum())
-
-    assert score(p + far, j + far) == pytest.approx(score(p, j), abs=2e-5)
-
-
-@pytest.mark.parametrize("start", [0, 7, 1023, 50_000])
-@pytest.mark.parametrize("scaling", [1.0, 1.3])
-def test_rotation_is_undone(start: int, scaling: float) -> None:
-    """X2, also for the factor that YaRN puts on cosine and sine, and for channels that do not rotate."""
-    own = Rotary(INV_FREQ, scaling)
-    x = torch.randn(2, 5, D + 4, generator=torch.Generator().manual_seed(2))
-    positions = torch.arange(start, start + 5)
-    there = own.rotate(x, start)
-    assert torch.equal(there, own.rotate_at(x, positions, start + 5))
-    assert torch.equal(there[..., D:], x[..., D:])
-    truth = torch.stack([turned(x[:, i, :D], start + i) for i in range(5)], 1) * scaling
-    assert close([there[..., :D]], [truth], 1e-5)
-    assert float((own.undo(there, positions) - x).abs().max()) < 1e-5
-
-
-def test_rotation_at_zero_is_the_identity() -> None:
-    x = torch.randn(2, 1, D)
-    assert torch.equal(rotary().rotate(x, 0), x)
 
 
 # Encoding

@@ -16,10 +16,8 @@ from torch import Tensor
 
 import memdb
 from memdb.films import render_film
-from memdb.models.decode import prefill
 from memdb.models.uncut import uncut_states
 from memdb.models.window import LayerKV
-from memdb.query import engine
 from memdb.query.rebuild.consecutive import Consecutive
 from memdb.query.stored import StoredKV
 from memdb.schemas.frames import Image
@@ -33,6 +31,7 @@ from tests.model_cases import (
     other_spec,
     pictures,
     plain,
+    record_decisions,
     relative,
     reopened,
     windowed,
@@ -171,15 +170,7 @@ def test_codecs_lose_what_their_bits_say(
 
 @pytest.fixture
 def decided(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The logits (V,) by which each answer's first token was decided."""
-    seen: list[Tensor] = []
-
-    def recorded(*args: Any) -> Tensor:
-        seen.append(prefill(*args))
-        return seen[-1]
-
-    monkeypatch.setattr(engine, "prefill", recorded)
-    return seen
+    return record_decisions(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -79,7 +79,7 @@ def test_preprocessing_is_that_of_transformers(size: tuple[int, int]) -> None:
     assert float((scaled - theirs).abs().max()) < 1e-6
 
 
-def test_preparing_leaves_the_picture_alone_and_needs_no_torch_thread() -> None:
+def test_preparing_leaves_the_picture_alone() -> None:
     picture = pictures(1)[0]
     before = picture.copy()
     first, second = wrapped().prepare(picture), wrapped().prepare(picture)
