@@ -220,7 +220,7 @@ class Client:
         return IngestReport(
             recording=row.name,
             units=0,
-            watermark_s=to_s(row.watermark_ns),
+            watermark_s=to_s(row.seen_until_ns),
             resumed_from_unit=row.units,
             replayed_units=0,
             epoch=len(row.epochs) - 1,
@@ -390,7 +390,8 @@ class Client:
 
         if self._model is None:
             known = self.store.model
-            spec = self._spec or (known.spec if known is not None else DEFAULT_MODEL)
+            remembered = known.spec if known is not None else DEFAULT_MODEL
+            spec = self._spec if self._spec is not None else remembered
             self._model = load_model(normal_spec(spec), device=self._device, dtype=self._dtype)
             if (
                 self._spec is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, TypeVar, get_type_hints
@@ -43,7 +44,9 @@ def _checked(where: str, value: object, kind: type) -> object:
 
 
 def at_least(where: str, value: float, lowest: float) -> None:
-    """Raises RecipeError for a parameter below its lowest value; not-a-number is below everything."""
+    """Raises RecipeError for a parameter below its lowest value (not-a-number is below all) and an endless one."""
+    if math.isinf(value):
+        raise RecipeError(f"{where} = {value!r} has no end: give a number")
     if not value >= lowest:
         raise RecipeError(f"{where} = {value!r} is too small: give at least {lowest}")
 

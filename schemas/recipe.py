@@ -130,7 +130,7 @@ def read_toml(path: Path, bases: Mapping[str, Recipe]) -> Recipe:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(f"cannot read the recipe {path}: {error}") from None
     base_name = data.get("base")
-    if base_name is not None and base_name not in bases:
+    if base_name is not None and (not isinstance(base_name, str) or base_name not in bases):
         raise RecipeError(f"unknown base recipe {base_name!r}: the recipes are {', '.join(sorted(bases))}")
     data.setdefault("name", path.stem)
     return Recipe.from_json(data, base=bases[base_name] if base_name is not None else None)

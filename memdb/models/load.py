@@ -59,7 +59,7 @@ def load_model(spec: str, *, device: str | None = None, dtype: str | None = None
     if spec.startswith("random:"):
         return _load_random(spec, place, kind, spec=spec)
     folder = Path(spec).expanduser()
-    if folder.is_dir():
+    if spec and folder.is_dir():
         return _load_folder(folder.resolve(), place, kind, spec=str(folder.resolve()))
     if spec.startswith((".", "/", "~")) or spec.count("/") != 1:
         raise ModelNotFound(
@@ -71,7 +71,7 @@ def load_model(spec: str, *, device: str | None = None, dtype: str | None = None
 
 def normal_spec(spec: str) -> str:
     """The form in which a store remembers a model: folders by absolute path."""
-    return str(Path(spec).expanduser().resolve()) if Path(spec).expanduser().is_dir() else spec
+    return str(Path(spec).expanduser().resolve()) if spec and Path(spec).expanduser().is_dir() else spec
 
 
 def _load_random(name: str, device: torch.device, dtype: torch.dtype, *, spec: str) -> VideoModel:
