@@ -93,7 +93,8 @@ def ingest(
             warnings.append(f"{spec.name} was connected again: {told(gap)}")
         if live and waiting:
             warnings.append(f"the last {waiting} frames make no full batch of {size} and were not kept")
-        report = run.report(resumed, warnings)
+        ended_ns = None if live or ready.stopped else source.media_end_ns
+        report = run.report(resumed, warnings, ended_ns)
         if ready.stopped:
             raise Interrupted(
                 f"stopped at {format_time(report.watermark_s)}: everything up to there is kept; run the same "
@@ -101,8 +102,8 @@ def ingest(
             )
         if writer.next_unit == 0 and not live:
             raise SourceError(f"{spec.source_name} gave no frame: is it a film with a picture track?")
-        if source.media_end_ns is not None and not live:
-            writer.end(source.media_end_ns)
+        if ended_ns is not None:
+            writer.end(ended_ns)
         return report
 
 

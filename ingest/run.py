@@ -115,11 +115,13 @@ class Run:
             media_s = to_s(self._writer.watermark_ns)
             self._progress(Progress(media_s, self._duration_s, self._writer.next_unit, self._written_bytes))
 
-    def report(self, resumed: int | None, warnings: Sequence[str]) -> IngestReport:
+    def report(self, resumed: int | None, warnings: Sequence[str], media_end_ns: int | None) -> IngestReport:
+        """`media_end_ns`: where the source ended, if it did."""
+        watermark_ns = self._writer.watermark_ns
         return IngestReport(
             recording=self._writer.recording.spec.name,
             units=self._written,
-            watermark_s=to_s(self._writer.watermark_ns),
+            watermark_s=to_s(watermark_ns if media_end_ns is None else min(watermark_ns, media_end_ns)),
             resumed_from_unit=resumed,
             replayed_units=self._replayed,
             epoch=self._encoder.counters.epoch,

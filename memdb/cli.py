@@ -35,7 +35,7 @@ def main() -> None:
     """Run the command line: errors are one line on stderr, the exit code says of which kind."""
     logging.basicConfig(level=logging.WARNING, format="memdb: %(message)s", stream=sys.stderr)
     try:
-        code = cli.main(standalone_mode=False)
+        code = cli.main(prog_name="memdb", standalone_mode=False)
     except MemdbError as error:
         click.echo(f"memdb: {_one_line(error)}", err=True)
         code = error.exit_code if not isinstance(error, CorruptionError) else 1
@@ -260,7 +260,7 @@ def recordings(store: str, as_json: bool) -> None:
                     {
                         "name": row.name,
                         "units": row.units,
-                        "watermark_s": row.watermark_ns / 1e9,
+                        "watermark_s": row.seen_until_ns / 1e9,
                         "recipe": row.spec.recipe.name,
                         "codec": row.spec.recipe.codec,
                         "sample_fps": row.spec.sample_fps,
@@ -277,7 +277,7 @@ def recordings(store: str, as_json: bool) -> None:
         return
     for row in rows:
         state = "whole" if row.finished else "open"
-        until = format_time(row.watermark_ns / 1e9)
+        until = format_time(row.seen_until_ns / 1e9)
         click.echo(
             f"{row.name}  {until}  {row.units} units  {row.spec.recipe.name}/{row.spec.recipe.codec}  {state}"
         )

@@ -69,8 +69,8 @@ def _recording(row: RecordingRow, segment_bytes: int, state_bytes: int) -> Recor
     return RecordingStats(
         name=row.name,
         units=row.units,
-        duration_s=to_s(row.watermark_ns - row.start_ns),
-        watermark_s=to_s(row.watermark_ns),
+        duration_s=to_s(row.seen_until_ns - row.start_ns),
+        watermark_s=to_s(row.seen_until_ns),
         recipe=row.spec.recipe.name,
         bytes={
             "kv": tiers.kv,

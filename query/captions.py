@@ -179,7 +179,8 @@ def read(
     found = []
     ordered = sorted(picked, key=lambda item: (item.candidate.opened, item.candidate.start_ns))
     for item in ordered:
-        row = scope[item.candidate.opened].row
+        opened = scope[item.candidate.opened]
+        row = opened.row
         try:
             caption = store.read_caption(store.unit(row.id, item.candidate.unit))
         except CorruptionError as error:
@@ -187,6 +188,7 @@ def read(
             warnings.append(f"the caption of {row.name} at {start} is damaged and was left out: {error}")
             continue
         same = row.spec.model.fingerprint == model_fingerprint
-        at = CaptionAt(caption, item.candidate.start_ns, item.candidate.end_ns, row.name, same)
+        end_ns = opened.clipped(item.candidate.end_ns)
+        at = CaptionAt(caption, item.candidate.start_ns, end_ns, row.name, same)
         found.append((item, at))
     return found

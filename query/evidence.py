@@ -55,7 +55,7 @@ def of_blocks(store: Store, opened: Opened, rows: Sequence[Rows]) -> list[Eviden
         Evidence(
             recording=opened.row.name,
             start_s=to_s(int(blocks["start_ns"][run[0]])),
-            end_s=to_s(int(blocks["end_ns"][run[-1]])),
+            end_s=to_s(opened.clipped(int(blocks["end_ns"][run[-1]]))),
             tier="kv",
             score=score,
             caption=_caption(store, opened, unit),

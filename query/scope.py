@@ -31,9 +31,13 @@ class Opened:
 
     @property
     def watermark_ns(self) -> int:
-        """End of the last unit that may be used."""
+        """Up to where the recording was seen, of what may be used."""
         ends = [table["end_ns"].max() for table in (self.usable_blocks, self.usable_captions) if len(table)]
-        return int(max(ends)) if ends else 0
+        return self.clipped(int(max(ends))) if ends else 0
+
+    def clipped(self, end_ns: int) -> int:
+        """The end of a slot, or of the film where the last slot reaches beyond it."""
+        return end_ns if self.row.end_ns is None else min(end_ns, self.row.end_ns)
 
     @property
     def usable_blocks(self) -> Table:

@@ -70,7 +70,7 @@ class Answer:
     evidence: tuple[Evidence, ...]
     plan: Plan
     timings_ms: dict[str, float]  # a figure per stage, and `total`
-    watermark_s: float
+    watermark_s: float  # up to where the recordings in question were seen
     used: Used
     token_ids: tuple[int, ...]
     warnings: tuple[str, ...] = ()

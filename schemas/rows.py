@@ -141,6 +141,11 @@ class RecordingRow:
         return self.spec.name
 
     @property
+    def seen_until_ns(self) -> int:
+        """Up to where the film was seen: the watermark, or the film's end where the last slot reaches beyond it."""
+        return self.watermark_ns if self.end_ns is None else min(self.watermark_ns, self.end_ns)
+
+    @property
     def finished(self) -> bool:
         """The source ended and nothing came after."""
         return self.end_ns is not None
