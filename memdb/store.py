@@ -303,7 +303,7 @@ def _check_same(found: RecordingRow, spec: RecordingSpec) -> None:
 def _has_catalog(folder: Path) -> bool:
     try:
         return (folder / CATALOG).stat().st_size > 0
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         if (folder / "segments").is_dir() and any((folder / "segments").iterdir()):
             raise CorruptionError(f"{folder}: its {CATALOG} is missing", file=CATALOG) from None
         return False
