@@ -186,11 +186,11 @@ def test_a_film_that_breaks_off_is_kept_as_far_as_it_goes(house: House, suffix: 
     kept = unit_digests(cut)
     assert 0.4 * 20 < len(kept) < 0.7 * 20
     assert ran.json["units"] == len(kept)
-    assert ran.json["watermark_s"] == len(kept)
+    assert len(kept) - 1 < ran.json["watermark_s"] <= len(kept)
     full = len(kept) // CHUNK * CHUNK  # the last batch is shorter than the whole film's
     assert kept[:full] == unit_digests(whole)[:full]
     answer = ask(cut, "--json").json
-    assert answer["watermark_s"] == len(kept)
+    assert answer["watermark_s"] == ran.json["watermark_s"]
     if suffix == "mkv":
         assert len(warnings) == 1, ran.json["warnings"]
         again = command(*house.ingest(truncated(film, 0.6), tmp_path / "again.memdb"))
