@@ -18,7 +18,7 @@ from memdb.ingest.units.base import UnitStage
 from memdb.retain import RETAINERS
 from memdb.retain.keep_all import KeepAll
 from memdb.schemas.legality import check
-from memdb.schemas.params import build
+from memdb.schemas.params import bare, build
 from memdb.schemas.recipe import Recipe
 
 
@@ -37,6 +37,8 @@ class IngestStages:
 def compose(recipe: Recipe) -> IngestStages:
     """Raises RecipeError for unknown methods and parameters, values out of range and illegal combinations."""
     check(recipe)
+    bare("write", recipe.write, (*codecs.NAMES, "none"))
+    bare("index", recipe.index, ("mean_key", "caption"))
     captioner = build("caption", recipe.caption, CAPTIONERS)
     reduce = build("reduce", recipe.reduce, REDUCERS)
     return IngestStages(

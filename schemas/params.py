@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar, get_type_hints
 
@@ -33,6 +33,15 @@ def build(stage: str, row: Stage, methods: Mapping[str, type[T]]) -> T:
             raise RecipeError(f"{stage}.{row.method} has no parameter {name!r}: its parameters are {allowed}")
         params[name] = _checked(f"{stage}.{name}", value, kinds[name])
     return method(**params)
+
+
+def bare(stage: str, row: Stage, methods: Collection[str]) -> None:
+    """The same check for a stage whose methods take no parameters. Raises RecipeError."""
+    if row.method not in methods:
+        raise RecipeError(f"stage {stage!r} has no method {row.method!r}: choose one of {', '.join(methods)}")
+    if row.params:
+        name = next(iter(row.params))
+        raise RecipeError(f"{stage}.{row.method} has no parameter {name!r}: its parameters are none")
 
 
 def _checked(where: str, value: object, kind: type) -> object:
