@@ -307,6 +307,8 @@ def _has_catalog(folder: Path) -> bool:
         if (folder / "segments").is_dir() and any((folder / "segments").iterdir()):
             raise CorruptionError(f"{folder}: its {CATALOG} is missing", file=CATALOG) from None
         return False
+    except NotADirectoryError:
+        return False
     except OSError as error:
         raise NotAStore(f"{folder} cannot be opened: {error.strerror}") from None
 
