@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,25 @@ import torch
 from torch import Tensor
 
 import memdb
+from memdb import codecs, recipes
 from memdb.client import Client
+from memdb.codecs.pack import pack_unit
+from memdb.index.mean_key import MeanKey
+from memdb.models.caption_vectors import InputEmbeddings
 from memdb.models.decode import prefill
 from memdb.models.load import load_model
 from memdb.models.protocol import VideoModel
 from memdb.models.random_llava import random_llava, read_config
 from memdb.models.window import LayerKV
 from memdb.query import engine
+from memdb.query.retrieve.topk import BlockTopK
 from memdb.query.stored import Readings
 from memdb.schemas.frames import Image
 from memdb.schemas.question import Question
 from memdb.schemas.recipe import Recipe
+from memdb.schemas.units import BLOCK_DTYPE, BlockKind, Caption, Unit
+from memdb.store import Store
+from tests.store_cases import spec
 
 TINY = "random:0"  # 4 layers, 4 query and 2 KV heads of 64, 16 tokens a frame
 # 3 layers, 6 query and 2 KV heads of 20, 9 tokens a frame (5 x 5 patches), another base of the rotation
@@ -47,7 +56,10 @@ OTHER = {
 }
 # Captions cost time and no KV depends on them: where they are not what is tested, they are short.
 SHORT_CAPTIONS = ("caption.encoder=input-embeddings", "caption.tokens_max=3")
+INIT_PROMPT = "You are a helpful assistant."
 QUESTION = "What happens in this video?"
+
+NS = 1_000_000_000  # a second
 
 Pair = tuple[float, Image]
 Seen = Callable[[int, int], tuple[Tensor, Tensor]]
@@ -301,3 +313,82 @@ def at_places(places: Sequence[npt.NDArray[np.int64]], first: int, before: Seen,
         return tokens, own[x] - own[tokens]
 
     return seen
+
+
+@dataclass
+class Planted:
+    """A recording of random keys and values, per layer and frame (H, N, D), that are written as they stand."""
+
+    keys: list[list[Tensor]]
+    values: list[list[Tensor]]
+    captions: list[str] = field(default_factory=list)  # of every frame, or none
+
+    @classmethod
+    def random(cls, frames: int) -> Planted:
+        shape, random = wrapped().shape, torch.Generator().manual_seed(3)
+
+        def some() -> list[list[Tensor]]:
+            size = (shape.kv_heads, shape.frame_tokens, shape.head_size)
+            return [[torch.randn(size, generator=random) for _ in range(frames)] for _ in range(shape.layers)]
+
+        return cls(some(), some())
+
+    @property
+    def frames(self) -> int:
+        return len(self.keys[0])
+
+    def write(self, path: Path, *changes: str) -> None:
+        model, codec = wrapped(), codecs.codec("raw")
+        recipe = recipes.recipe("rekv", codec="raw", settings=("answer.tokens_max=1", *changes))
+        vectors = InputEmbeddings(model)
+        row = spec(
+            "film",
+            recipe=recipe,
+            model=model.identity,
+            init_ids=tuple(model.init_ids(INIT_PROMPT)),
+            caption_encoder=vectors.name if self.captions else "",
+        )
+        with Store.open(path, create=True, write=True) as store, store.writer(row) as writer:
+            for number in range(self.frames):
+                layers: list[list[LayerKV | None]] = [
+                    [LayerKV(k[number], v[number])] for k, v in zip(self.keys, self.values, strict=True)
+                ]
+                blocks = np.zeros(1, BLOCK_DTYPE)
+                blocks["kind"], blocks["tokens"] = BlockKind.FRAME, model.shape.frame_tokens
+                blocks["start_ns"], blocks["end_ns"] = number * NS, (number + 1) * NS
+                kv = pack_unit(codec, layers, {}, torch.float32)
+                keys, said = MeanKey().keys(layers), None
+                if self.captions:
+                    ids = tuple(model.encode_text(self.captions[number]))
+                    said = Caption(self.captions[number], ids, vectors.of_caption("", ids))
+                unit = Unit(number, number * NS, (number + 1) * NS, 0, blocks, kv, keys, said, None)
+                writer.append([unit])
+
+    def point(self, layer: int, frame: int, query: npt.NDArray[np.float32], strength: float) -> None:
+        """Give every token of a frame a key whose dot product with the folded query is `strength`."""
+        way = torch.from_numpy(query).view(wrapped().shape.kv_heads, 1, -1)
+        k = self.keys[layer][frame]
+        k -= way * (k * way).sum((0, 2), keepdim=True) / way.square().sum()  # orthogonal to it
+        k += way * (strength / way.square().sum())
+
+
+def asked(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[list[int]], list[npt.NDArray[np.float32]]]:
+    """Per layer the rows that a question took and the query vector that it took them by."""
+    rows: list[list[int]] = []
+    queries: list[npt.NDArray[np.float32]] = []
+    select = BlockTopK.select
+
+    def recorded(self: BlockTopK, search: Any, layer: int, query: Any, *rest: Any) -> Any:
+        found = select(self, search, layer, query, *rest)
+        rows.append(found.tolist())
+        queries.append(query)
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(BlockTopK, "select", recorded)
+        with reopened(path) as db:
+            answer = db.ask(QUESTION, mode="kv")
+    assert not answer.warnings
+    return rows, queries

@@ -22,6 +22,7 @@ from memdb.query.rebuild.consecutive import Consecutive
 from memdb.query.stored import StoredKV
 from memdb.schemas.frames import Image
 from tests.model_cases import (
+    INIT_PROMPT,
     QUESTION,
     SHORT_CAPTIONS,
     TINY,
@@ -59,7 +60,7 @@ class Film:
 
     @cached_property
     def init_ids(self) -> list[int]:
-        return wrapped(self.spec).init_ids("You are a helpful assistant.")
+        return wrapped(self.spec).init_ids(INIT_PROMPT)
 
     @cached_property
     def embeddings(self) -> Tensor:

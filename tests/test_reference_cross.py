@@ -32,6 +32,8 @@ from memdb.schemas.errors import EncodingMismatch, ModelMismatch
 from memdb.schemas.frames import Image
 from memdb.schemas.units import Unit
 from tests.model_cases import (
+    INIT_PROMPT,
+    NS,
     QUESTION,
     SHORT_CAPTIONS,
     TINY,
@@ -51,7 +53,6 @@ from tests.model_cases import (
 )
 from tests.store_cases import directory_digest
 
-NS = 1_000_000_000
 D, THETA = 16, 10_000.0
 INV_FREQ = torch.tensor([THETA ** (-2 * i / D) for i in range(D // 2)], dtype=torch.float64)
 # A window of 150 tokens is overflowed by the ninth frame of the tiny model.
@@ -198,7 +199,7 @@ def test_x5_questions_leave_no_trace(asked_store: Path, monkeypatch: pytest.Monk
 def test_x6_chunks_do_not_matter(short: bool, tmp_path: Path) -> None:
     """1, 3 and 64 frames at a time give the keys and values of a plain loop over the whole stream."""
     shown, own, model = pictures(18), plain(), wrapped()
-    init = model.init_ids("You are a helpful assistant.")
+    init = model.init_ids(INIT_PROMPT)
     whole = torch.cat((own.embed(init), own.see(shown).flatten(0, 1)))
     heard: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     own.loop(whole, windowed(len(init), 150 if short else 15_000), heard=heard)

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memdb import codecs, recipes
-from memdb.codecs.pack import pack_unit
 from memdb.index.key_search import KeySearch
 from memdb.index.key_table import KeyTable
-from memdb.index.mean_key import MeanKey
-from memdb.models.window import LayerKV
 from memdb.query.retrieve.topk import BlockTopK, grouped
 from memdb.schemas.errors import RecipeError
 from memdb.schemas.fingerprint import ModelShape
-from memdb.schemas.units import BLOCK_DTYPE, BlockKind, Unit
 from memdb.store import Store
 from tests.model_cases import (
+    INIT_PROMPT,
     QUESTION,
+    Planted,
+    asked,
     ingest,
     pictures,
     plain,
@@ -37,11 +32,6 @@ from tests.model_cases import (
     stored_kv,
     wrapped,
 )
-from tests.store_cases import spec
-
-NS = 1_000_000_000
-INIT_PROMPT = "You are a helpful assistant."
-
 
 # R1: everything is recalled
 
@@ -65,81 +55,6 @@ def test_r1_full_recall_is_full_attention(
 
 
 # R2, R3, R5: keys that are made for a question
-
-
-@dataclass
-class Planted:
-    """A recording of random keys and values, per layer and frame (H, N, D), that are written as they stand."""
-
-    keys: list[list[Tensor]]
-    values: list[list[Tensor]]
-
-    @classmethod
-    def random(cls, frames: int) -> Planted:
-        shape, random = wrapped().shape, torch.Generator().manual_seed(3)
-
-        def some() -> list[list[Tensor]]:
-            size = (shape.kv_heads, shape.frame_tokens, shape.head_size)
-            return [[torch.randn(size, generator=random) for _ in range(frames)] for _ in range(shape.layers)]
-
-        return cls(some(), some())
-
-    @property
-    def frames(self) -> int:
-        return len(self.keys[0])
-
-    def write(self, path: Path, *changes: str) -> None:
-        model, codec = wrapped(), codecs.codec("raw")
-        recipe = recipes.recipe("rekv", codec="raw", settings=("answer.tokens_max=1", *changes))
-        row = spec(
-            "film",
-            recipe=recipe,
-            model=model.identity,
-            init_ids=tuple(model.init_ids(INIT_PROMPT)),
-            caption_encoder="",
-        )
-        with Store.open(path, create=True, write=True) as store, store.writer(row) as writer:
-            for number in range(self.frames):
-                layers: list[list[LayerKV | None]] = [
-                    [LayerKV(k[number], v[number])] for k, v in zip(self.keys, self.values, strict=True)
-                ]
-                blocks = np.zeros(1, BLOCK_DTYPE)
-                blocks["kind"], blocks["tokens"] = BlockKind.FRAME, model.shape.frame_tokens
-                blocks["start_ns"], blocks["end_ns"] = number * NS, (number + 1) * NS
-                kv = pack_unit(codec, layers, {}, torch.float32)
-                unit = Unit(
-                    number, number * NS, (number + 1) * NS, 0, blocks, kv, MeanKey().keys(layers), None, None
-                )
-                writer.append([unit])
-
-    def point(self, layer: int, frame: int, query: npt.NDArray[np.float32], strength: float) -> None:
-        """Give every token of a frame a key whose dot product with the folded query is `strength`."""
-        way = torch.from_numpy(query).view(wrapped().shape.kv_heads, 1, -1)
-        k = self.keys[layer][frame]
-        k -= way * (k * way).sum((0, 2), keepdim=True) / way.square().sum()  # orthogonal to it
-        k += way * (strength / way.square().sum())
-
-
-def asked(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> tuple[list[list[int]], list[npt.NDArray[np.float32]]]:
-    """Per layer the rows that a question took and the query vector that it took them by."""
-    rows: list[list[int]] = []
-    queries: list[npt.NDArray[np.float32]] = []
-    select = BlockTopK.select
-
-    def recorded(self: BlockTopK, search: Any, layer: int, query: Any, *rest: Any) -> Any:
-        found = select(self, search, layer, query, *rest)
-        rows.append(found.tolist())
-        queries.append(query)
-        return found
-
-    with monkeypatch.context() as patched:
-        patched.setattr(BlockTopK, "select", recorded)
-        with reopened(path) as db:
-            answer = db.ask(QUESTION, mode="kv")
-    assert not answer.warnings
-    return rows, queries
 
 
 def test_r2_each_layer_finds_its_own_needle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
