@@ -261,6 +261,13 @@ class PlainModel:
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         return self.exact.lm_head(language.norm(x))
 
+    def attention(self, q: Tensor, k: Tensor, x: int) -> Tensor:
+        """(x + 1,): what token x pays to itself and those before it, mean over heads; q and k unturned (H, T, D)."""
+        cos, sin = self.angles(x - torch.arange(x + 1))
+        turned = turn(q[:, x : x + 1], cos, sin)
+        wide_k = k.repeat_interleave(self.heads // self.kv_heads, 0)[:, : x + 1]
+        return ((turned * wide_k).sum(-1) / math.sqrt(self.head_size)).softmax(-1).mean(0)
+
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine (n, D / 2) of p * theta^(-2 i / D) for positions p (n,)."""
         D = self.head_size
@@ -373,7 +380,7 @@ class Planted:
 
 
 def asked(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, monkeypatch: pytest.MonkeyPatch, mode: str = "kv"
 ) -> tuple[list[list[int]], list[npt.NDArray[np.float32]]]:
     """Per layer the rows that a question took and the query vector that it took them by."""
     rows: list[list[int]] = []
@@ -389,6 +396,6 @@ def asked(
     with monkeypatch.context() as patched:
         patched.setattr(BlockTopK, "select", recorded)
         with reopened(path) as db:
-            answer = db.ask(QUESTION, mode="kv")
+            answer = db.ask(QUESTION, mode=mode)
     assert not answer.warnings
     return rows, queries
