@@ -33,6 +33,14 @@ class Readings:
     calls: int = 0
     bad: list[str] = field(default_factory=list)
 
+    def warnings(self) -> list[str]:
+        """One warning for everything that could not be read."""
+        if not self.bad:
+            return []
+        first = "; ".join(self.bad[:3])
+        more = f" and {len(self.bad) - 3} more" if len(self.bad) > 3 else ""
+        return [f"damaged blocks were left out: {first}{more}; run memdb verify"]
+
 
 class StoredKV:
     """The KV tier of one recording. Blocks go by their row in the key table, which is their order in time."""

@@ -739,9 +739,8 @@ def test_when_no_plan_fits_nothing_is_computed(
     def computed(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("it computed")
 
-    for name in ("prefill", "greedy"):
+    for name in ("retrieve", "prefill", "greedy"):
         monkeypatch.setattr(engine, name, computed)
-    monkeypatch.setattr(engine.Engine, "_retrieve", computed)
     with unchanged(house.store):
         ran = ask(house.store, *words, "--json", mode=mode)
         refused(ran, 4, "no plan fits", "nearest budget")

@@ -1,0 +1,128 @@
+"""Stages 7 and 8 of a question: bring back what the plan says, and rebuild a context from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from memdb.index.mean_key import fold
+from memdb.models.cache import CacheContext, RetrievalContext
+from memdb.models.window import LayerKV
+from memdb.query import captions as caption_tier
+from memdb.query.planning import Decided
+from memdb.query.rebuild.consecutive import Consecutive
+from memdb.query.rebuild.text import CaptionAt, caption_ids
+from memdb.query.retrieve.topk import BlockTopK, Rows, newest
+from memdb.query.scope import Opened
+from memdb.query.session import Session
+from memdb.query.stored import Readings
+from memdb.schemas.errors import CorruptionError
+
+
+@dataclass
+class Retrieved:
+    """What a question brought back. `cache` is the rebuilt context where retrieval made it already."""
+
+    rows: list[Rows] = field(default_factory=list)
+    kv: list[LayerKV | None] = field(default_factory=list)
+    cache: CacheContext | None = None
+    captions: list[tuple[caption_tier.Picked, CaptionAt]] = field(default_factory=list)
+    caption_ids: list[int] = field(default_factory=list)  # of all of them, with times and names between
+
+
+def take_captions(
+    session: Session,
+    opened: Sequence[Opened],
+    text: str,
+    decided: Decided,
+    got: Retrieved,
+    warnings: list[str],
+) -> None:
+    """The captions that are read, as ids in time order, within the plan's share of the context."""
+    plan, stages, ranked = decided.plan, decided.stages, decided.ranked
+    if ranked is None:
+        ranked = session.rank(opened, text, warnings, stages.retrieve.relevance)
+    picked = caption_tier.pick(ranked, plan.sizes.caption_tokens)
+    found = caption_tier.read(session.store, opened, picked, session.model.identity.fingerprint, warnings)
+    several = len({at.recording for _, at in found}) > 1
+    times = bool(stages.rebuild.time_text_s)
+    ids = [caption_ids(session.model, [at], times=times, names=several) for _, at in found]
+    # Another model writes a caption in more or fewer tokens than the one that said it.
+    while sum(map(len, ids)) > plan.sizes.caption_tokens:
+        worst = min(range(len(found)), key=lambda index: found[index][0].score)
+        del found[worst], ids[worst]
+    if not found:
+        warnings.append("no caption fits into the plan's share of the context")
+    got.captions, got.caption_ids = found, [token for own in ids for token in own]
+
+
+def retrieve(
+    session: Session, text: str, decided: Decided, chosen: Opened, got: Retrieved, readings: Readings
+) -> None:
+    """Blocks layer by layer: the newest ones, or those that the question's own queries choose."""
+    plan, stages, model, kv = decided.plan, decided.stages, session.model, chosen.kv
+    blocks, method = plan.sizes.blocks, stages.retrieve
+    assert isinstance(method, BlockTopK), "rule R1 sees to it"
+
+    def fetch(layer: int, rows: Rows) -> LayerKV | None:
+        found, whole = kv.read(layer, rows, model.device, model.dtype, readings)
+        got.rows.append(whole)
+        got.kv.append(found)
+        return found
+
+    if plan.mode == "recent":
+        for layer in range(model.shape.layers):
+            fetch(layer, newest(kv.search, layer, chosen.blocks, blocks))
+        return
+
+    def fetch_best(layer: int, q: torch.Tensor) -> LayerKV | None:
+        query = fold(q, model.shape.kv_heads).cpu().numpy()
+        return fetch(layer, method.select(kv.search, layer, query, chosen.blocks, blocks))
+
+    context = RetrievalContext(model.rotary, decided.init, fetch_best, window=stages.window_tokens)
+    with torch.inference_mode():
+        model.forward(model.embed(model.encode_text(text)), context)
+    got.cache = context
+
+
+def rebuild(session: Session, decided: Decided, got: Retrieved, room: int) -> CacheContext:
+    """[init | blocks in time order, with times | captions in time order, with times], in at most `room` tokens."""
+    stages, init, chosen = decided.stages, decided.init, decided.chosen
+    if got.kv and chosen is not None:
+        if isinstance(stages.rebuild, Consecutive) and (stages.rebuild.time_text_s or got.cache is None):
+            longest = max(0 if kv is None else kv.tokens for kv in got.kv)
+            context = stages.rebuild.rebuild(
+                session.model,
+                init,
+                chosen.kv.table.blocks,
+                got.rows,
+                got.kv,
+                stages.window_tokens,
+                stamp_tokens_max=max(0, room - init[0].tokens - longest - len(got.caption_ids)),
+            )
+        else:
+            assert got.cache is not None
+            context = got.cache
+    else:
+        context = CacheContext(session.model.rotary, init, [None] * len(init), window=stages.window_tokens)
+    if got.caption_ids:
+        with torch.inference_mode():
+            session.model.forward(session.model.embed(got.caption_ids), context)
+    return context
+
+
+def everything(session: Session, opened: Opened, init: Sequence[LayerKV], window: int | None) -> CacheContext:
+    """The context with all blocks of a recording in every layer and no time text: for the equality ladder.
+
+    Raises CorruptionError where a slice is not whole.
+    """
+    readings, model = Readings(), session.model
+    rows = np.flatnonzero(opened.blocks)
+    layers = range(model.shape.layers)
+    found = [opened.kv.read(layer, rows, model.device, model.dtype, readings)[0] for layer in layers]
+    if readings.bad:
+        raise CorruptionError(readings.warnings()[0])
+    return CacheContext(model.rotary, init, found, window=window)

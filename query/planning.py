@@ -1,0 +1,146 @@
+"""From a question and the recordings in question to a plan, and to the recording whose KV it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from memdb.models.window import LayerKV
+from memdb.query import captions as caption_tier
+from memdb.query import scope
+from memdb.query.cost import Asked, Costs
+from memdb.query.plan import plan as make_plan
+from memdb.query.retrieve.topk import BlockTopK
+from memdb.query.scope import Opened
+from memdb.query.session import Session
+from memdb.query.stages import QueryStages, compose
+from memdb.schemas.errors import ModelMismatch
+from memdb.schemas.plan import Plan, Sizes
+from memdb.schemas.question import Question
+from memdb.schemas.times import to_s
+
+
+@dataclass(frozen=True, eq=False)
+class Decided:
+    """What a question will do. `chosen`: the recording whose KV is read; `ranked`: captions ranked already."""
+
+    plan: Plan
+    stages: QueryStages
+    init: list[LayerKV]
+    chosen: Opened | None
+    ranked: list[caption_tier.Ranked] | None
+
+
+def decide(
+    session: Session,
+    question: Question,
+    opened: Sequence[Opened],
+    ranked: list[caption_tier.Ranked] | None,
+    costs: Costs,
+    warnings: list[str],
+) -> Decided:
+    """Choose the recording, then plan. Raises ModelMismatch, QuestionError, NoPlanFits."""
+    best, ranked = _choose(opened, ranked, warnings)
+    chosen = _own_kv(session, question, opened, best, warnings)
+    plan, stages, init = _plan(session, question, opened, chosen, costs)
+    return Decided(plan, stages, init, chosen, ranked)
+
+
+def _choose(
+    opened: Sequence[Opened],
+    ranked: list[caption_tier.Ranked] | None,
+    warnings: list[str],
+) -> tuple[Opened | None, list[caption_tier.Ranked] | None]:
+    """The recording whose KV may be read: the named one, else the one with the best caption and KV."""
+    usable = [one for one in opened if len(one.usable_blocks)]
+    if len(usable) <= 1 or ranked is None:
+        return (usable[0] if usable else None), ranked
+    kept: list[caption_tier.Ranked] = []
+    best: Opened | None = None
+    for candidates, order in ranked:
+        seen = list(order)
+        kept.append((candidates, iter(seen)))
+        for row, _ in seen:
+            owner = opened[candidates[row].opened]
+            if best is None and len(owner.usable_blocks):
+                best = owner
+    if best is None:
+        best = max(usable, key=lambda one: (one.row.created_ns, one.row.name))
+        warnings.append(
+            f"several recordings hold KV and no caption says which to read: {best.row.name} was read, as the "
+            "newest; name one with recording="
+        )
+    return best, kept
+
+
+def _own_kv(
+    session: Session,
+    question: Question,
+    opened: Sequence[Opened],
+    chosen: Opened | None,
+    warnings: list[str],
+) -> Opened | None:
+    """The recording whose KV may be read, if this model computed it. Captions are for any model."""
+    if chosen is None or chosen.row.spec.model.fingerprint == session.model.identity.fingerprint:
+        return chosen
+    spec, here = chosen.row.spec, session.model.identity.spec
+    captions = any(len(one.usable_captions) for one in opened)
+    if question.mode in ("kv", "both", "recent") or (question.mode == "auto" and not captions):
+        raise ModelMismatch(
+            f"the KV of {spec.name!r} was computed by {spec.model.spec!r} and means nothing to {here!r}: ask "
+            "with that model" + (", or with mode captions" if captions else "")
+        )
+    if question.mode == "auto":
+        warnings.append(f"the KV here was computed by {spec.model.spec!r}, so {here!r} reads captions only")
+    return None
+
+
+def _plan(
+    session: Session, question: Question, opened: Sequence[Opened], chosen: Opened | None, costs: Costs
+) -> tuple[Plan, QueryStages, list[LayerKV]]:
+    spec = (chosen or opened[0]).row.spec
+    stages = compose(spec.recipe)
+    own = spec.model.fingerprint == session.model.identity.fingerprint
+    # Ids are of the vocabulary of the model that encoded; another one writes the same prompt in its own.
+    prompt = str(spec.recipe.encode.params.get("init_prompt", ""))
+    init = session.init(spec.init_ids if own else tuple(session.model.init_ids(prompt)))
+    head_tokens = session.head_tokens(opened)
+    shape, element_bytes = session.model.shape, session.model.dtype.itemsize
+    held = scope.holdings(chosen, opened, shape, element_bytes, init[0].tokens, head_tokens)
+    kind, why = session.kind(question.text)
+    ids = session.model.encode_text(question.text)
+    asked = Asked(
+        question_tokens=len(ids),
+        prompt_tokens=len(session.model.prompt_ids(question.text)),
+        stamp_tokens_block=_stamp_tokens(session, stages, chosen),
+    )
+    retrieve = stages.retrieve
+    # The recording whose KV is read need not be one that has captions: rekv beside rlivs.
+    spoken = [compose(one.row.spec.recipe).retrieve for one in opened if len(one.usable_captions)]
+    full = Sizes(
+        blocks=retrieve.blocks if isinstance(retrieve, BlockTopK) else 0,
+        caption_tokens=max((each.caption_tokens for each in spoken), default=0),
+        answer_tokens=stages.answer.tokens_max,
+    )
+    plan = make_plan(
+        mode=question.mode,
+        kind=kind,
+        why=why,
+        full=full,
+        asked=asked,
+        held=held,
+        costs=costs,
+        budget=question.budget,
+        recordings=tuple(one.row.name for one in opened),
+    )
+    return plan, stages, init
+
+
+def _stamp_tokens(session: Session, stages: QueryStages, chosen: Opened | None) -> float:
+    """Tokens of time text a block, at most: one stamp a block, or one every `time_text_s`."""
+    every_s = stages.rebuild.time_text_s
+    if not every_s or chosen is None or not len(chosen.usable_blocks):
+        return 0.0
+    first = chosen.usable_blocks[0]
+    share = min(1.0, to_s(int(first["end_ns"] - first["start_ns"])) / every_s)
+    return share * len(session.model.encode_text("[00:00:00]"))

@@ -1,0 +1,173 @@
+"""What stays open between questions: key tables, the reader, init tokens, encoders, measured costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from memdb.captions import CaptionIndex
+from memdb.index.key_search import default_backend
+from memdb.models.caption_vectors import CaptionVectors
+from memdb.models.decode import run_init
+from memdb.models.protocol import VideoModel
+from memdb.models.window import LayerKV, WindowContext
+from memdb.query import captions as caption_tier
+from memdb.query import scope
+from memdb.query.cost import CostFile, Costs, cost_key
+from memdb.query.kinds import KindOf, by_rules
+from memdb.query.measure import measure
+from memdb.query.rebuild.text import around
+from memdb.query.retrieve.topk import BlockTopK
+from memdb.query.scope import Opened
+from memdb.query.stages import compose
+from memdb.query.stored import StoredKV
+from memdb.reader import SliceReader
+from memdb.schemas.question import Question
+from memdb.store import Store
+
+KIND_ENCODER = "all-MiniLM-L6-v2"
+SAMPLE_QUESTION = "What happened here, and when?"
+
+
+class Session:
+    """One store and one Video-LLM, as the stages of a question use them."""
+
+    def __init__(
+        self,
+        store: Store,
+        model: VideoModel,
+        vectors: Callable[[str], CaptionVectors | None],
+        reader: SliceReader | None,
+        key_index: str | None,
+    ) -> None:
+        self.store, self.model = store, model
+        self._vectors = vectors
+        self._reader = reader or SliceReader(store)
+        self._key_index = key_index or default_backend()
+        self._captions = CaptionIndex(store.path)
+        self._opened: dict[str, StoredKV] = {}
+        self._inits: dict[tuple[int, ...], list[LayerKV]] = {}
+        self._kind: KindOf | None = None
+
+    def close(self) -> None:
+        for opened in self._opened.values():
+            opened.close()
+        self._reader.close()
+
+    @property
+    def token_bytes(self) -> int:
+        """Keys and values of one token in the context, over all layers."""
+        return self.model.shape.kv_bytes(1, self.model.dtype.itemsize)
+
+    def open(self, question: Question) -> list[Opened]:
+        """The recordings in question, with everything that is committed by now."""
+        found = []
+        for row in scope.recordings_of(self.store, question):
+            known = self._opened.get(row.id)
+            if known is None:
+                stages = compose(row.spec.recipe)
+                sim = stages.retrieve.sim if isinstance(stages.retrieve, BlockTopK) else "dot"
+                known = StoredKV(self.store, row, self._reader, backend=self._key_index, sim=sim)
+                self._opened[row.id] = known
+            else:
+                known.row = row
+                known.table.refresh()
+            found.append(scope.open_scope(known, question.at_ns))
+        return found
+
+    def init(self, ids: tuple[int, ...]) -> list[LayerKV]:
+        """Keys and values of an init prompt, computed once: it is in the recording as token ids."""
+        if ids not in self._inits:
+            context = WindowContext(self.model.rotary, window=1 << 30)
+            run_init(self.model, ids, context)
+            self._inits[ids] = context.init
+        return self._inits[ids]
+
+    def load_encoders(self, question: Question) -> None:
+        """The encoders of the captions in question; the caller keeps them."""
+        for row in scope.recordings_of(self.store, question):
+            if row.spec.caption_encoder:
+                self._vectors(row.spec.caption_encoder)
+
+    def kind(self, text: str) -> tuple[str, str]:
+        """The kind of a question, and why: by rules alone until `load_kinds` was called."""
+        return self._kind(text) if self._kind is not None else by_rules(text)
+
+    def load_kinds(self) -> None:
+        if self._kind is None:
+            examples = self._vectors(KIND_ENCODER)
+            assert examples is not None, "it needs no Video-LLM"
+            self._kind = KindOf(examples.of_question)
+            self._kind.prepare()
+
+    def rank(
+        self, opened: Sequence[Opened], text: str, warnings: list[str], relevance: float = 0.5
+    ) -> list[caption_tier.Ranked]:
+        """All captions in question, a list for each encoder."""
+        head_tokens = self.head_tokens(opened)
+        ranked = []
+        for name in sorted({one.row.spec.caption_encoder for one in opened} - {""}):
+            vectors = self._vectors(name)
+            if vectors is None:
+                warnings.append(
+                    f"captions were ranked by words: their vectors are of {name}, which only the model that made "
+                    "them can compare with a question"
+                )
+                ranked.append(
+                    caption_tier.rank_by_words(
+                        self.store, opened, name, self._captions, text, head_tokens=head_tokens
+                    )
+                )
+                continue
+            ranked.append(
+                caption_tier.rank(
+                    self.store,
+                    opened,
+                    vectors,
+                    self._captions,
+                    text,
+                    relevance=relevance,
+                    head_tokens=head_tokens,
+                )
+            )
+        return [pair for pair in ranked if pair[0]]
+
+    def head_tokens(self, opened: Sequence[Opened]) -> int:
+        """Tokens that go before a caption and behind it, at most: name and time."""
+        times = any(compose(one.row.spec.recipe).rebuild.time_text_s for one in opened)
+        latest = max(one.watermark_ns for one in opened)
+        latest += 500_000_000 - latest % 1_000_000_000  # with a fraction, which takes more signs
+        names = [one.row.name for one in opened] if len(opened) > 1 else [""]
+        return max(sum(map(len, around(self.model, name, latest, latest, times=times))) for name in names)
+
+    def room(self, question: Question) -> int:
+        """Tokens that the context may hold in all, by the model and every budget."""
+        budget, shape = question.budget, self.model.shape
+        room = min(shape.context_tokens_max, budget.context_tokens_max or shape.context_tokens_max)
+        if budget.gpu_bytes_max is not None:
+            room = min(room, int(budget.gpu_bytes_max // self.token_bytes))
+        return room
+
+    def measured(self, question: Question) -> tuple[CostFile, Costs]:
+        """Costs from the file that earlier questions left, else measured now."""
+        identity, dtype = self.model.identity, str(self.model.dtype)
+        file = CostFile(
+            cost_key(
+                self.store.path, self.store.store_id, identity.fingerprint, str(self.model.device), dtype
+            )
+        )
+        costs = file.load()
+        if costs is None:
+            opened = self.open(question)
+            kv = next((one for one in opened if len(one.usable_blocks)), None)
+            if kv is not None and kv.row.spec.model.fingerprint != identity.fingerprint:
+                kv = None
+            names = sorted({one.row.spec.caption_encoder for one in opened} - {""})
+            encoders = [found for name in names if (found := self._vectors(name)) is not None]
+            costs = measure(
+                self.model,
+                kv,
+                embed=lambda: [vectors.of_question(SAMPLE_QUESTION) for vectors in encoders],
+                captions=lambda: [list(order) for _, order in self.rank(opened, SAMPLE_QUESTION, [])],
+            )
+            file.save(costs)
+        return file, costs
