@@ -15,6 +15,7 @@ from memdb.schemas.errors import MemdbError
 from memdb.schemas.times import format_time
 
 FILM_S = 48.0
+BLOCKS = 16  # of 48 that are stored: each layer has to choose
 QUESTION = "Where was the {colour} {shape}?"
 
 
@@ -38,7 +39,8 @@ def _demo(seed: int, folder: Path, say: Callable[[str], object]) -> None:
     say(
         "note: the embedded model is random here (seed 0), so its words mean nothing; the path is what is shown"
     )
-    report = _memdb("ingest", str(film), "--store", str(store), "--recording", "shapes", "--sample-fps", "1")
+    made = ("--recording", "shapes", "--sample-fps", "1", "--set", f"retrieve.blocks={BLOCKS}")
+    report = _memdb("ingest", str(film), "--store", str(store), *made)
     say(
         f"ingested by one process: {report['units']} units up to {format_time(report['watermark_s'])}, "
         "recipe hybrid, codec int4"
