@@ -31,9 +31,9 @@ from memdb.models.random_llava import random_llava, read_config
 from memdb.models.window import LayerKV
 from memdb.query import engine
 from memdb.query.retrieve.topk import BlockTopK
-from memdb.query.stored import Readings
+from memdb.query.stored import Readings, StoredKV
+from memdb.reader import SliceReader
 from memdb.schemas.frames import Image
-from memdb.schemas.question import Question
 from memdb.schemas.recipe import Recipe
 from memdb.schemas.units import BLOCK_DTYPE, BlockKind, Caption, Unit
 from memdb.store import Store
@@ -94,16 +94,17 @@ def ingest(
     store: Path,
     shown: Sequence[Image],
     *,
-    model: str | None = TINY,
+    model: str = TINY,
     recipe: str | Recipe = "rekv",
     codec: str | None = None,
     settings: Sequence[str] = (),
     recording: str = "film",
+    dtype: str | None = None,
     **more: Any,
 ) -> None:
-    """One frame a second into a store, closed again."""
-    dtype = more.pop("dtype", None)
+    """One frame a second into a store, closed again. The model is the one that tests share."""
     with memdb.connect(store, model=model, device="cpu", dtype=dtype) as db:
+        db._model = wrapped(model, dtype or "float32")
         db.ingest(
             timed(shown),
             recording=recording,
@@ -117,6 +118,7 @@ def ingest(
 
 @contextmanager
 def reopened(store: Path, *, dtype: str | None = None) -> Iterator[Client]:
+    """Another connection, which loads the model that the store remembers."""
     with memdb.connect(store, device="cpu", dtype=dtype, create=False) as db:
         yield db
 
@@ -140,13 +142,16 @@ def record_decisions(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 
 def stored_kv(db: Client, recording: str = "film") -> list[LayerKV]:
-    """All keys and values of a recording, a layer each (H, tokens, D), as a question reads them."""
-    opened = db._asking()._open(Question(QUESTION, "kv", recording))[0]
-    model, readings, found = db._loaded(), Readings(), []
-    for layer in range(model.shape.layers):
-        kv, _ = opened.kv.read(layer, np.flatnonzero(opened.blocks), model.device, model.dtype, readings)
-        assert kv is not None
-        found.append(kv)
+    """All keys and values of a recording, a layer each (H, tokens, D), as a question reads them, in fp32."""
+    row, readings, found = db.store.recording(recording), Readings(), []
+    with SliceReader(db.store) as reader:
+        kv = StoredKV(db.store, row, reader, backend="exact", sim="dot")
+        rows = np.arange(len(kv.table))
+        for layer in range(row.spec.model.shape.layers):
+            whole, _ = kv.read(layer, rows, torch.device("cpu"), torch.float32, readings)
+            assert whole is not None
+            found.append(whole)
+        kv.close()
     assert not readings.bad
     return found
 
