@@ -103,10 +103,8 @@ def test_killed_before_and_after_the_first_state(bench: Bench, tmp_path: Path) -
     for path in (store / "state").iterdir():
         path.unlink()
     kept = unit_digests(store)
-    ran = run(*ingest_words(store, bench.spec, bench.film, "hybrid"), "--json")
-    assert ran.code == 0, ran.err
-    assert ran.json["resumed_from_unit"] == 0
-    assert ran.json["replayed_units"] == len(kept)
+    report = ingested(store, bench.model, bench.film, "hybrid")
+    assert (report.resumed_from_unit, report.replayed_units) == (0, len(kept))
     check_resumed(bench, store, "hybrid", kept)
     report = ingested(saved, bench.model, bench.film, "hybrid")
     assert report.replayed_units < len(kept)
@@ -127,7 +125,9 @@ def test_killed_once(bench: Bench, recipe: str, share: float, tmp_path: Path) ->
     check_resumed(bench, store, recipe, kept)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.soak)], ids=["int", "term"]
+)
 def test_ctrl_c_finishes_the_batch_in_hand(bench: Bench, number: signal.Signals, tmp_path: Path) -> None:
     store = tmp_path / "s.memdb"
     whole = unit_digests(bench.whole["hybrid"])
