@@ -19,7 +19,13 @@ from typing import Any, cast
 from memdb.database import CATALOG, Database, Value
 from memdb.migrations import MIGRATIONS
 from memdb.records import Kind, Record, canonical_ascii
-from memdb.schemas.errors import CorruptionError, FormatVersionError, RecipeError, UnknownRecording
+from memdb.schemas.errors import (
+    CorruptionError,
+    FormatVersionError,
+    RecipeError,
+    StoreError,
+    UnknownRecording,
+)
 from memdb.schemas.fingerprint import ModelIdentity
 from memdb.schemas.format import FORMAT_VERSION
 from memdb.schemas.recording import Epoch, Gap
@@ -237,6 +243,17 @@ class Catalog:
             self.database.upsert("segments", astuple(segment))
             self.database.upsert("meta", ("last_commit", last_commit))
         return self.by_id(recording_id)
+
+    def drop_empty(self, recording_id: str) -> None:
+        """Take a recording without units out of the catalog, with all that belongs to it."""
+        with self.database.writing():
+            state = self._state(recording_id)
+            if state is None or state.units:
+                raise StoreError("only a recording without units can be dropped")
+            for table in ("gaps", "epochs", "ends", "segments"):
+                self.database.delete(table, "WHERE recording = ?", (recording_id,))
+            self.database.delete("recordings", "WHERE id = ?", (recording_id,))
+            self.database.upsert("meta", ("recordings", self._meta_int("recordings") - 1))
 
     def _state(self, recording_id: str) -> _RecordingState | None:
         rows = self.database.select("recordings", "WHERE id = ?", (recording_id,))

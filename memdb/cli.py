@@ -149,11 +149,11 @@ def ingest(source: str, store: str, as_json: bool, **options: Any) -> None:
 
 @contextmanager
 def _stopping(stop: threading.Event) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM finishes the batch in hand; the second ends at once."""
+    """The first Ctrl-C or SIGTERM finishes the batch in hand; the second interrupts that, too."""
     before: dict[int, Any] = {}
 
     def handle(number: int, frame: object) -> None:
-        click.echo("memdb: finishing the batch in hand; once more to end at once", err=True)
+        click.echo("memdb: finishing the batch in hand", err=True)
         stop.set()
         signal.signal(number, before[number])
 

@@ -19,7 +19,7 @@ from memdb.schemas.errors import (
     SourceMismatch,
     UsageError,
 )
-from memdb.schemas.question import Budget, Question
+from memdb.schemas.question import Budget, Question, check_text
 from memdb.schemas.recording import check_name
 from memdb.schemas.times import parse_time, parse_wall_clock, to_ns, to_s
 from memdb.store import Store, recording_digest
@@ -207,8 +207,13 @@ class Client:
         from memdb.ingest.run import IngestReport
 
         row = next((row for row in store.recordings() if row.name == spec.name), None)
-        if row is None:
+        if row is None or not row.units:
             return None
+        if spec.started_at_ns not in (None, row.spec.started_at_ns):
+            log.warning(
+                "%s keeps the start that it was begun with: to change it, ingest under another --recording",
+                row.name,
+            )
         if row.spec.recipe.codec != spec.recipe.codec:
             raise EncodingMismatch(
                 f"recording {spec.name!r} is stored as {row.spec.recipe.codec}, not {spec.recipe.codec}: use "
@@ -295,6 +300,7 @@ class Client:
 
         if not text.strip():
             raise UsageError("nothing to search for: give some words")
+        check_text(text)
         if limit < 1:
             raise UsageError(f"limit {limit} finds nothing: give at least 1")
         start = self._time(start_s, recording) if start_s is not None else None

@@ -140,6 +140,11 @@ class Database:
                 [*values, row_checksum(table, values)],
             )
 
+    def delete(self, table: str, tail: str, parameters: Sequence[Value]) -> None:
+        """Delete rows of a known table; `tail` is SQL of our own, values come as parameters."""
+        with self._lock, _typed():
+            self._connection.execute(f"DELETE FROM {table} {tail}", parameters)  # noqa: S608
+
     def execute(self, statement: str) -> list[tuple[Value, ...]]:
         """A constant statement: a PRAGMA or a migration."""
         with self._lock, _typed():

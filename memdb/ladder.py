@@ -22,6 +22,7 @@ class LadderReport:
     frames: int
     blocks: int
     context_tokens: int
+    init_tokens: int
     window_tokens: int
     window_binds: bool  # whether the context is longer than the encoding window
     largest_logit: float
@@ -63,6 +64,7 @@ def compare(
         frames=len(pixels),
         blocks=blocks,
         context_tokens=len(whole),
+        init_tokens=len(init),
         window_tokens=window,
         window_binds=len(whole) > window,
         largest_logit=float(truth.abs().max()),

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """`$MEMDB_CACHE_DIR`, else `$XDG_CACHE_HOME/memdb`, else `~/.cache/memdb`. Not created here."""
+    """`$MEMDB_CACHE_DIR`, else `$XDG_CACHE_HOME/memdb`, else `~/.cache/memdb`. Not created here.
+
+    A user without a home, as in containers, gets a folder of their own among the temporary ones.
+    """
     named = os.environ.get("MEMDB_CACHE_DIR")
     if named:
         return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "memdb"
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "memdb"
+    try:
+        return Path.home() / ".cache" / "memdb"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"memdb-{os.getuid()}"
 
 
 def write_atomically(path: Path, data: bytes) -> bool:

@@ -9,6 +9,7 @@ locks/           flock files (memdb/locks.py)
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 import uuid
@@ -43,9 +44,11 @@ from memdb.schemas.recording import check_name
 from memdb.schemas.rows import Part, RecordingRow, RecordingSpec
 from memdb.schemas.rows import UnitRow as UnitRow
 from memdb.schemas.units import Caption
-from memdb.segments import SEGMENT_BYTES_MAX, reading, sync_folder
+from memdb.segments import SEGMENT_BYTES_MAX, reading, segment_files, sync_folder
 from memdb.state import StateFiles
 from memdb.writer import OwnSegment, RecordingWriter, begin_segment
+
+logger = logging.getLogger(__name__)
 
 FOLDERS = ("segments", "state", "locks", "keys", "captions.lance")
 
@@ -247,6 +250,10 @@ class Store:
                 lock = FileLock(self.lock_path(recording_id), held_message=held)
                 roll_forward(catalog, self.segments_path, recording_id)
                 found = catalog.find(spec.name)
+                if found is not None and not found.units and found.spec != spec:
+                    # Begun and never filled, perhaps with a slip in the settings: nothing is lost, the name is free.
+                    _forget_empty(catalog, self.segments_path, found)
+                    found = None
                 first: OwnSegment | None = None
                 if found is None:
                     created_ns = time.time_ns() if now_ns is None else now_ns
@@ -298,6 +305,17 @@ def _check_same(found: RecordingRow, spec: RecordingSpec) -> None:
             f"recording {found.name!r} was made from another film ({known.source_name!r}, "
             f"{known.source.size_bytes} bytes): give that one, or another --recording"
         )
+
+
+def _forget_empty(catalog: Catalog, folder: Path, found: RecordingRow) -> None:
+    """Drop a recording without units: its rows, then its files, which without rows would only bring it back."""
+    catalog.drop_empty(found.id)
+    for _, name in segment_files(folder).get(found.id, []):
+        (folder / name).unlink(missing_ok=True)
+    sync_folder(folder)
+    for state in StateFiles(folder.parent / "state", found.id, "").files():
+        state.unlink(missing_ok=True)
+    logger.info("recording %s held nothing and is begun anew", found.name)
 
 
 def _has_catalog(folder: Path) -> bool:

@@ -93,6 +93,9 @@ def rebuild(session: Session, decided: Decided, got: Retrieved, room: int) -> Ca
     stages, init, chosen = decided.stages, decided.init, decided.chosen
     if got.kv and chosen is not None:
         if isinstance(stages.rebuild, Consecutive) and (stages.rebuild.time_text_s or got.cache is None):
+            got.cache = (
+                None  # the blocks move: what was rotated for retrieval is not needed beside the new cache
+            )
             longest = max(0 if kv is None else kv.tokens for kv in got.kv)
             context = stages.rebuild.rebuild(
                 session.model,

@@ -52,7 +52,7 @@ def _forwards(model: VideoModel) -> tuple[float, float, float]:
     for C in CONTEXTS:
         remembered = torch.zeros(shape.kv_heads, C, shape.head_size, dtype=model.dtype, device=model.device)
         for T in FORWARDS:
-            embeddings = model.embed([min(model.stop_ids)] * T)
+            embeddings = model.embed([min(model.stop_ids, default=0)] * T)
             # One long-lived cache: what a forward adds to it is small beside C.
             context = CacheContext(
                 model.rotary,

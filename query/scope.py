@@ -64,7 +64,10 @@ def open_scope(kv: StoredKV, at_ns: int | None) -> Opened:
     blocks, captions = kv.table.blocks, kv.table.captions
     if at_ns is None:
         return Opened(kv.row, kv, np.ones(len(blocks), bool), np.ones(len(captions), bool))
-    return Opened(kv.row, kv, blocks["end_ns"] <= at_ns, captions["end_ns"] <= at_ns)
+    # The last slot may reach beyond the film: as of its end, everything of it was seen.
+    end_ns = kv.row.end_ns if kv.row.end_ns is not None else np.iinfo(np.int64).max
+    ended = [np.minimum(table["end_ns"], end_ns) <= at_ns for table in (blocks, captions)]
+    return Opened(kv.row, kv, *ended)
 
 
 def holdings(

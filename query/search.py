@@ -30,6 +30,7 @@ def search(
 ) -> list[SearchHit]:
     """The captions that match best. Recordings of several caption encoders are searched apart and fused by rank."""
     index = CaptionIndex(store.path)
+    limit = min(limit, max(1, sum(row.units for row in rows)))
     names = {row.id: row.name for row in rows}
     lists: list[list[CaptionHit]] = []
     for encoder in sorted({row.spec.caption_encoder for row in rows} - {""}):

@@ -60,11 +60,6 @@ class StoredKV:
         self._encoded = DTYPES[row.spec.dtype]
         self._units: OrderedDict[int, UnitRow] = OrderedDict()
 
-    def allowed(self, at_ns: int | None) -> npt.NDArray[np.bool_]:
-        """Mask (n,) of the blocks that had ended by `at_ns`; all without."""
-        blocks = self.table.blocks
-        return np.ones(len(blocks), bool) if at_ns is None else blocks["end_ns"] <= at_ns
-
     def read(
         self, layer: int, rows: Rows, device: torch.device, dtype: torch.dtype, readings: Readings
     ) -> tuple[LayerKV | None, Rows]:

@@ -11,6 +11,8 @@ from memdb.schemas.errors import RecipeError
 from memdb.schemas.recipe import Stage
 
 T = TypeVar("T")
+# Counts and seconds beyond this mean a slip of the hand, and would overflow what they are multiplied with.
+LARGEST = 1 << 31
 
 
 def build(stage: str, row: Stage, methods: Mapping[str, type[T]]) -> T:
@@ -45,6 +47,8 @@ def bare(stage: str, row: Stage, methods: Collection[str]) -> None:
 
 
 def _checked(where: str, value: object, kind: type) -> object:
+    if isinstance(value, int | float) and abs(value) > LARGEST:
+        raise RecipeError(f"{where} = {value:.3g} is too large: give at most {LARGEST}")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):

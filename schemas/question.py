@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, fields
 
 from memdb.schemas.errors import BudgetError, QuestionError
 
 MODES = ("auto", "captions", "kv", "both", "recent")
 QUESTION_CHARACTERS_MAX = 100_000
+LARGEST = 1 << 62
+
+
+def check_text(text: str) -> str:
+    """The text itself, if it is one. Raises QuestionError for bytes that are no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise QuestionError("the text holds bytes that are no UTF-8: write it again") from None
+    return text
 
 
 @dataclass(frozen=True)
@@ -30,14 +39,9 @@ class Budget:
             value = getattr(self, item.name)
             if value is None:
                 continue
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, int | float)
-                or not math.isfinite(value)
-                or value <= 0
-            ):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LARGEST:
                 raise BudgetError(
-                    f"{item.name} = {value!r} is no budget: give a number above 0, or leave it out"
+                    f"{item.name} = {value!r} is no budget: give a number above 0 and up to 2^62, or leave it out"
                 )
 
     def as_json(self) -> dict[str, float | int | None]:
@@ -59,6 +63,7 @@ class Question:
             raise QuestionError(f"unknown mode {self.mode!r}: choose one of {', '.join(MODES)}")
         if not self.text.strip():
             raise QuestionError("the question is empty: ask something")
+        check_text(self.text)
         if len(self.text) > QUESTION_CHARACTERS_MAX:
             raise QuestionError(
                 f"the question has {len(self.text)} characters, more than {QUESTION_CHARACTERS_MAX}: shorten it"

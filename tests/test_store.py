@@ -684,3 +684,20 @@ def test_the_store_imports_nothing_heavy() -> None:
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert (done.stdout, done.stderr) == ("set()\n", "")
+
+
+def test_a_recording_that_holds_nothing_may_be_begun_anew_in_another_way(tmp_path: Path) -> None:
+    with new_store(tmp_path) as store:
+        with store.writer(spec("r")) as writer:
+            writer.epoch(0, 0, "the beginning")
+        other = dataclasses.replace(
+            spec("r"), encoding_fingerprint="f" * 32, source=SourceIdentity("file", 7, "77")
+        )
+        with store.writer(other) as writer:
+            assert (writer.next_unit, writer.recording.epochs) == (0, ())
+            writer.append([unit(0)])
+        assert store.recording("r").spec == other
+        report = verify(store)
+        assert report.ok, report.problems
+        with pytest.raises(EncodingMismatch):  # now that it holds something, it stays as it is
+            store.writer(spec("r"))

@@ -50,11 +50,11 @@ def main() -> int:
 
 def _ladder(args: argparse.Namespace) -> list[tuple[int, LadderReport]]:
     rows: list[tuple[int, LadderReport]] = []
-    wide = 0
+    wide = init = 0
     for short in (False, True):
         for chunk in args.chunks:
-            report = run(args, chunk, (args.window_tokens or max(1, wide // 3)) if short else None)
-            wide = max(wide, report.context_tokens)
+            report = run(args, chunk, (args.window_tokens or max(init + 1, wide // 3)) if short else None)
+            wide, init = max(wide, report.context_tokens), report.init_tokens
             rows.append((chunk, report))
             if not args.json:
                 _print(chunk, report, first=len(rows) == 1)

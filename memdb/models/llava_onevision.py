@@ -20,6 +20,8 @@ from memdb.schemas.frames import Image
 
 # Frames that pass the vision tower at once: it keeps every layer's states, 27 of them at 384 pixels.
 VISION_BATCH = 16
+# Language models whose attention is plain softmax over half-split RoPE, each held against transformers' own forward.
+_LANGUAGE_MODELS = ("qwen2", "qwen3", "llama")
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # angles that do not depend on the length seen so far
 
 
@@ -150,7 +152,7 @@ class LlavaOnevision:
 
     def init_ids(self, prompt: str) -> list[int]:
         ids = self.encode_text(f"<|im_start|>system\n{prompt}<|im_end|>\n<|im_start|>user\n")
-        return ids or [min(self._stop_ids)]  # the window needs a token to rest on
+        return ids or [min(self._stop_ids, default=0)]  # the window needs a token to rest on
 
     def prompt_ids(self, text: str) -> list[int]:
         return self.encode_text(f"\n{text}<|im_end|>\n<|im_start|>assistant\n")
@@ -158,6 +160,10 @@ class LlavaOnevision:
 
 def _check_layers(text: Any) -> None:
     """Refuse language models whose layers do not all keep a key and value per token."""
+    if text.model_type not in _LANGUAGE_MODELS:
+        raise UnsupportedModel(
+            f"this checkpoint's language model is {text.model_type!r}; memdb carries {', '.join(_LANGUAGE_MODELS)}"
+        )
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
         raise UnsupportedModel(

@@ -32,8 +32,14 @@ def resolve_device(name: str | None) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ModelError(f"device {name!r} is not known to torch: use cpu, cuda or cuda:0") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ModelError(f"device {name!r} is not carried: use cpu, cuda or cuda:0")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError("no CUDA device is visible to torch: use --device cpu, or run memdb doctor")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ModelError(
+            f"device {name!r} is not there: {torch.cuda.device_count()} CUDA devices are visible"
+        )
     return device
 
 

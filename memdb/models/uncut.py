@@ -46,7 +46,8 @@ class UncutContext:
         j = torch.arange(T, device=q.device)[None]  # (1, T)
         distance = x - j
         narrow = x < T - self._tail
-        near = (distance < self._window) | ~narrow
+        # The init prompt is fed before there is a window: among themselves its tokens keep their distances.
+        near = (distance < self._window) | ~narrow | (x < self._init)
         seen = (distance >= 0) & (near | (j < self._init))
         near_scores = _turn(self._rotary, q, x[:, 0]) @ _turn(self._rotary, k, j[0]).transpose(1, 2)
         far = torch.full_like(x[:, 0], self._window - 1)
