@@ -460,7 +460,7 @@ class Client:
 def _indexer(store: Store, spec: RecordingSpec) -> Callable[[bool], None]:
     """Brings a recording's derived indexes up to its units."""
     from memdb.captions import CaptionIndex
-    from memdb.index.pages import index_recording
+    from memdb.index.page_writer import index_recording
 
     captions = CaptionIndex(store.path)
     searchable = bool(spec.caption_encoder)

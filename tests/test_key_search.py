@@ -17,7 +17,7 @@ from memdb.index.exact import unit_length
 from memdb.index.faiss_index import FaissIndex, gpu_available, to_gpu
 from memdb.index.key_search import KeySearch, search_keys
 from memdb.index.key_table import KeyTable
-from memdb.index.pages import index_recording
+from memdb.index.page_writer import index_recording
 from memdb.schemas.errors import MissingDependency, ModelError, UsageError
 
 needs_gpu = pytest.mark.skipif(

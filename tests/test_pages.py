@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from memdb.index.key_table import KeyTable
-from memdb.index.pages import PAGE_BLOCKS, PageWriter, index_recording, page_path, page_unit, verify_pages
+from memdb.index.page_writer import PageWriter, index_recording, page_unit
+from memdb.index.pages import PAGE_BLOCKS, page_path, verify_pages
 from memdb.schemas.errors import LockedError
 
 L, HD, E = 2, 6, 5

@@ -23,6 +23,7 @@ from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGener
 from transformers.models.qwen2 import Qwen2Config
 from transformers.models.siglip import SiglipVisionConfig
 
+from memdb.models.quiet import no_progress_bars
 from memdb.models.tokenizer import END, IMAGE, PAD, START, VIDEO, WORDS_FIRST, build_tokenizer
 from memdb.schemas.errors import ModelNotFound, UnsupportedModel
 
@@ -147,7 +148,8 @@ def save_random_llava(
     """Write a folder as published checkpoints are: config, safetensors, tokenizer, preprocessing."""
     folder = Path(folder)
     model, tokenizer = random_llava(config, size=size, seed=seed, dtype=dtype)
-    model.save_pretrained(folder)
+    with no_progress_bars():
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     side = model.config.vision_config.image_size
     text = json.dumps(preprocessor_config(side), indent=2, sort_keys=True)
