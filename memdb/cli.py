@@ -125,7 +125,9 @@ def cli() -> None:
 @click.option("--sample-fps", type=float, default=0.5, show_default=True, help="Frames a second to look at.")
 @click.option("--fps", type=float, help="Frames a second of an image folder (1 unless said).")
 @click.option("--started-at", help="Wall clock at media time 0, ISO 8601.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Kept with the recording; no recipe here draws."
+)
 @_model
 @_json
 def ingest(source: str, store: str, as_json: bool, **options: Any) -> None:

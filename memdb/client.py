@@ -105,7 +105,8 @@ class Client:
         recording: its name, by default made from the source's. recipe: rekv, rlivs, hybrid, a TOML file or a
         Recipe; profile, codec and settings (`STAGE.PARAM=VALUE`) change it. sample_fps: frames a second that
         are looked at. fps: of folders and iterators without times. started_at: ISO 8601, the wall clock at
-        media time 0. stop: set it to end after the batch in hand, with Interrupted.
+        media time 0. seed: kept with the recording as part of its encoding; no recipe here draws yet. stop: set it
+        to end after the batch in hand, with Interrupted.
 
         Raises RecipeError, BudgetError, SourceError, ModelMismatch, EncodingMismatch, SourceMismatch,
         LockedError, StoreError.
