@@ -32,14 +32,16 @@ def resume(
         if not live:
             return None
     if not new_epoch:
-        found = store.state(row.id).load_latest(row.spec.encoding_fingerprint, writer.next_unit)
-        if found is not None and live and found[0] < writer.next_unit:
+        found = store.state(row.id).load_latest(
+            row.spec.encoding_fingerprint, writer.next_unit, row.tombstones
+        )
+        if found is not None and live and found.unit < writer.next_unit:
             log.warning("the saved state is older than the last unit, and a live source cannot be replayed")
             found = None
         if found is not None:
             try:
-                encoder.restore(found[1])
-                return found[0]
+                encoder.restore(found.payload)
+                return found.unit
             except CorruptionError as error:
                 log.warning("%s", error)
         if row.spec.source.digest and len(row.epochs) < 2 and not live:

@@ -93,7 +93,7 @@ class Run:
         fresh = [unit for unit in units if unit.number >= self._known]
         for unit in units[: len(units) - len(fresh)]:
             first = self._store.unit(self._writer.recording.id, unit.number)
-            if unit_digest(unit) != first.digest:
+            if unit_digest(unit) != first.first_digest:
                 raise Diverged(
                     f"unit {unit.number} of {self._writer.recording.spec.name!r} came out otherwise than at first"
                 )

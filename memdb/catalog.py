@@ -12,25 +12,24 @@ import heapq
 import json
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+from memdb.applying import RecordingState, SegmentRow, apply
 from memdb.database import CATALOG, Database, Value
-from memdb.migrations import MIGRATIONS
-from memdb.records import Kind, Record, canonical_ascii
+from memdb.migrate import migrate
+from memdb.records import Record, canonical_ascii
 from memdb.schemas.errors import (
     CorruptionError,
     FormatVersionError,
     RecipeError,
-    StoreError,
     UnknownRecording,
 )
 from memdb.schemas.fingerprint import ModelIdentity
 from memdb.schemas.format import FORMAT_VERSION
-from memdb.schemas.recording import Epoch, Gap
+from memdb.schemas.recording import Epoch, Gap, Tombstone
 from memdb.schemas.rows import (
-    Part,
     RecordingRow,
     RecordingSpec,
     TierBytes,
@@ -38,68 +37,33 @@ from memdb.schemas.rows import (
     model_as_json,
     model_from_json,
 )
-from memdb.schemas.units import BLOCK_DTYPE
 
 _CHUNK_ROWS = 256
-_BYTES_COLUMN = {
-    Part.CAPTION: "captions_bytes",
-    Part.VECTOR: "captions_bytes",
-    Part.KEYFRAME: "keyframes_bytes",
-    Part.KEYS: "keys_bytes",
-    Part.KV: "kv_bytes",
-}
-# Kinds of record with a table of their own: the table, and its columns after recording and number.
-_EVENTS: dict[Kind, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
-    Kind.GAP: ("gaps", ("start_ns", "end_ns"), ("reason",)),
-    Kind.EPOCH: ("epochs", ("epoch", "first_unit"), ("reason",)),
-    Kind.END: ("ends", ("media_end_ns", "units"), ()),
-}
-
-
-@dataclass(frozen=True)
-class SegmentRow:
-    """A segment file as far as it is committed."""
-
-    recording: str  # id
-    sequence: int
-    name: str  # file name in segments/
-    end_bytes: int  # end of the last committed record
-    footer_hash: bytes  # of that record
-
-
-@dataclass
-class _RecordingState:
-    """A row of `recordings`: the counts grow within a commit."""
-
-    id: str
-    name: str
-    created_ns: int
-    spec: str  # JSON
-    units: int = 0
-    start_ns: int = 0
-    watermark_ns: int = 0
-    last_commit: int = 0
-    segments: int = 0
-    gaps: int = 0
-    epochs: int = 0
-    ends: int = 0
-    kv_bytes: int = 0
-    keys_bytes: int = 0
-    captions_bytes: int = 0
-    keyframes_bytes: int = 0
 
 
 class Catalog:
     """A catalog that is open for reading, or for reading and writing. Usable by several threads."""
 
-    def __init__(self, path: Path, *, write: bool) -> None:
-        """`path` is the file. Raises FormatVersionError, StoreError, CorruptionError."""
+    def __init__(self, path: Path, *, write: bool, on_open: Callable[[Catalog], None] | None = None) -> None:
+        """`path` is the file. `on_open` is called now and whenever a reader's copy in memory was renewed.
+
+        Raises FormatVersionError, StoreError, CorruptionError.
+        """
         self.database = Database(path, write=write)
+        self._on_open = on_open
+        self._write = write
         try:
-            self._check_format(write)
+            self._opened()
         except BaseException:
             self.database.close()
             raise
+        self.database.on_copy = self._opened
+
+    def _opened(self) -> None:
+        """Bring the format up to date, and let the caller see the catalog first."""
+        self._check_format(self._write)
+        if self._on_open is not None:
+            self._on_open(self)
 
     @staticmethod
     def create(path: Path, *, store_id: str, created_ns: int) -> None:
@@ -108,12 +72,13 @@ class Catalog:
         try:
             with database.writing():
                 if not database.execute("SELECT 1 FROM sqlite_master LIMIT 1"):
-                    _migrate(database, since=0)
+                    migrate(database, since=0)
                     for key, value in (
                         ("store_id", store_id),
                         ("created_ns", created_ns),
                         ("last_commit", 0),
                         ("recordings", 0),
+                        ("forgotten", 0),
                     ):
                         database.insert("meta", (key, value))
             database.checkpoint()
@@ -171,13 +136,13 @@ class Catalog:
         """In order of their sequence."""
         with self.database.reading():
             rows = self.database.select("segments", "WHERE recording = ? ORDER BY sequence", (recording_id,))
-            state = self._state(recording_id)
+            state = self.state(recording_id)
             self._check_count("segments", len(rows), state.segments if state else 0)
-        return [SegmentRow(*cast("tuple[str, int, str, int, bytes]", row)) for row in rows]
+        return [SegmentRow(*cast("tuple[Any, ...]", row)) for row in rows]
 
     def end_count(self, recording_id: str) -> int:
         """How many ends are recorded."""
-        state = self._state(recording_id)
+        state = self.state(recording_id)
         return state.ends if state else 0
 
     # Units
@@ -213,89 +178,49 @@ class Catalog:
                 streams.append(self.units(recording.id, first, recording.units))
         return heapq.merge(*streams, key=lambda unit: unit.commit_id)
 
-    # Committing
+    # Committing: memdb/applying.py
 
     def apply(self, recording_id: str, segment: SegmentRow, records: Sequence[Record]) -> RecordingRow:
-        """Commit records that lie safely in `segment`, in one transaction. `segment` is its row afterwards.
-
-        A header makes the recording where there is none. Units must go on where the recording ends; ones that
-        are there already are passed over. Raises CorruptionError for records that make no sense.
-        """
-        with self.database.writing():
-            state = self._state(recording_id)
-            last_commit = self.last_commit()
-            for record in records:
-                if state is None:
-                    state = self._new_recording(recording_id, record)
-                elif record.kind is Kind.UNIT and record.number >= state.units:
-                    last_commit += 1
-                    self._add_unit(state, segment, record, last_commit)
-                elif record.kind in _EVENTS:
-                    self._add_event(state, record)
-            if state is None:
-                raise CorruptionError(
-                    f"segments/{segment.name} has no header", file=f"segments/{segment.name}"
-                )
-            known = "WHERE recording = ? AND sequence = ?"
-            if not self.database.select("segments", known, (recording_id, segment.sequence)):
-                state.segments += 1
-            self.database.upsert("recordings", astuple(state))
-            self.database.upsert("segments", astuple(segment))
-            self.database.upsert("meta", ("last_commit", last_commit))
+        """Commit records that lie safely in `segment`; the recording afterwards. See `applying.apply`."""
+        apply(self, recording_id, segment, records)
         return self.by_id(recording_id)
 
-    def drop_empty(self, recording_id: str) -> None:
-        """Take a recording without units out of the catalog, with all that belongs to it."""
-        with self.database.writing():
-            state = self._state(recording_id)
-            if state is None or state.units:
-                raise StoreError("only a recording without units can be dropped")
-            for table in ("gaps", "epochs", "ends", "segments"):
-                self.database.delete(table, "WHERE recording = ?", (recording_id,))
-            self.database.delete("recordings", "WHERE id = ?", (recording_id,))
-            self.database.upsert("meta", ("recordings", self._meta_int("recordings") - 1))
-
-    def _state(self, recording_id: str) -> _RecordingState | None:
+    def state(self, recording_id: str) -> RecordingState | None:
         rows = self.database.select("recordings", "WHERE id = ?", (recording_id,))
-        return _RecordingState(*cast("tuple[Any, ...]", rows[0])) if rows else None
+        return RecordingState(*cast("tuple[Any, ...]", rows[0])) if rows else None
 
-    def _new_recording(self, recording_id: str, header: Record) -> _RecordingState:
-        spec = spec_of(header)
-        text = canonical_ascii(spec.as_json()).decode()
-        state = _RecordingState(recording_id, spec.name, meta_int(header, "created_ns"), text)
-        self.database.insert("recordings", astuple(state))  # before the rows that refer to it
-        self.database.upsert("meta", ("recordings", self._meta_int("recordings") + 1))
-        return state
+    def is_forgotten(self, recording_id: str) -> bool:
+        return bool(self.database.select("forgotten", "WHERE recording = ?", (recording_id,)))
 
-    def _add_unit(self, state: _RecordingState, segment: SegmentRow, record: Record, commit_id: int) -> None:
-        if record.number != state.units:
-            file = f"segments/{segment.name}"
-            raise CorruptionError(
-                f"{file}: unit {record.number} stands where {state.units} should", file=file
-            )
-        row = unit_row(record, recording_id=state.id, segment=segment.name, commit_id=commit_id)
-        self.database.insert("units", [getattr(row, field.name) for field in fields(row)])
-        if record.number == 0:
-            state.start_ns = row.start_ns
-        state.units, state.watermark_ns, state.last_commit = record.number + 1, row.end_ns, commit_id
-        for part, span in row.parts.items():
-            column = _BYTES_COLUMN[part]
-            setattr(state, column, getattr(state, column) + span.length)
+    def forgotten(self) -> list[str]:
+        """The ids of all recordings that were forgotten and of which files may still be there."""
+        with self.database.reading():
+            rows = self.database.select("forgotten", "ORDER BY recording")
+            self._check_count("forgotten", len(rows), self.count_of("forgotten"))
+        return [str(row[0]) for row in rows]
 
-    def _add_event(self, state: _RecordingState, record: Record) -> None:
-        table, integers, texts = _EVENTS[record.kind]
-        count: int = getattr(state, table)
-        if record.number < count:
-            return  # there already
-        values = [meta_int(record, name) for name in integers] + [meta_str(record, name) for name in texts]
-        self.database.insert(table, (state.id, record.number, *values))
-        setattr(state, table, count + 1)
+    def replaced(self, recording_id: str) -> list[str]:
+        """The segment files of a recording that wait for their removal."""
+        with self.database.reading():
+            rows = self.database.select("replaced", "WHERE recording = ? ORDER BY sequence", (recording_id,))
+            state = self.state(recording_id)
+            self._check_count("replaced", len(rows), state.replaced if state else 0)
+        return [str(row[2]) for row in rows]
+
+    def tombstones(self, recording_id: str) -> int:
+        """How many spans of a recording were forgotten: cheap, for a writer to ask again and again."""
+        state = self.state(recording_id)
+        return state.tombstones if state else 0
+
+    def count_of(self, what: str) -> int:
+        """A count that `meta` keeps: recordings, forgotten, last_commit."""
+        return self._meta_int(what)
 
     def _recording_row(self, row: tuple[Value, ...]) -> RecordingRow:
-        state = _RecordingState(*cast("tuple[Any, ...]", row))
+        state = RecordingState(*cast("tuple[Any, ...]", row))
         events = {
             table: self.database.select(table, "WHERE recording = ? ORDER BY number", (state.id,))
-            for table in ("gaps", "epochs", "ends")
+            for table in ("gaps", "epochs", "ends", "tombstones")
         }
         for table, rows in events.items():
             self._check_count(table, len(rows), getattr(state, table))
@@ -319,6 +244,11 @@ class Catalog:
             tier_bytes=TierBytes(
                 state.kv_bytes, state.keys_bytes, state.captions_bytes, state.keyframes_bytes
             ),
+            tombstones=tuple(
+                Tombstone(*cast("tuple[int, int, int, int, int]", row[1:])) for row in events["tombstones"]
+            ),
+            generation=state.generation,
+            kv_from_unit=state.kv_from_unit,
         )
 
     # Meta
@@ -332,11 +262,9 @@ class Catalog:
             )
         if found < FORMAT_VERSION:
             if not write:
-                raise FormatVersionError(
-                    f"the store has the older format {found}: ingest into it once, which brings it up to date"
-                )
+                self.database.into_memory()
             with self.database.writing():
-                _migrate(self.database, since=self._meta_int("format"))
+                migrate(self.database, since=self._meta_int("format"))
 
     def _meta(self, key: str, *default: Value) -> Value:
         rows = self.database.select("meta", "WHERE key = ?", (key,))
@@ -356,56 +284,3 @@ class Catalog:
     def _check_count(table: str, found: int, expected: int) -> None:
         if found != expected:
             raise CorruptionError(f"{CATALOG}: {found} of {expected} rows of {table} are there", file=CATALOG)
-
-
-def unit_row(record: Record, *, recording_id: str, segment: str, commit_id: int) -> UnitRow:
-    """The row of a unit's record. Raises CorruptionError where its meta is not a unit's."""
-    caption_tokens = record.meta.get("caption_tokens")
-    return UnitRow(
-        recording_id=recording_id,
-        number=record.number,
-        commit_id=commit_id,
-        segment=segment,
-        offset=record.offset,
-        length=record.length,
-        start_ns=meta_int(record, "start_ns"),
-        end_ns=meta_int(record, "end_ns"),
-        epoch=meta_int(record, "epoch"),
-        digest=bytes.fromhex(meta_str(record, "digest")),
-        layers=meta_int(record, "layers"),
-        block_count=len(record.blocks) // BLOCK_DTYPE.itemsize,
-        caption_tokens=None if caption_tokens is None else meta_int(record, "caption_tokens"),
-        parts_table=record.parts,
-        blocks_table=record.blocks,
-        slices_table=record.slices,
-    )
-
-
-def spec_of(header: Record) -> RecordingSpec:
-    """The recording that a segment's header describes."""
-    spec = header.meta.get("spec")
-    try:
-        return RecordingSpec.from_json(cast("dict[str, object]", spec))
-    except (ValueError, TypeError, KeyError, RecipeError) as error:
-        raise CorruptionError(f"a segment's header describes no recording: {error}") from None
-
-
-def meta_int(record: Record, key: str) -> int:
-    value = record.meta.get(key)
-    if not isinstance(value, int) or not -(1 << 63) <= value < 1 << 63:
-        raise CorruptionError(f"the record at byte {record.offset} has no number {key!r}")
-    return value
-
-
-def meta_str(record: Record, key: str) -> str:
-    value = record.meta.get(key)
-    if not isinstance(value, str):
-        raise CorruptionError(f"the record at byte {record.offset} has no text {key!r}")
-    return value
-
-
-def _migrate(database: Database, *, since: int) -> None:
-    for migration in MIGRATIONS[since:]:
-        for statement in migration.statements:
-            database.execute(statement)
-    database.upsert("meta", ("format", len(MIGRATIONS)))

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from memdb.codecs.planes import unpack
-from memdb.digest import TierDigests, raw_digest_of, tier_digests, unit_digest
-from memdb.records import Buffer, Kind, Record, canonical_ascii, encode
+from memdb.codecs.planes import element_bytes, unpack
+from memdb.digest import TierDigests, digests_of, raw_digest_of, unit_digest
+from memdb.records import ALIGNMENT_BYTES, Buffer, Kind, Record, canonical_ascii, encode
 from memdb.schemas.errors import CodecError, CorruptionError, StoreError
-from memdb.schemas.rows import Part, PartSpan, UnitRow
-from memdb.schemas.units import BLOCK_DTYPE, SLICE_DTYPE, Bytes, Caption, PackedKV, Unit
+from memdb.schemas.rows import Part, PartSpan, RecordingSpec, UnitRow
+from memdb.schemas.units import BLOCK_DTYPE, SLICE_DTYPE, Bytes, Caption, PackedKV, Table, Unit
 
 
 def encode_unit(
-    unit: Unit, *, offset: int, previous: bytes, encoding_fingerprint: str
+    unit: Unit,
+    *,
+    offset: int,
+    previous: bytes,
+    encoding_fingerprint: str,
+    written: dict[str, object] | None = None,
 ) -> tuple[list[Buffer], Record]:
-    """The buffers of a unit's record at `offset`, and the record, once `check_unit` passed. Big parts are not
-    copied."""
+    """The buffers of a unit's record at `offset`, and the record, once `check_unit` passed.
+
+    Big parts are not copied. `written`: of a unit that is written anew, its revision, codec and first digest.
+    """
     meta: dict[str, object] = {
         "unit": unit.number,
         "start_ns": unit.start_ns,
@@ -29,6 +37,7 @@ def encode_unit(
         "epoch": unit.epoch,
         "encoding": encoding_fingerprint,
         "digest": unit_digest(unit).hex(),
+        **(written or {}),
         "layers": unit.keys.shape[0] if unit.keys is not None else 0,
         "caption_tokens": len(unit.caption.token_ids) if unit.caption else None,
     }
@@ -42,6 +51,44 @@ def encode_unit(
         blocks=np.ascontiguousarray(unit.blocks).tobytes(),
         slices=np.ascontiguousarray(unit.kv.slices).tobytes() if unit.kv else b"",
     )
+
+
+def husk(unit: Unit, start_ns: int, end_ns: int, element_bytes: int) -> Unit:
+    """A unit without what overlaps `[start_ns, end_ns)`: caption, key frame, and whole blocks with their keys.
+
+    Its blocks keep their rows, of 0 tokens, so that the numbers of the others stay. `element_bytes`: of its
+    codec, see `planes.element_bytes`.
+    """
+    gone = (unit.blocks["start_ns"] < end_ns) & (unit.blocks["end_ns"] > start_ns)
+    return without_blocks(replace(unit, caption=None, keyframe=None), gone, element_bytes)
+
+
+def without_blocks(unit: Unit, gone: npt.NDArray[np.bool_], element_bytes: int) -> Unit:
+    """A unit without these blocks (a mask): their slices and keys are left out, their rows hold 0 tokens."""
+    blocks = unit.blocks.copy()
+    blocks["tokens"][gone] = 0
+    if not gone.any() or unit.kv is None:
+        return replace(unit, blocks=blocks)
+    if not blocks["tokens"].any():
+        return replace(unit, blocks=blocks, kv=None, keys=None)
+    keys = None
+    if unit.keys is not None:
+        keys = unit.keys.copy()
+        keys[:, gone] = 0
+    return replace(unit, blocks=blocks, kv=_kept_slices(unit.kv, ~gone, element_bytes), keys=keys)
+
+
+def _kept_slices(kv: PackedKV, kept: npt.NDArray[np.bool_], element_bytes: int) -> PackedKV:
+    """The slices of the blocks that are kept, as they are stored, packed together."""
+    slices = kv.slices[kept[kv.slices["block"]]].copy()
+    room = -(-slices["stored_bytes"].astype(np.int64) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    starts = np.cumsum(room) - room
+    payload = np.zeros(int(room.sum()), np.uint8)
+    for row, start in zip(slices, starts.tolist(), strict=True):
+        offset, size = int(row["offset"]), int(row["stored_bytes"])
+        payload[start : start + size] = kv.payload[offset : offset + size]
+        row["offset"] = start
+    return PackedKV(payload, slices, raw_digest_of(_raw_slices(slices, payload, element_bytes)))
 
 
 def check_unit(unit: Unit) -> None:
@@ -113,43 +160,57 @@ def keys_from(row: UnitRow, data: bytes) -> npt.NDArray[np.float16]:
     return keys.reshape(row.layers, row.block_count, -1).astype(np.float16, copy=False)
 
 
-def raw_slices(row: UnitRow, payload: Bytes, element_bytes: int) -> Iterator[Bytes]:
-    """The slices of a unit before compression, each verified, in the order of its table."""
-    for number, piece in enumerate(row.slices):
-        offset, stored_bytes, raw_bytes = (
-            int(piece[name]) for name in ("offset", "stored_bytes", "raw_bytes")
-        )
-        stored = payload[offset : offset + stored_bytes]
-        if stored.size != stored_bytes or xxhash.xxh3_64_intdigest(stored.data) != int(piece["xxh3"]):
-            raise _damaged(row, f"its slice {number} is damaged")
-        try:
-            yield stored if stored_bytes == raw_bytes else unpack(stored, raw_bytes, element_bytes)
-        except CodecError as error:
-            raise _damaged(row, f"its slice {number} is damaged: {error}") from None
+def stored_element_bytes(spec: RecordingSpec, row: UnitRow) -> int:
+    """Of a unit's slices before compression: see `planes.element_bytes`. Ageing changes the codec unit by unit."""
+    return element_bytes(row.codec or spec.recipe.codec, spec.dtype)
 
 
-def digests_from(row: UnitRow, body: bytes, element_bytes: int) -> TierDigests:
-    """The digests of a unit from the bytes of its body on disk, every part and slice verified."""
+def unit_from(row: UnitRow, body: bytes, element_bytes: int) -> Unit:
+    """The unit itself from the bytes of its body on disk, every part and slice verified.
+
+    Raises CorruptionError.
+    """
     parts = {part: _part(row, body, part, span) for part, span in row.parts.items()}
-    caption = None
+    caption = kv = None
     if Part.CAPTION in parts:
         caption = caption_from(row, parts[Part.CAPTION], parts.get(Part.VECTOR, b""))
-    raw_digest = b""
     if Part.KV in parts:
         payload = np.frombuffer(parts[Part.KV], np.uint8)
-        raw_digest = raw_digest_of(raw_slices(row, payload, element_bytes))
-    return tier_digests(
+        try:
+            kv = PackedKV(payload, row.slices, raw_digest_of(_raw_slices(row.slices, payload, element_bytes)))
+        except CodecError as error:
+            raise _damaged(row, str(error)) from None
+    return Unit(
         row.number,
         row.start_ns,
         row.end_ns,
         row.epoch,
         row.blocks,
-        row.slices,
-        raw_digest,
+        kv,
         keys_from(row, parts[Part.KEYS]) if Part.KEYS in parts else None,
         caption,
         parts.get(Part.KEYFRAME),
     )
+
+
+def digests_from(row: UnitRow, body: bytes, element_bytes: int) -> TierDigests:
+    """The digests of a unit from the bytes of its body on disk, every part and slice verified."""
+    return digests_of(unit_from(row, body, element_bytes))
+
+
+def _raw_slices(slices: Table, payload: Bytes, element_bytes: int) -> Iterator[Bytes]:
+    """Slices before compression, each verified, in the order of the table. Raises CodecError."""
+    for number, piece in enumerate(slices):
+        offset, stored_bytes, raw_bytes = (
+            int(piece[name]) for name in ("offset", "stored_bytes", "raw_bytes")
+        )
+        stored = payload[offset : offset + stored_bytes]
+        if stored.size != stored_bytes or xxhash.xxh3_64_intdigest(stored.data) != int(piece["xxh3"]):
+            raise CodecError(f"its slice {number} is damaged")
+        try:
+            yield stored if stored_bytes == raw_bytes else unpack(stored, raw_bytes, element_bytes)
+        except CodecError as error:
+            raise CodecError(f"its slice {number} is damaged: {error}") from None
 
 
 def _part(row: UnitRow, body: bytes, part: Part, span: PartSpan) -> bytes:

@@ -16,13 +16,15 @@ import shutil
 import sqlite3
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import xxhash
 
+from memdb import files
 from memdb.schemas.errors import CorruptionError, LockedError, StoreError
+from memdb.tables import COLUMNS, KEYS
 
 CATALOG = "catalog.sqlite"
 Value = int | str | bytes | None
@@ -30,51 +32,7 @@ _BUSY_S = 30.0
 _SIGNED = 1 << 63
 # What a reader meets where -shm is not there and cannot be made.
 _CANNOT_BE_WRITTEN = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM)
-
-COLUMNS: dict[str, tuple[str, ...]] = {
-    "meta": ("key", "value"),
-    "recordings": (
-        "id",
-        "name",
-        "created_ns",
-        "spec",
-        "units",
-        "start_ns",
-        "watermark_ns",
-        "last_commit",
-        "segments",
-        "gaps",
-        "epochs",
-        "ends",
-        "kv_bytes",
-        "keys_bytes",
-        "captions_bytes",
-        "keyframes_bytes",
-    ),
-    "segments": ("recording", "sequence", "name", "end_bytes", "footer_hash"),
-    "units": (
-        "recording",
-        "number",
-        "commit_id",
-        "segment",
-        "offset",
-        "length",
-        "start_ns",
-        "end_ns",
-        "epoch",
-        "digest",
-        "layers",
-        "block_count",
-        "caption_tokens",
-        "parts",
-        "blocks",
-        "slices",
-    ),
-    "gaps": ("recording", "number", "start_ns", "end_ns", "reason"),
-    "epochs": ("recording", "number", "epoch", "first_unit", "reason"),
-    "ends": ("recording", "number", "media_end_ns", "units"),
-}
-# Table and column names are these constants; values are always parameters.
+# Table and column names are constants of memdb/tables.py; values are always parameters.
 _SELECT = {
     table: f"SELECT {', '.join(names)}, checksum FROM {table} "  # noqa: S608
     for table, names in COLUMNS.items()
@@ -112,8 +70,29 @@ class Database:
         self._write = write
         self._lock = threading.RLock()
         self._copied_from: tuple[object, ...] | None = None
+        self.on_copy: Callable[[], None] | None = None  # called when a reader's copy was renewed
         with _typed():
             self._connection = self._open_plain() if write else self._open_read_only()
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether this is a reader's own copy, which may be changed: nobody else sees it."""
+        return self._copied_from is not None
+
+    def into_memory(self) -> None:
+        """Go on with a copy in memory, renewed when the files change. For readers."""
+        with self._lock, _typed():
+            if self._copied_from is None:
+                self._copied_from = self._files_state()
+                memory = _connect("file::memory:")
+                self._connection.backup(memory)
+                self._connection.close()
+                self._connection = memory
+
+    def refresh(self) -> None:
+        """See what was committed since: at once where the file is open, by a fresh copy where one is used."""
+        with self._lock:
+            self._renew_copy()
 
     def select(self, table: str, tail: str, parameters: Sequence[Value] = ()) -> list[tuple[Value, ...]]:
         """Rows of `table`, each verified, without their checksums. `tail` is constant SQL."""
@@ -132,7 +111,7 @@ class Database:
     def upsert(self, table: str, values: Sequence[Value]) -> None:
         """A new row, or the new content of the row with this primary key (the first columns)."""
         with self._lock, _typed():
-            keys = ("key",) if table == "meta" else ("id",) if table == "recordings" else COLUMNS[table][:2]
+            keys = KEYS[table]
             rest = [name for name in (*COLUMNS[table], "checksum") if name not in keys]
             updates = ", ".join(f"{name} = excluded.{name}" for name in rest)
             self._connection.execute(
@@ -145,10 +124,10 @@ class Database:
         with self._lock, _typed():
             self._connection.execute(f"DELETE FROM {table} {tail}", parameters)  # noqa: S608
 
-    def execute(self, statement: str) -> list[tuple[Value, ...]]:
-        """A constant statement: a PRAGMA or a migration."""
+    def execute(self, statement: str, parameters: Sequence[Value] = ()) -> list[tuple[Value, ...]]:
+        """A statement of memdb's own: a PRAGMA or a migration. Rows come without a look at their checksums."""
         with self._lock, _typed():
-            return self._connection.execute(statement).fetchall()
+            return self._connection.execute(statement, parameters).fetchall()
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -172,7 +151,9 @@ class Database:
                 self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield
+                files.point("catalog before commit", self._path)
                 self._commit()
+                files.point("catalog committed", self._path)
             except BaseException:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
@@ -181,6 +162,12 @@ class Database:
     def checkpoint(self) -> None:
         """Move the WAL into the database and empty it, if no reader stands in the way."""
         self.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        files.point("catalog checkpointed", self._path)
+
+    def scrub(self) -> None:
+        """Write the file anew without free pages, and empty the WAL: what was deleted is in neither."""
+        self.execute("VACUUM")
+        self.checkpoint()
 
     def close(self) -> None:
         with self._lock:
@@ -200,6 +187,7 @@ class Database:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA foreign_keys = ON")
+            connection.execute("PRAGMA secure_delete = ON")
         except BaseException:
             connection.close()
             raise
@@ -243,8 +231,11 @@ class Database:
             return
         if self._copied_from != self._files_state():
             with _typed():
-                old, self._connection = self._connection, self._copy_into_memory()
+                self._copied_from = None
+                old, self._connection = self._connection, self._open_read_only()
             old.close()
+            if self.on_copy is not None:
+                self.on_copy()
 
     def _files_state(self) -> tuple[object, ...]:
         state: list[object] = []

@@ -14,12 +14,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from memdb.schemas.errors import CorruptionError
 from memdb.schemas.rows import UnitRow
-from memdb.schemas.units import BLOCK_DTYPE, SLICE_DTYPE, Bytes, Caption, Table, Unit
+from memdb.schemas.units import BLOCK_DTYPE, SLICE_DTYPE, Bytes, Unit
 
 TIERS = ("all", "kv", "captions")
 _DIGEST_BYTES = 16
@@ -43,46 +42,26 @@ class TierDigests:
 
 
 def unit_digest(unit: Unit) -> bytes:
-    """16 bytes over the content of a unit that is to be written."""
-    return tier_digests(
-        unit.number,
-        unit.start_ns,
-        unit.end_ns,
-        unit.epoch,
-        unit.blocks,
-        unit.kv.slices if unit.kv else np.zeros(0, SLICE_DTYPE),
-        unit.kv.raw_digest if unit.kv else b"",
-        unit.keys,
-        unit.caption,
-        unit.keyframe,
-    ).all
+    """16 bytes over the content of a unit."""
+    return digests_of(unit).all
 
 
-def tier_digests(
-    number: int,
-    start_ns: int,
-    end_ns: int,
-    epoch: int,
-    blocks: Table,
-    slices: Table,
-    raw_digest: bytes,
-    keys: npt.NDArray[np.float16] | None,
-    caption: Caption | None,
-    keyframe: bytes | None,
-) -> TierDigests:
-    """`raw_digest` is xxh3_128 over the slices before compression, in the order of the table."""
-    unit = np.array([number, start_ns, end_ns, epoch], "<i8").tobytes()
-    kv = [b"kv", unit, np.ascontiguousarray(blocks, BLOCK_DTYPE).tobytes(), raw_digest]
+def digests_of(unit: Unit) -> TierDigests:
+    """The digests of a unit's tiers. `unit.kv.raw_digest` stands for its slices before compression."""
+    head = np.array([unit.number, unit.start_ns, unit.end_ns, unit.epoch], "<i8").tobytes()
+    slices = unit.kv.slices if unit.kv else np.zeros(0, SLICE_DTYPE)
+    raw_digest = unit.kv.raw_digest if unit.kv else b""
+    kv = [b"kv", head, np.ascontiguousarray(unit.blocks, BLOCK_DTYPE).tobytes(), raw_digest]
     kv += [np.ascontiguousarray(slices[name]).astype("<i8").tobytes() for name in _SLICE_CONTENT]
-    if keys is not None:
-        kv += [np.array(keys.shape, "<i8").tobytes(), np.ascontiguousarray(keys, "<f2").tobytes()]
-    captions = [b"captions", unit]
-    if caption is not None:
+    if unit.keys is not None:
+        kv += [np.array(unit.keys.shape, "<i8").tobytes(), np.ascontiguousarray(unit.keys, "<f2").tobytes()]
+    captions = [b"captions", head]
+    if unit.caption is not None:
         captions += [
-            json.dumps([caption.text, list(caption.token_ids)]).encode(),
-            np.ascontiguousarray(caption.vector, "<f4").tobytes(),
+            json.dumps([unit.caption.text, list(unit.caption.token_ids)]).encode(),
+            np.ascontiguousarray(unit.caption.vector, "<f4").tobytes(),
         ]
-    frame = [b"keyframe", unit] + ([keyframe] if keyframe is not None else [])
+    frame = [b"keyframe", head] + ([unit.keyframe] if unit.keyframe is not None else [])
     return TierDigests(_hash(*kv), _hash(*captions), _hash(*frame))
 
 
@@ -96,10 +75,10 @@ def raw_digest_of(slices: Iterable[Bytes]) -> bytes:
 
 
 def check_digest(row: UnitRow, found: TierDigests) -> None:
-    """Raises CorruptionError where a unit's bytes are not those with which it was first written."""
+    """Raises CorruptionError where a unit's bytes are not those with which its row was committed."""
     if found.all != row.digest:
         raise CorruptionError(
-            f"segments/{row.segment}: unit {row.number} is not what was first written",
+            f"segments/{row.segment}: unit {row.number} is not what was written",
             file=f"segments/{row.segment}",
         )
 

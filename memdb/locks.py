@@ -15,6 +15,21 @@ from memdb.schemas.errors import LockedError, StoreError
 _PROBE_S = 0.05
 
 
+def writer_lock(store_path: Path, recording_id: str) -> Path:
+    """Held by the one who appends units to a recording."""
+    return store_path / "locks" / f"{recording_id}.lock"
+
+
+def rewrite_lock(store_path: Path, recording_id: str) -> Path:
+    """Held by the one who forgets, compacts or ages."""
+    return store_path / "locks" / f"{recording_id}.rewrite.lock"
+
+
+def commit_lock(store_path: Path, recording_id: str) -> Path:
+    """Held for a moment: while units are appended, or a span is forgotten, never both."""
+    return store_path / "locks" / f"{recording_id}.commit.lock"
+
+
 class FileLock:
     """An exclusive lock while the object is open. Works between processes and between threads."""
 

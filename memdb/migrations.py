@@ -1,7 +1,8 @@
 """The catalog's format, as ordered, named steps. A step once released is never changed; add one instead.
 
 Format n is what steps 1 to n make. Writers bring an older catalog up to date in one transaction; readers, who
-change nothing, say what to do.
+change nothing, do the same to a copy in memory. Rows carry checksums over their columns, so that a step that
+adds columns verifies each row as it was and closes it anew.
 """
 
 from __future__ import annotations
@@ -10,9 +11,20 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Added:
+    """A new last column. `value` is SQL over the row's other columns."""
+
+    table: str
+    column: str
+    type: str
+    value: str
+
+
+@dataclass(frozen=True)
 class Migration:
     name: str
-    statements: tuple[str, ...]
+    statements: tuple[str, ...] = ()
+    columns: tuple[Added, ...] = ()
 
 
 _TABLES = Migration(
@@ -55,4 +67,37 @@ _TABLES = Migration(
     ),
 )
 
-MIGRATIONS: list[Migration] = [_TABLES]
+_REVISIONS = Migration(
+    "units that are written anew, spans that are forgotten",
+    (
+        """CREATE TABLE tombstones (
+            recording TEXT NOT NULL REFERENCES recordings (id), number INTEGER NOT NULL,
+            start_ns INTEGER NOT NULL, end_ns INTEGER NOT NULL, below_unit INTEGER NOT NULL,
+            at_ns INTEGER NOT NULL, checksum INTEGER NOT NULL,
+            PRIMARY KEY (recording, number)) WITHOUT ROWID""",
+        """CREATE TABLE replaced (
+            recording TEXT NOT NULL REFERENCES recordings (id), sequence INTEGER NOT NULL, name TEXT NOT NULL,
+            checksum INTEGER NOT NULL,
+            PRIMARY KEY (recording, sequence)) WITHOUT ROWID""",
+        """CREATE TABLE forgotten (
+            recording TEXT PRIMARY KEY, at_ns INTEGER NOT NULL, checksum INTEGER NOT NULL) WITHOUT ROWID""",
+    ),
+    (
+        Added("recordings", "tombstones", "INTEGER NOT NULL DEFAULT 0", "0"),
+        Added("recordings", "replaced", "INTEGER NOT NULL DEFAULT 0", "0"),
+        Added("recordings", "generation", "INTEGER NOT NULL DEFAULT 0", "0"),
+        Added("recordings", "kv_from_unit", "INTEGER NOT NULL DEFAULT 0", "0"),
+        Added("segments", "role", "TEXT NOT NULL DEFAULT 'stream'", "'stream'"),
+        Added(
+            "segments",
+            "units",
+            "INTEGER NOT NULL DEFAULT 0",
+            "(SELECT count(*) FROM units WHERE recording = segments.recording AND segment = segments.name)",
+        ),
+        Added("units", "revision", "INTEGER NOT NULL DEFAULT 0", "0"),
+        Added("units", "codec", "TEXT NOT NULL DEFAULT ''", "''"),
+        Added("units", "first_digest", "BLOB NOT NULL DEFAULT x''", "digest"),
+    ),
+)
+
+MIGRATIONS: list[Migration] = [_TABLES, _REVISIONS]

@@ -41,6 +41,7 @@ class Kind(IntEnum):
     RENAME = 6
     TOMBSTONE = 7
     KEEP_SET = 8
+    SEAL = 9  # ends a file that forgetting or rewriting made: without it the file does not count
 
 
 MAGIC = b"memdbREC"
@@ -215,6 +216,21 @@ def read_exactly(fd: int, offset: int, length: int, file_bytes: int, *, file: st
         pieces.append(piece)
         done += len(piece)
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def meta_int(record: Record, key: str) -> int:
+    """A number of a record's meta. Raises CorruptionError where there is none."""
+    value = record.meta.get(key)
+    if not isinstance(value, int) or not -(1 << 63) <= value < 1 << 63:
+        raise CorruptionError(f"the record at byte {record.offset} has no number {key!r}")
+    return value
+
+
+def meta_str(record: Record, key: str) -> str:
+    value = record.meta.get(key)
+    if not isinstance(value, str):
+        raise CorruptionError(f"the record at byte {record.offset} has no text {key!r}")
+    return value
 
 
 def canonical_ascii(data: object) -> bytes:

@@ -1,21 +1,38 @@
 """Bring whole records beyond the catalog's end into the catalog.
 
-They are there after a writer died between its fdatasync and its commit, and after damage to the catalog's
-WAL, which SQLite answers by forgetting commits. A writer that opens calls this under the recording's lock.
+They are there after a process died between its sync and its commit, and after damage to the catalog's WAL,
+which SQLite answers by forgetting commits. A writer that opens calls this under the recording's locks; a
+reader does the same to its own copy of the catalog in memory, so that damage to a WAL hides nothing.
 """
 
 from __future__ import annotations
 
 import logging
-import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from memdb.catalog import Catalog, SegmentRow, meta_str
-from memdb.records import Kind, Record
+from memdb.applying import STREAM, SegmentRow, forget_recording, role_of
+from memdb.catalog import Catalog
+from memdb.files import sync_folder, sync_open
+from memdb.locks import is_held, rewrite_lock, writer_lock
+from memdb.records import Kind, Record, meta_int, meta_str
 from memdb.schemas.errors import CorruptionError
-from memdb.segments import OpenSegment, reading, scan, segment_files, sync_folder
+from memdb.segments import OpenSegment, SegmentGone, reading, scan, segment_files
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Beyond:
+    """Whole records of one segment that the catalog does not have."""
+
+    segment: SegmentRow  # as it is once they are committed
+    records: tuple[Record, ...]
+
+    @property
+    def forgets_all(self) -> bool:
+        return any(is_whole_tombstone(record) for record in self.records)
 
 
 def roll_forward(catalog: Catalog, folder: Path, recording_id: str) -> int:
@@ -23,74 +40,138 @@ def roll_forward(catalog: Catalog, folder: Path, recording_id: str) -> int:
 
     Returns how many records came back. Stops before a unit that does not go on where the recording ends.
     """
-    known = {row.name: row for row in catalog.segments(recording_id)}
     came_back = 0
-    for sequence, name in segment_files(folder).get(recording_id, []):
-        row = known.get(name)
-        start = row.end_bytes if row else 0
-        with reading(folder, name) as segment:
-            if segment.size_bytes <= start:
-                continue
-            previous = row.footer_hash if row else b""
-            found = scan(segment, start, previous=previous, bodies=True)
-            if found.torn:
-                logger.info("%s: the bytes from %d on were never acknowledged", segment.file, found.end)
-            records = _that_go_on(catalog, recording_id, found.records, segment)
-            if not records:
-                continue
-            # A killed writer's bytes may not be on the disk yet: make them safe before they are committed.
-            os.fsync(segment.fd)
-        sync_folder(folder)
-        end = SegmentRow(recording_id, sequence, name, records[-1].end, records[-1].footer_hash)
-        catalog.apply(recording_id, end, records)
-        came_back += len(records)
-        logger.warning("%s: %d records came back into the catalog", segment.file, len(records))
+    for found in beyond(catalog, folder, recording_id):
+        if not catalog.database.in_memory:
+            _make_safe(folder, found.segment.name)
+        came_back += _commit(catalog, recording_id, found)
+        file = f"segments/{found.segment.name}"
+        logger.log(
+            logging.INFO if catalog.database.in_memory else logging.WARNING,
+            "%s: %d records came back into the catalog",
+            file,
+            len(found.records),
+        )
     return came_back
+
+
+def see_beyond(catalog: Catalog, store_path: Path) -> None:
+    """For a reader: take what no living writer is about to commit into its own copy of the catalog."""
+    folder = store_path / "segments"
+    forgotten = set(catalog.forgotten())
+    for recording_id in segment_files(folder):
+        if (
+            recording_id in forgotten
+            or is_held(writer_lock(store_path, recording_id))
+            or is_held(rewrite_lock(store_path, recording_id))
+        ):
+            continue
+        if any(True for _ in beyond(catalog, folder, recording_id)):
+            catalog.database.into_memory()
+            roll_forward(catalog, folder, recording_id)
+
+
+def beyond(catalog: Catalog, folder: Path, recording_id: str) -> Iterator[Beyond]:
+    """What the segments of a recording hold that the catalog does not, file after file."""
+    if catalog.is_forgotten(recording_id):
+        return
+    known = {row.name: row for row in catalog.segments(recording_id)}
+    waiting = set(catalog.replaced(recording_id))
+    for sequence, name in segment_files(folder).get(recording_id, []):
+        row = known.get(name) or SegmentRow(recording_id, sequence, name, 0, b"")
+        if name in waiting:
+            continue
+        try:
+            with reading(folder, name) as segment:
+                found = scan(segment, row.end_bytes, previous=row.footer_hash, bodies=True)
+        except SegmentGone:
+            continue  # somebody else removed it just now
+        if found.torn:
+            logger.info("%s: the bytes from %d on were never acknowledged", segment.file, found.end)
+        if row.end_bytes == 0:
+            role = header_role(found.records, catalog.store_id, recording_id)
+            if role is None or (role != STREAM and found.records[-1].kind is not Kind.SEAL):
+                continue  # foreign, or left unfinished: it never counted
+        else:
+            role = row.role
+        records = _that_go_on(catalog, recording_id, found.records, segment, role)
+        if records:
+            end = records[-1]
+            yield Beyond(
+                SegmentRow(recording_id, sequence, name, end.end, end.footer_hash, role), tuple(records)
+            )
 
 
 def lost_recording(catalog: Catalog, folder: Path, name: str) -> str | None:
     """The id of a recording of this name that segments hold and the catalog does not know, or None."""
-    known = {row.id for row in catalog.recordings()}
+    known = {row.id for row in catalog.recordings()} | set(catalog.forgotten())
     for recording_id, files in sorted(segment_files(folder).items()):
         if recording_id in known:
             continue
         with reading(folder, files[0][1]) as segment:
-            header = _header(segment, catalog.store_id)
+            header = first_header(segment, catalog.store_id)
         spec = header.meta.get("spec") if header else None
         if isinstance(spec, dict) and spec.get("name") == name:
             return recording_id
     return None
 
 
-def _that_go_on(
-    catalog: Catalog, recording_id: str, records: tuple[Record, ...], segment: OpenSegment
-) -> list[Record]:
-    """The records up to the first that is not this recording's or leaves a hole in its units."""
-    recording = next((row for row in catalog.recordings() if row.id == recording_id), None)
-    next_unit = recording.units if recording else 0
-    encoding = recording.spec.encoding_fingerprint if recording else None
-    good: list[Record] = []
-    for record in records:
-        if record.kind is Kind.HEADER:
-            if (
-                meta_str(record, "recording_id") != recording_id
-                or meta_str(record, "store_id") != catalog.store_id
-            ):
-                break
-        elif record.kind is Kind.UNIT:
-            if record.number > next_unit or (encoding and meta_str(record, "encoding") != encoding):
-                logger.warning("%s: unit %d does not go on here", segment.file, record.number)
-                break
-            next_unit = max(next_unit, record.number + 1)
-        good.append(record)
-    return good
+def header_role(records: tuple[Record, ...], store_id: str, recording_id: str) -> str | None:
+    """The role of the segment that begins with these records, None where it is not this recording's."""
+    if not records or records[0].kind is not Kind.HEADER:
+        return None
+    header = records[0]
+    own = (meta_str(header, "recording_id"), meta_str(header, "store_id")) == (recording_id, store_id)
+    return role_of(header) if own else None
 
 
-def _header(segment: OpenSegment, store_id: str) -> Record | None:
+def first_header(segment: OpenSegment, store_id: str) -> Record | None:
+    """The header of a segment of this store, None where it is damaged or foreign."""
     try:
-        first = scan(segment, 0, previous=b"", bodies=True).records
+        first = scan(segment, 0, previous=b"", bodies=True, limit=1).records
         if first and first[0].kind is Kind.HEADER and meta_str(first[0], "store_id") == store_id:
             return first[0]
     except CorruptionError:
         pass
     return None
+
+
+def is_whole_tombstone(record: Record) -> bool:
+    """Whether a record says that the whole recording was forgotten."""
+    return record.kind is Kind.TOMBSTONE and record.meta.get("whole") is True
+
+
+def _commit(catalog: Catalog, recording_id: str, found: Beyond) -> int:
+    if found.forgets_all:
+        at_ns = next(meta_int(record, "at_ns") for record in found.records if is_whole_tombstone(record))
+        forget_recording(catalog, recording_id, at_ns)
+    elif not catalog.is_forgotten(recording_id):
+        catalog.apply(recording_id, found.segment, found.records)
+    return len(found.records)
+
+
+def _make_safe(folder: Path, name: str) -> None:
+    """A killed writer's bytes may not be on the disk yet: they must be before they are committed."""
+    with reading(folder, name) as segment:
+        sync_open(segment.fd, folder / name, "what a killed writer left, before it is committed")
+    sync_folder(folder, "the names of what a killed writer left, before it is committed")
+
+
+def _that_go_on(
+    catalog: Catalog, recording_id: str, records: tuple[Record, ...], segment: OpenSegment, role: str
+) -> list[Record]:
+    """The records up to the first that leaves a hole in the recording's units, or is encoded in another way."""
+    state = catalog.state(recording_id)
+    next_unit = state.units if state else 0
+    encoding = catalog.by_id(recording_id).spec.encoding_fingerprint if state else None
+    good: list[Record] = []
+    for record in records:
+        if record.kind is Kind.UNIT:
+            if role == STREAM and (
+                record.number > next_unit or (encoding and meta_str(record, "encoding") != encoding)
+            ):
+                logger.warning("%s: unit %d does not go on here", segment.file, record.number)
+                break
+            next_unit = max(next_unit, record.number + 1)
+        good.append(record)
+    return good

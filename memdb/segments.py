@@ -7,6 +7,7 @@ on in another's file: it starts the next one.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from memdb.files import File, sync_folder, unlink
 from memdb.records import (
     ALIGNMENT_BYTES,
     MAGIC,
@@ -28,7 +30,6 @@ from memdb.schemas.errors import CorruptionError, StoreError
 
 SEGMENT_BYTES_MAX = 1 << 30  # a writer goes on in the next file once one has reached this size
 _NAME = re.compile(r"([0-9a-f]{32})-([0-9]{6})\.seg")
-_BUFFERS_MAX = 1024  # of one pwritev (IOV_MAX)
 _WINDOW_BYTES = 1 << 20
 
 
@@ -52,6 +53,13 @@ def segment_files(folder: Path) -> dict[str, list[tuple[int, str]]]:
     return {recording_id: sorted(found) for recording_id, found in files.items()}
 
 
+class SegmentGone(CorruptionError):
+    """A segment that the catalog named a moment ago is not there: it was replaced, or it is lost.
+
+    Whoever meets it looks into the catalog once more; if that names the same file still, the file is lost.
+    """
+
+
 @dataclass(frozen=True)
 class OpenSegment:
     """A segment file open for reading, with its size at that moment."""
@@ -63,18 +71,33 @@ class OpenSegment:
 
 @contextmanager
 def reading(folder: Path, name: str) -> Iterator[OpenSegment]:
-    """Open a segment. Raises CorruptionError where it is missing, unreadable or misnamed."""
+    """Open a segment and pin it: while it is open, nobody removes it.
+
+    Raises SegmentGone where it is missing or being removed, CorruptionError where it is unreadable or misnamed.
+    """
     file = f"segments/{name}"
     if parse_segment_name(name) is None:
         raise CorruptionError(f"{file!r} is no name of a segment", file="catalog.sqlite")
     try:
         fd = os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        raise SegmentGone(f"{file} is not there", file=file) from None
     except OSError as error:
         raise CorruptionError(f"{file} cannot be opened: {error.strerror}", file=file) from None
     try:
+        _pin(fd, file)
         yield OpenSegment(fd, os.fstat(fd).st_size, file)
     finally:
         os.close(fd)
+
+
+def _pin(fd: int, file: str) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SegmentGone(f"{file} is being removed", file=file) from None
+    except OSError:
+        pass  # a file system without locks: nothing is written there, or the writer would have refused it
 
 
 @dataclass(frozen=True)
@@ -86,14 +109,21 @@ class Scan:
     torn: str  # "" where the file ends with the last record
 
 
-def scan(segment: OpenSegment, start: int, *, previous: bytes | None = None, bodies: bool = False) -> Scan:
-    """Whole records from byte `start` on, until the end of the file or the first that is not whole.
+def scan(
+    segment: OpenSegment,
+    start: int,
+    *,
+    previous: bytes | None = None,
+    bodies: bool = False,
+    limit: int | None = None,
+) -> Scan:
+    """Whole records from byte `start` on, until the end of the file, the first that is not whole, or `limit`.
 
     A record is whole if its prologue, its footer and, with `bodies`, its body are what was written, and if it
     follows the footer `previous` (None: whatever).
     """
     records: list[Record] = []
-    while start < segment.size_bytes:
+    while start < segment.size_bytes and (limit is None or len(records) < limit):
         try:
             record = read_record(segment.fd, start, segment.size_bytes, file=segment.file)
             if previous is not None and record.meta.get("previous") != previous.hex():
@@ -127,49 +157,59 @@ def next_prologue(segment: OpenSegment, start: int, end: int) -> int | None:
 
 
 class SegmentWriter:
-    """Appends to a new segment file. Bytes are safe after `sync`."""
+    """Appends to a new segment file, which it pins. Bytes are safe after `sync`."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        """Raises StoreError where the file exists or cannot be made."""
+        """Raises FileExistsError, and StoreError where the file cannot be made."""
         self.name = name
         self.end_bytes = 0
         self._folder = folder
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
-            self._fd = os.open(folder / name, flags, 0o644)
+            self._file = File(folder / name)
+        except FileExistsError:
+            raise
         except OSError as error:
             raise StoreError(f"cannot make segments/{name}: {error.strerror}") from None
+        fcntl.flock(self._file.fd, fcntl.LOCK_SH)
 
     def append(self, buffers: Sequence[Buffer]) -> None:
         """Write at the end. Raises OSError."""
-        pending = [memoryview(buffer).cast("B") for buffer in buffers if len(buffer)]
-        while pending:
-            done = os.pwritev(self._fd, pending[:_BUFFERS_MAX], self.end_bytes)
-            self.end_bytes += done
-            while pending and done >= len(pending[0]):
-                done -= len(pending.pop(0))
-            if done:
-                pending[0] = pending[0][done:]
+        self.end_bytes = self._file.write(buffers, self.end_bytes)
 
-    def sync(self) -> None:
+    def sync(self, why: str) -> None:
         """Wait until what was appended is on the disk. Raises OSError."""
-        os.fdatasync(self._fd)
+        self._file.sync(why)
 
-    def sync_new(self) -> None:
+    def sync_new(self, why: str, why_name: str) -> None:
         """The same for a file that is new: its name must be on the disk too. Raises OSError."""
-        os.fsync(self._fd)
-        sync_folder(self._folder)
+        self._file.sync(why)
+        sync_folder(self._folder, why_name)
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._file.close()
 
 
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk. Raises OSError."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def remove_segments(folder: Path, names: Sequence[str], why: str) -> list[str]:
+    """Remove segment files that nobody has open; the names of those that are gone now. Raises OSError.
+
+    One that is being read or written stays, for a later try: bytes that somebody reads are still on the disk.
+    """
+    gone = [name for name in names if _remove(folder / name)]
+    if gone:
+        sync_folder(folder, why)
+    return gone
+
+
+def _remove(path: Path) -> bool:
     try:
-        os.fsync(fd)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        unlink(path)
+    except BlockingIOError:
+        return False
     finally:
         os.close(fd)
+    return True

@@ -10,24 +10,42 @@ import logging
 import os
 import re
 import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
 
+from memdb.files import unlink, write_whole
 from memdb.schemas.errors import CorruptionError, StoreError
-from memdb.segments import sync_folder
+from memdb.schemas.recording import Tombstone
 
 logger = logging.getLogger(__name__)
 
 _MAGIC = b"memdbSTA"
-_FORMAT = 1
-# magic, format, length of the fingerprint, unit number, length of the payload; then the fingerprint (ASCII),
-# xxh3_128 over all of this and the payload, and the payload.
-_HEAD = struct.Struct("<8sIIQQ")
+_FORMAT = 2
+# magic, format, length of the fingerprint, unit number, length of the payload, reach, tombstones seen; then the
+# fingerprint (ASCII), xxh3_128 over all of this and the payload, and the payload.
+_HEAD = struct.Struct("<8sIIQQqQ")
 _HASH_BYTES = 16
 _KEEP = 2
 _FINGERPRINT_BYTES_MAX = 1024
 _NAME = re.compile(r"([0-9a-f]{32})-([0-9]{10})\.state")
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """An encoder state as it lies on the disk."""
+
+    unit: int  # the unit with which an ingest goes on from it
+    encoding_fingerprint: str
+    reach_ns: int  # it holds nothing of the stream from before this media time
+    tombstones: int  # how many spans had been forgotten when it was taken: it holds nothing of them
+    payload: bytes
+
+    def holds_forgotten(self, tombstones: Sequence[Tombstone]) -> bool:
+        """Whether it reaches into a span that was forgotten since, or lies before one: a replay would see it again."""
+        return any(self.reach_ns < tombstone.end_ns for tombstone in tombstones[self.tombstones :])
 
 
 class StateFiles:
@@ -39,26 +57,24 @@ class StateFiles:
         self._recording_id = recording_id
         self._encoding_fingerprint = encoding_fingerprint
 
-    def save(self, unit_number: int, payload: bytes) -> None:
-        """Keep the state that belongs to a unit number. On the disk when this returns. Raises StoreError."""
+    def save(self, unit_number: int, payload: bytes, *, reach_ns: int = 0, tombstones: int = 0) -> None:
+        """Keep the state that belongs to a unit number. On the disk when this returns. Raises StoreError.
+
+        `reach_ns`, `tombstones`: see SavedState; by default it may hold something of everything.
+        """
         path = self._folder / f"{self._recording_id}-{unit_number:010d}.state"
-        temporary = path.with_suffix(".tmp")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+        head = _head(SavedState(unit_number, self._encoding_fingerprint, reach_ns, tombstones, b""), payload)
         try:
-            with open(os.open(temporary, flags, 0o644), "wb") as file:
-                file.write(_head(unit_number, payload, self._encoding_fingerprint))
-                file.write(payload)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            sync_folder(self._folder)
+            write_whole(path, [head, payload], sync="a saved state", sync_name="the name of a saved state")
             for old in self.files()[_KEEP:]:
-                old.unlink(missing_ok=True)
+                unlink(old)
         except OSError as error:
             raise StoreError(f"cannot save the state {path.name}: {error.strerror}") from error
 
-    def load_latest(self, encoding_fingerprint: str, at_most_unit: int) -> tuple[int, bytes] | None:
-        """The newest whole state of this encoding at or before a unit number, with its number.
+    def load_latest(
+        self, encoding_fingerprint: str, at_most_unit: int, tombstones: Sequence[Tombstone] = ()
+    ) -> SavedState | None:
+        """The newest whole state of this encoding at or before a unit number that holds nothing forgotten.
 
         Damaged states and those of another encoding are passed over with a warning in the log.
         """
@@ -67,15 +83,38 @@ class StateFiles:
             if number > at_most_unit:
                 continue
             try:
-                found_number, fingerprint, payload = read_state(path)
+                found = read_state(path)
             except CorruptionError as error:
                 logger.warning("passed over: %s", error)
                 continue
-            if found_number != number or fingerprint != encoding_fingerprint:
+            if found.unit != number or found.encoding_fingerprint != encoding_fingerprint:
                 logger.warning("passed over: state/%s is of another unit or encoding", path.name)
                 continue
-            return number, payload
+            if found.holds_forgotten(tombstones):
+                logger.info("passed over: state/%s holds what was forgotten", path.name)
+                continue
+            return found
         return None
+
+    def remove_forgotten(self, tombstones: Sequence[Tombstone]) -> int:
+        """Remove the states that hold something forgotten, and damaged ones, of which nobody knows; how many."""
+        removed = 0
+        for path in self.files():
+            try:
+                if not read_state(path).holds_forgotten(tombstones):
+                    continue
+            except CorruptionError:
+                if not path.exists():
+                    continue  # a writer just replaced it
+            unlink(path)
+            removed += 1
+        return removed
+
+    def remove_all(self) -> int:
+        """Remove every state; how many there were."""
+        for path in (found := self.files()):
+            unlink(path)
+        return len(found)
 
     def files(self) -> list[Path]:
         """Its files, the newest unit first."""
@@ -95,8 +134,8 @@ def recording_of(path: Path) -> str:
     return path.name[:32]
 
 
-def read_state(path: Path) -> tuple[int, str, bytes]:
-    """Unit number, encoding fingerprint and payload of a state file. Raises CorruptionError."""
+def read_state(path: Path) -> SavedState:
+    """A state file, verified. Raises CorruptionError."""
     file = f"state/{path.name}"
     try:
         with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), "rb") as stream:
@@ -104,7 +143,9 @@ def read_state(path: Path) -> tuple[int, str, bytes]:
             head = stream.read(_HEAD.size)
             if len(head) != _HEAD.size:
                 raise CorruptionError(f"{file} is no whole state", file=file)
-            magic, version, name_bytes, unit_number, payload_bytes = _HEAD.unpack(head)
+            magic, version, name_bytes, unit_number, payload_bytes, reach_ns, tombstones = _HEAD.unpack(head)
+            if magic == _MAGIC and version == 1:
+                raise CorruptionError(f"{file} is of an older format and is not used", file=file)
             whole_bytes = _HEAD.size + name_bytes + _HASH_BYTES + payload_bytes
             if magic != _MAGIC or name_bytes > _FINGERPRINT_BYTES_MAX or whole_bytes != size_bytes:
                 raise CorruptionError(f"{file} is no whole state", file=file)
@@ -115,13 +156,13 @@ def read_state(path: Path) -> tuple[int, str, bytes]:
         raise CorruptionError(f"{file} is damaged", file=file)
     if version != _FORMAT:
         raise CorruptionError(f"{file} has the unknown format {version}", file=file)
-    return unit_number, name.decode("ascii", "replace"), payload
+    return SavedState(unit_number, name.decode("ascii", "replace"), reach_ns, tombstones, payload)
 
 
-def _head(unit_number: int, payload: bytes, encoding_fingerprint: str) -> bytes:
-    name = encoding_fingerprint.encode("ascii")
-    head = _HEAD.pack(_MAGIC, _FORMAT, len(name), unit_number, len(payload)) + name
-    return head + _digest(head, payload)
+def _head(state: SavedState, payload: bytes) -> bytes:
+    name = state.encoding_fingerprint.encode("ascii")
+    head = _HEAD.pack(_MAGIC, _FORMAT, len(name), state.unit, len(payload), state.reach_ns, state.tombstones)
+    return head + name + _digest(head + name, payload)
 
 
 def _digest(head: bytes, payload: bytes) -> bytes:

@@ -13,6 +13,7 @@ import logging
 import os
 import time
 import uuid
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -21,19 +22,23 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from memdb.applying import drop_empty
 from memdb.catalog import Catalog
-from memdb.codecs.planes import element_bytes
-from memdb.contents import caption_from, digests_from, keys_from
+from memdb.contents import caption_from, digests_from, keys_from, stored_element_bytes
 from memdb.database import CATALOG
 from memdb.digest import TIERS, check_digest, recording_hash
-from memdb.locks import FileLock, is_held
+from memdb.files import sync_folder, unlink
+from memdb.folder import FOLDERS as FOLDERS
+from memdb.folder import open_folder
+from memdb.locks import FileLock, is_held, rewrite_lock, writer_lock
+from memdb.network import check_locks_hold
 from memdb.records import read_body, read_exactly, read_record
-from memdb.roll_forward import lost_recording, roll_forward
+from memdb.roll_forward import lost_recording, roll_forward, see_beyond
 from memdb.schemas.errors import (
     CorruptionError,
     EncodingMismatch,
+    LockedError,
     ModelMismatch,
-    NotAStore,
     SourceMismatch,
     StoreError,
     UnknownRecording,
@@ -44,13 +49,11 @@ from memdb.schemas.recording import check_name
 from memdb.schemas.rows import Part, RecordingRow, RecordingSpec
 from memdb.schemas.rows import UnitRow as UnitRow
 from memdb.schemas.units import Caption
-from memdb.segments import SEGMENT_BYTES_MAX, reading, segment_files, sync_folder
+from memdb.segments import SEGMENT_BYTES_MAX, reading, segment_files
 from memdb.state import StateFiles
 from memdb.writer import OwnSegment, RecordingWriter, begin_segment
 
 logger = logging.getLogger(__name__)
-
-FOLDERS = ("segments", "state", "locks", "keys", "captions.lance")
 
 
 class Store:
@@ -69,15 +72,12 @@ class Store:
 
         Raises NotAStore, FormatVersionError, CorruptionError, StoreError.
         """
-        folder = Path(path).absolute()
-        if not _has_catalog(folder):
-            if not create:
-                raise NotAStore(_how_to_get_a_store(folder))
-            _create(folder)
-        for name in (CATALOG, *FOLDERS):
-            if (folder / name).is_symlink():
-                raise StoreError(f"{folder / name} is a symbolic link: a store holds none")
-        return cls(folder, Catalog(folder / CATALOG, write=write), write=write)
+        folder = open_folder(path, create=create)
+        if write:
+            check_locks_hold(folder)
+            return cls(folder, Catalog(folder / CATALOG, write=True), write=True)
+        see = partial(see_beyond, store_path=folder)
+        return cls(folder, Catalog(folder / CATALOG, write=False, on_open=see), write=False)
 
     def close(self) -> None:
         """Close. Writers are closed by whoever opened them."""
@@ -138,12 +138,9 @@ class Store:
         spec = self._catalog.by_id(recording_id).spec
         return StateFiles(self.path / "state", recording_id, spec.encoding_fingerprint)
 
-    def lock_path(self, recording_id: str) -> Path:
-        return self.path / "locks" / f"{recording_id}.lock"
-
     def is_written(self, recording_id: str) -> bool:
         """Whether a writer has the recording open, in any process."""
-        return is_held(self.lock_path(recording_id))
+        return is_held(writer_lock(self.path, recording_id))
 
     # Units
 
@@ -247,8 +244,8 @@ class Store:
                 recording_id = found.id if found else lost_recording(catalog, self.segments_path, spec.name)
                 recording_id = recording_id or uuid.uuid4().hex
                 held = f"another process writes {spec.name!r}: wait for it, or name another recording"
-                lock = FileLock(self.lock_path(recording_id), held_message=held)
-                roll_forward(catalog, self.segments_path, recording_id)
+                lock = FileLock(writer_lock(self.path, recording_id), held_message=held)
+                self._roll_forward(catalog, recording_id)
                 found = catalog.find(spec.name)
                 if found is not None and not found.units and found.spec != spec:
                     # Begun and never filled, perhaps with a slip in the settings: nothing is lost, the name is free.
@@ -257,7 +254,12 @@ class Store:
                 first: OwnSegment | None = None
                 if found is None:
                     created_ns = time.time_ns() if now_ns is None else now_ns
-                    first = begin_segment(catalog, self.segments_path, recording_id, 0, spec, created_ns)
+                    if catalog.is_forgotten(recording_id):
+                        recording_id = uuid.uuid4().hex
+                        lock.close()
+                        lock = FileLock(writer_lock(self.path, recording_id), held_message=held)
+                    begun = RecordingRow.begun(recording_id, spec, created_ns)
+                    first = begin_segment(catalog, self.segments_path, begun)
                     found = catalog.by_id(recording_id)
             _check_same(found, spec)
             return RecordingWriter(
@@ -269,23 +271,32 @@ class Store:
             catalog.close()
             raise
 
+    def _roll_forward(self, catalog: Catalog, recording_id: str) -> None:
+        """Bring back what a killed process left, unless another process forgets or rewrites just now."""
+        try:
+            with FileLock(rewrite_lock(self.path, recording_id)):
+                roll_forward(catalog, self.segments_path, recording_id)
+        except LockedError:
+            logger.info(
+                "another process compacts this recording: what was left behind waits for the next time"
+            )
+
 
 def recording_digest(store: Store, name: str, tier: str = "all") -> str:
     """The digest of a recording's content, computed anew from the bytes on disk: hex.
 
     `kv` ignores captions and key frames, `captions` ignores KV and key frames. Each unit is compared with the
-    digest with which it was first written. Raises CorruptionError, UnknownRecording, UsageError.
+    digest with which it was committed. Raises CorruptionError, UnknownRecording, UsageError.
     """
     if tier not in TIERS:
         raise UsageError(f"unknown tier {tier!r}: choose one of {', '.join(TIERS)}")
     recording = store.recording(name)
-    size = element_bytes(recording.spec.recipe.codec, recording.spec.dtype)
     digests: list[bytes] = []
     for row in store.catalog.units(recording.id, 0, recording.units):
         with reading(store.segments_path, row.segment) as segment:
             record = read_record(segment.fd, row.offset, segment.size_bytes, file=segment.file)
             body = read_body(segment.fd, record, segment.size_bytes, file=segment.file)
-        found = digests_from(row, body, size)
+        found = digests_from(row, body, stored_element_bytes(recording.spec, row))
         check_digest(row, found)
         digests.append(found.of(tier))
     return recording_hash(digests)
@@ -309,51 +320,10 @@ def _check_same(found: RecordingRow, spec: RecordingSpec) -> None:
 
 def _forget_empty(catalog: Catalog, folder: Path, found: RecordingRow) -> None:
     """Drop a recording without units: its rows, then its files, which without rows would only bring it back."""
-    catalog.drop_empty(found.id)
+    drop_empty(catalog, found.id)
     for _, name in segment_files(folder).get(found.id, []):
-        (folder / name).unlink(missing_ok=True)
-    sync_folder(folder)
+        unlink(folder / name)
+    sync_folder(folder, "the removal of a recording that held nothing")
     for state in StateFiles(folder.parent / "state", found.id, "").files():
-        state.unlink(missing_ok=True)
+        unlink(state)
     logger.info("recording %s held nothing and is begun anew", found.name)
-
-
-def _has_catalog(folder: Path) -> bool:
-    try:
-        return (folder / CATALOG).stat().st_size > 0
-    except FileNotFoundError:
-        if (folder / "segments").is_dir() and any((folder / "segments").iterdir()):
-            raise CorruptionError(f"{folder}: its {CATALOG} is missing", file=CATALOG) from None
-        return False
-    except NotADirectoryError:
-        return False
-    except OSError as error:
-        raise NotAStore(f"{folder} cannot be opened: {error.strerror}") from None
-
-
-def _how_to_get_a_store(folder: Path) -> str:
-    if folder.is_dir():
-        return f"{folder} holds no store: name one, or make it with memdb ingest FILM --store {folder}"
-    if folder.exists():
-        return f"{folder} is a file, not a store: name the folder of a store"
-    return f"there is no store at {folder}: make one with memdb ingest FILM --store {folder}"
-
-
-def _create(folder: Path) -> None:
-    """Make an empty store. Taken up again where a process died in between; refused beside foreign files."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        foreign = sorted(
-            name for name in os.listdir(folder) if name not in FOLDERS and not name.startswith(CATALOG)
-        )
-        if foreign:
-            raise NotAStore(
-                f"{folder} is not empty and holds no store ({foreign[0]!r} lies in it): name a new folder"
-            )
-        for name in ("segments", "state", "locks"):
-            (folder / name).mkdir(exist_ok=True)
-        Catalog.create(folder / CATALOG, store_id=uuid.uuid4().hex, created_ns=time.time_ns())
-        sync_folder(folder)
-        sync_folder(folder.parent)
-    except OSError as error:
-        raise StoreError(f"cannot make a store at {folder}: {error.strerror}") from error

@@ -13,12 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from memdb.catalog import SegmentRow, meta_int, meta_str, unit_row
-from memdb.codecs.planes import element_bytes
-from memdb.contents import digests_from
+from memdb.applying import SegmentRow, revision_of, unit_row
+from memdb.contents import digests_from, stored_element_bytes
 from memdb.database import CATALOG
 from memdb.digest import check_digest
-from memdb.records import Kind, Record, read_body, read_prologue, read_record
+from memdb.records import Kind, Record, meta_int, meta_str, read_body, read_prologue, read_record
 from memdb.schemas.errors import CodecError, CorruptionError
 from memdb.schemas.recording import Epoch, Gap
 from memdb.schemas.rows import RecordingRow, UnitRow
@@ -154,13 +153,13 @@ class _Verification:
         for path in state_files(self.store.path / "state"):
             recording = known.get(recording_of(path))
             try:
-                _, fingerprint, payload = read_state(path)
+                state = read_state(path)
             except CorruptionError as error:
                 if path.exists():  # else a writer just replaced it
                     self.add(error.file, str(error), recording)
             else:
-                self._checked(len(payload))
-                if recording and fingerprint != recording.spec.encoding_fingerprint:
+                self._checked(len(state.payload))
+                if recording and state.encoding_fingerprint != recording.spec.encoding_fingerprint:
                     self.add(f"state/{path.name}", "is of another encoding than its recording", recording)
 
     def _tail(
@@ -225,8 +224,7 @@ class _SegmentCheck:
         self._store_id = run.store.store_id
         self._units = units  # by offset
         self._previous: bytes | None = b""  # footer hash of the record before, None behind damage
-        spec = recording.spec
-        self._element_bytes = element_bytes(spec.recipe.codec, spec.dtype)
+        self._spec = recording.spec
 
     def run(self, end: int, events: list[Gap | Epoch]) -> None:
         offset = 0
@@ -270,6 +268,8 @@ class _SegmentCheck:
 
     def _check_unit(self, record: Record, body: bytes) -> None:
         row = self._units.get(record.offset)
+        if row is None and self._is_superseded(record):
+            return  # dead bytes, until compaction
         if row is None:
             what = f"unit {record.number} of {self._file.file} has no row in the catalog"
             raise CorruptionError(what, file=CATALOG)
@@ -280,7 +280,14 @@ class _SegmentCheck:
         if differing:
             what = f"unit {record.number} differs from its row in the catalog: {differing[0]}"
             raise CorruptionError(what, file=CATALOG)
-        check_digest(row, digests_from(row, body, self._element_bytes))
+        check_digest(row, digests_from(row, body, stored_element_bytes(self._spec, row)))
+
+    def _is_superseded(self, record: Record) -> bool:
+        """Whether the catalog has a later revision of the unit, in another file."""
+        if record.number >= self._recording.units:
+            return False
+        current = self._run.store.catalog.unit(self._recording.id, record.number)
+        return current.revision > revision_of(record)
 
     def _behind_damage(self, offset: int, end: int) -> int:
         """Where to go on behind a damaged record: its prologue says, or the next one that is whole."""

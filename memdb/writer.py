@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from memdb.catalog import Catalog, SegmentRow
-from memdb.contents import check_unit, encode_unit
-from memdb.locks import FileLock
+from memdb.applying import STREAM, SegmentRow
+from memdb.catalog import Catalog
+from memdb.codecs.planes import element_bytes
+from memdb.contents import check_unit, encode_unit, husk
+from memdb.locks import FileLock, commit_lock
 from memdb.records import Buffer, Kind, Record, encode
-from memdb.schemas.errors import StoreError
+from memdb.schemas.errors import StoreError, StoreFull
 from memdb.schemas.format import FORMAT_VERSION
-from memdb.schemas.recording import Gap
-from memdb.schemas.rows import RecordingRow, RecordingSpec
+from memdb.schemas.recording import Gap, Tombstone
+from memdb.schemas.rows import RecordingRow
 from memdb.schemas.units import Table, Unit
 from memdb.segments import SEGMENT_BYTES_MAX, SegmentWriter, segment_files, segment_name
 
@@ -46,11 +49,13 @@ class RecordingWriter:
         self._catalog = catalog
         self._folder = folder
         self._file_lock = lock
+        self._commit_lock = commit_lock(folder.parent, recording.id)
         self._segment_bytes_max = segment_bytes_max
         self._segment = segment
         self._broken = ""
         self._lock = threading.RLock()
         self._scale_widths = _last_scale_widths(catalog, recording)
+        self._tombstones = len(recording.tombstones)  # that this writer has taken note of
 
     @property
     def next_unit(self) -> int:
@@ -60,14 +65,31 @@ class RecordingWriter:
     def watermark_ns(self) -> int:
         return self._row.watermark_ns
 
-    def append(self, units: Sequence[Unit]) -> int:
+    def tombstones(self) -> tuple[Tombstone, ...]:
+        """The spans of the recording that were forgotten up to now, by whatever process.
+
+        Raises StoreError where all of it was forgotten.
+        """
+        with self._lock:
+            if self._catalog.tombstones(self._row.id) > self._tombstones:
+                self._take_note()
+            elif self._catalog.is_forgotten(self._row.id):
+                raise StoreError(f"recording {self._row.name!r} was forgotten while it was written")
+            return self._row.tombstones
+
+    def append(self, units: Sequence[Unit], *, tombstones_seen: int | None = None) -> int:
         """Commit units as one. Returns the commit id of the last of them.
 
         Their numbers go on where the recording ends, and neither their starts nor their ends go back in time.
-        Raises StoreError for units that do not, and then nothing was written.
+        `tombstones_seen`: how many spans had been forgotten when the encoder took in these units (None: as many
+        as when the writer opened); what is forgotten since is left out of them, under the same numbers. Raises
+        StoreError for units that do not go on, and then nothing was written.
         """
-        with self._lock:
+        with self._lock, FileLock(self._commit_lock, wait=True):
             self._check(units)
+            seen = len(self.recording.tombstones) if tombstones_seen is None else tombstones_seen
+            since = self.tombstones()[seen:]
+            units = [self._without_forgotten(unit, since) for unit in units]
             fingerprint = self._row.spec.encoding_fingerprint
 
             def encoder(unit: Unit) -> _Encode:
@@ -164,67 +186,95 @@ class RecordingWriter:
             assert self._segment is not None
             buffers, records = _encode_all(encoders, self._segment)
             self._segment.append(buffers)
-            self._segment.sync()
+            self._segment.sync("a unit's bytes, before it is committed")
             self._row = self._catalog.apply(self._row.id, self._segment.row(records[-1]), records)
         except BaseException as error:
             self._broken = f"{type(error).__name__}: {error}"
             if isinstance(error, OSError):
-                raise StoreError(
+                kind = StoreFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StoreError
+                raise kind(
                     f"cannot write to segments/: {error.strerror}: what was acknowledged is safe; check "
                     "the disk, then run the same ingest again"
                 ) from error
             raise
 
+    def _without_forgotten(self, unit: Unit, since: Sequence[Tombstone]) -> Unit:
+        """A unit that was in hand when something was forgotten: what of it overlaps is left out."""
+        spec = self._row.spec
+        for tombstone in since:
+            if unit.start_ns < tombstone.end_ns and unit.end_ns > tombstone.start_ns:
+                size = element_bytes(spec.recipe.codec, spec.dtype)
+                unit = husk(unit, tombstone.start_ns, tombstone.end_ns, size)
+        return unit
+
+    def _take_note(self) -> None:
+        """Something was forgotten: go on in a new file, so that compaction can have the one in hand."""
+        self._row = self._catalog.by_id(self._row.id)
+        self._tombstones = len(self._row.tombstones)
+        if self._segment is not None:
+            self._segment.close()
+            self._segment = None
+
     def _next_segment(self) -> None:
         if self._segment is not None:
             self._segment.close()
             self._segment = None
-        sequence = 1 + max(
-            (found for found, _ in segment_files(self._folder).get(self._row.id, [])), default=-1
-        )
-        self._segment = begin_segment(
-            self._catalog, self._folder, self._row.id, sequence, self._row.spec, self._row.created_ns
-        )
+        self._segment = begin_segment(self._catalog, self._folder, self._row)
 
 
 class OwnSegment(SegmentWriter):
     """The segment of a writer, with the footer hash that its next record repeats."""
 
-    def __init__(self, folder: Path, recording_id: str, sequence: int) -> None:
+    def __init__(self, folder: Path, recording_id: str, sequence: int, role: str = STREAM) -> None:
         super().__init__(folder, segment_name(recording_id, sequence))
         self.recording_id = recording_id
         self.sequence = sequence
+        self.role = role
         self.footer_hash = b""
+
+    @classmethod
+    def next(cls, folder: Path, recording_id: str, role: str = STREAM) -> OwnSegment:
+        """A new file behind all that there are. Raises StoreError."""
+        while True:
+            known = segment_files(folder).get(recording_id, [])
+            try:
+                return cls(folder, recording_id, 1 + max((found for found, _ in known), default=-1), role)
+            except FileExistsError:
+                continue  # somebody else who writes this recording was faster
 
     def row(self, last: Record) -> SegmentRow:
         """Its row once `last` is its last record."""
         self.footer_hash = last.footer_hash
-        return SegmentRow(self.recording_id, self.sequence, self.name, last.end, last.footer_hash)
+        return SegmentRow(self.recording_id, self.sequence, self.name, last.end, last.footer_hash, self.role)
 
 
-def begin_segment(
-    catalog: Catalog, folder: Path, recording_id: str, sequence: int, spec: RecordingSpec, created_ns: int
-) -> OwnSegment:
+def begin_segment(catalog: Catalog, folder: Path, recording: RecordingRow) -> OwnSegment:
     """A new segment file with its header, on the disk and in the catalog. The first makes the recording."""
-    meta: dict[str, object] = {
-        "format": FORMAT_VERSION,
-        "store_id": catalog.store_id,
-        "recording_id": recording_id,
-        "created_ns": created_ns,
-        "spec": spec.as_json(),
-        "policy": {},
-        "replaces": [],
-    }
-    buffers, header = encode(Kind.HEADER, sequence, meta, offset=0, previous=b"")
-    segment = OwnSegment(folder, recording_id, sequence)
+    segment = OwnSegment.next(folder, recording.id)
     try:
+        buffers, header = segment_header(catalog.store_id, recording, segment)
         segment.append(buffers)
-        segment.sync_new()
-        catalog.apply(recording_id, segment.row(header), [header])
+        segment.sync_new("a new segment's header, before it is committed", "the name of a new segment")
+        catalog.apply(recording.id, segment.row(header), [header])
     except BaseException:
         segment.close()
         raise
     return segment
+
+
+def segment_header(
+    store_id: str, recording: RecordingRow, segment: OwnSegment
+) -> tuple[list[Buffer], Record]:
+    """What a segment says of itself, in its first record."""
+    meta: dict[str, object] = {
+        "format": FORMAT_VERSION,
+        "store_id": store_id,
+        "recording_id": recording.id,
+        "created_ns": recording.created_ns,
+        "spec": recording.spec.as_json(),
+        "role": segment.role,
+    }
+    return encode(Kind.HEADER, segment.sequence, meta, offset=0, previous=b"")
 
 
 def _encode_all(encoders: Sequence[_Encode], segment: OwnSegment) -> tuple[list[Buffer], list[Record]]:

@@ -10,6 +10,7 @@ MemdbError
 │   ├── NotAStore              the folder holds no store
 │   ├── FormatVersionError     written by a newer memdb
 │   ├── LockedError            another process writes this recording
+│   ├── StoreFull              the disk, or the store's own limit, has no room
 │   └── CorruptionError        exit 3: bytes differ from what was written
 ├── ModelError                 exit 1
 │   ├── ModelNotFound
@@ -68,6 +69,10 @@ class FormatVersionError(StoreError):
 
 
 class LockedError(StoreError):
+    pass
+
+
+class StoreFull(StoreError):
     pass
 
 

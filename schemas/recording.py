@@ -28,6 +28,21 @@ class Epoch:
     reason: str
 
 
+@dataclass(frozen=True)
+class Tombstone:
+    """A span that was forgotten: whatever of the units below `below_unit` overlaps it is gone, in all tiers."""
+
+    number: int  # 0-based in the recording
+    start_ns: int
+    end_ns: int
+    below_unit: int  # the number of units at the time: what came later is not meant
+    at_ns: int  # wall clock
+
+    def covers(self, unit: int, start_ns: int, end_ns: int) -> bool:
+        """Whether something of a unit that spans `[start_ns, end_ns)` is forgotten."""
+        return unit < self.below_unit and start_ns < self.end_ns and end_ns > self.start_ns
+
+
 def check_name(name: str) -> str:
     """The name itself, if it can stand in a store. Raises UsageError for one that climbs out or is odd."""
     if not _NAME.fullmatch(name) or ".." in name:

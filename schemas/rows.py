@@ -13,7 +13,7 @@ from memdb.schemas.errors import CorruptionError
 from memdb.schemas.fingerprint import ModelIdentity, ModelShape
 from memdb.schemas.frames import SourceIdentity
 from memdb.schemas.recipe import Recipe
-from memdb.schemas.recording import Epoch, Gap
+from memdb.schemas.recording import Epoch, Gap, Tombstone
 from memdb.schemas.units import BLOCK_DTYPE, SLICE_DTYPE, Table
 
 
@@ -135,6 +135,14 @@ class RecordingRow:
     gaps: tuple[Gap, ...]
     end_ns: int | None  # media end, once the source ended
     tier_bytes: TierBytes
+    tombstones: tuple[Tombstone, ...] = ()
+    generation: int = 0  # of the key pages: another one means that pages were made anew with other rows
+    kv_from_unit: int = 0  # units below have no KV any more
+
+    @classmethod
+    def begun(cls, id: str, spec: RecordingSpec, created_ns: int) -> RecordingRow:
+        """A recording that holds nothing yet."""
+        return cls(id, spec, created_ns, 0, 0, 0, 0, (), (), None, TierBytes())
 
     @property
     def name(self) -> str:
@@ -164,13 +172,16 @@ class UnitRow:
     start_ns: int
     end_ns: int
     epoch: int
-    digest: bytes  # of the content, as first written
+    digest: bytes  # of the content, as it is now
     layers: int  # L of the representative keys, 0 without
     block_count: int
     caption_tokens: int | None  # None without a caption
     parts_table: bytes
     blocks_table: bytes
     slices_table: bytes
+    revision: int = 0  # how often it was written anew: by forgetting, compaction, ageing
+    codec: str = ""  # of its slices, "" for the recording's
+    first_digest: bytes = b""  # of the content as first written, which a replay must give again
 
     @property
     def has_caption(self) -> bool:
