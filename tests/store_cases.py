@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
 from memdb.codecs import planes
+from memdb.files import Step
 from memdb.schemas.fingerprint import ModelIdentity, ModelShape
 from memdb.schemas.frames import SourceIdentity
 from memdb.schemas.recipe import STAGES, Recipe, Stage
@@ -137,3 +139,22 @@ def flip(path: Path, byte: int, bit: int = 0) -> None:
     data = bytearray(path.read_bytes())
     data[byte] ^= 1 << bit
     path.write_bytes(data)
+
+
+class Steps:
+    """A watch that writes down every step to the disk, and may refuse one: the first that `fails` says yes to."""
+
+    def __init__(self, fails: Callable[[Step], bool] | None = None, error: OSError | None = None) -> None:
+        self.seen: list[Step] = []
+        self._fails, self._error = fails, error or OSError(28, "No space left on device")
+
+    def before(self, step: Step) -> None:
+        if self._fails is not None and self._fails(step):
+            raise self._error
+
+    def after(self, step: Step) -> None:
+        self.seen.append(step)
+
+    def names(self, *what: str) -> list[str]:
+        """What was done, in order: only steps of these kinds."""
+        return [step.what for step in self.seen if step.what in what]

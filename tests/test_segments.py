@@ -17,10 +17,12 @@ from memdb.schemas.rows import PART_DTYPE, Part
 from memdb.schemas.units import BLOCK_DTYPE, SLICE_DTYPE
 from memdb.segments import (
     OpenSegment,
+    SegmentGone,
     SegmentWriter,
     next_prologue,
     parse_segment_name,
     reading,
+    remove_segments,
     scan,
     segment_name,
 )
@@ -188,8 +190,25 @@ def test_reading_refuses_names_and_links_that_lead_elsewhere(tmp_path: Path) -> 
 
 def test_a_writer_never_goes_on_in_a_file_that_exists(tmp_path: Path) -> None:
     (tmp_path / segment_name(ID, 0)).write_bytes(b"")
-    with pytest.raises(StoreError, match="cannot make"):
+    with pytest.raises(FileExistsError):
         SegmentWriter(tmp_path, segment_name(ID, 0))
+    with pytest.raises(StoreError, match="cannot make"):
+        SegmentWriter(tmp_path / "missing", segment_name(ID, 0))
+
+
+def test_a_segment_that_somebody_has_open_is_not_removed(tmp_path: Path) -> None:
+    names = [segment_name(ID, number) for number in range(3)]
+    writers = [SegmentWriter(tmp_path, name) for name in names]
+    writers[1].close()
+    writers[2].close()
+    with reading(tmp_path, names[1]):
+        assert remove_segments(tmp_path, names, "a test") == [names[2]]
+    assert remove_segments(tmp_path, names, "a test") == [names[1], names[2]]
+    writers[0].close()
+    assert remove_segments(tmp_path, names, "a test") == names
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(SegmentGone), reading(tmp_path, names[0]):
+        pass
 
 
 def test_more_buffers_than_one_call_takes_are_written_in_order(tmp_path: Path) -> None:

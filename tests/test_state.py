@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memdb.files import watched
 from memdb.schemas.errors import CorruptionError, StoreError
+from memdb.schemas.recording import Tombstone
 from memdb.state import StateFiles, read_state, recording_of, state_files
-from tests.store_cases import fill, flip, new_store
+from tests.store_cases import Steps, fill, flip, new_store
 
 ID, OTHER, ENCODING = "a" * 32, "b" * 32, "e" * 32
 
@@ -29,8 +31,13 @@ def test_a_state_comes_back_as_it_was_saved(
 ) -> None:
     states = StateFiles(tmp_path_factory.mktemp("state"), ID, ENCODING)
     states.save(number, payload)
-    assert states.load_latest(ENCODING, number) == (number, payload)
+    assert loaded(states, number) == (number, payload)
     assert states.load_latest(ENCODING, number - 1) is None
+
+
+def loaded(states: StateFiles, at_most: int, encoding: str = ENCODING) -> tuple[int, bytes] | None:
+    found = states.load_latest(encoding, at_most)
+    return None if found is None else (found.unit, found.payload)
 
 
 def test_the_newest_two_are_kept_and_the_newest_that_fits_is_loaded(
@@ -40,8 +47,8 @@ def test_the_newest_two_are_kept_and_the_newest_that_fits_is_loaded(
     for number in (4, 8, 16):
         states.save(number, b"state %d" % number)
     assert [path.name for path in states.files()] == [f"{ID}-{number:010d}.state" for number in (16, 8)]
-    assert states.load_latest(ENCODING, 100) == (16, b"state 16")
-    assert states.load_latest(ENCODING, 15) == (8, b"state 8")
+    assert loaded(states, 100) == (16, b"state 16")
+    assert loaded(states, 15) == (8, b"state 8")
     assert states.load_latest(ENCODING, 7) is None
     assert [recording_of(path) for path in state_files(tmp_path)] == [ID, ID, OTHER]
 
@@ -55,14 +62,14 @@ def test_every_flipped_bit_is_passed_over_with_a_warning(
     for byte in range(path.stat().st_size):
         flip(path, byte, byte % 8)
         with caplog.at_level(logging.WARNING):
-            assert states.load_latest(ENCODING, 9) == (4, b"older")
+            assert loaded(states, 9) == (4, b"older")
         assert path.name in caplog.text
         with pytest.raises(CorruptionError) as caught:
             read_state(path)
         assert caught.value.file == f"state/{path.name}"
         caplog.clear()
         flip(path, byte, byte % 8)
-    assert states.load_latest(ENCODING, 9) == (8, b"newer, and damaged")
+    assert loaded(states, 9) == (8, b"newer, and damaged")
 
 
 def test_every_torn_length_is_passed_over(states: StateFiles) -> None:
@@ -87,38 +94,61 @@ def test_a_state_under_another_number_is_passed_over(states: StateFiles, tmp_pat
     assert states.load_latest(ENCODING, 9) is None
 
 
-def test_a_state_is_safe_before_its_name_is(states: StateFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_is_safe_before_its_name_is(states: StateFiles) -> None:
     states.save(4, b"older")
-    steps: list[str] = []
-    fsync, replace = os.fsync, os.replace
-
-    def recorded_fsync(fd: int) -> None:
-        steps.append("folder" if os.path.isdir(f"/proc/self/fd/{fd}") else "file")
-        fsync(fd)
-
-    def recorded_replace(source: str, target: str) -> None:
-        steps.append("rename")
-        replace(source, target)
-
-    monkeypatch.setattr(os, "fsync", recorded_fsync)
-    monkeypatch.setattr(os, "replace", recorded_replace)
-    states.save(8, b"newer")
-    assert steps == ["file", "rename", "folder"]
-
-
-def test_a_state_that_cannot_be_saved_leaves_the_one_before(
-    states: StateFiles, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    states.save(4, b"older")
-
-    def failing(fd: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", failing)
-    with pytest.raises(StoreError, match="No space left"):
+    with watched(steps := Steps()):
         states.save(8, b"newer")
-    monkeypatch.undo()
-    assert states.load_latest(ENCODING, 9) == (4, b"older")
+    assert steps.names("write", "sync", "replace", "sync_folder") == [
+        "write",
+        "sync",
+        "replace",
+        "sync_folder",
+    ]
+
+
+@pytest.mark.parametrize("what", ["create", "write", "sync", "replace", "sync_folder"])
+def test_a_state_that_cannot_be_saved_leaves_the_one_before(states: StateFiles, what: str) -> None:
+    states.save(4, b"older")
+    with (
+        watched(Steps(lambda step: step.what == what)),
+        pytest.raises(StoreError, match="No space left"),
+    ):
+        states.save(8, b"newer")
+    assert loaded(states, 7) == (4, b"older")
+    states.save(8, b"newer")
+    assert loaded(states, 9) == (8, b"newer")
+
+
+HOUR = 3_600_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("reach_ns", "seen", "spans", "good"),
+    [
+        (5, 0, [(1, 5)], True),  # it reaches back to where the span ended
+        (4, 0, [(1, 5)], False),
+        (0, 1, [(1, 5)], True),  # it was taken after the span was forgotten, from what was left
+        (0, 1, [(1, 5), (7, 9)], False),
+        (9, 1, [(1, 5), (7, 9)], True),
+        (0, 0, [], True),
+        (HOUR, 0, [(0, 2 * HOUR)], False),  # it lies inside: a replay from it would see the rest
+    ],
+)
+def test_a_state_that_holds_something_forgotten_is_not_used(
+    states: StateFiles, reach_ns: int, seen: int, spans: list[tuple[int, int]], good: bool
+) -> None:
+    tombstones = [Tombstone(number, *span, 100, 0) for number, span in enumerate(spans)]
+    states.save(4, b"a state", reach_ns=reach_ns, tombstones=seen)
+    assert (states.load_latest(ENCODING, 9, tombstones) is not None) is good
+    assert states.remove_forgotten(tombstones) == (not good)
+    assert len(states.files()) == good
+
+
+def test_a_damaged_state_is_removed_with_the_forgotten(states: StateFiles) -> None:
+    """Nobody can say what it holds."""
+    states.save(4, b"a state", reach_ns=100)
+    flip(states.files()[0], 90)
+    assert states.remove_forgotten([Tombstone(0, 1, 5, 100, 0)]) == 1
 
 
 def test_the_store_gives_the_states_of_a_recording(tmp_path: Path) -> None:
@@ -126,4 +156,4 @@ def test_the_store_gives_the_states_of_a_recording(tmp_path: Path) -> None:
         fill(store, 1)
         row = store.recording("lobby")
         store.state(row.id).save(1, b"state")
-        assert store.state(row.id).load_latest(row.spec.encoding_fingerprint, 1) == (1, b"state")
+        assert loaded(store.state(row.id), 1, row.spec.encoding_fingerprint) == (1, b"state")

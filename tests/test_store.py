@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memdb.catalog import Catalog
 from memdb.database import CATALOG, Database
 from memdb.digest import unit_digest
+from memdb.files import watched
 from memdb.schemas.errors import (
     CorruptionError,
     EncodingMismatch,
@@ -38,7 +38,18 @@ from memdb.schemas.units import Unit
 from memdb.segments import segment_files
 from memdb.store import Store, recording_digest
 from memdb.verify import verify
-from tests.store_cases import MODEL, UNIT_NS, directory_digest, fill, flip, new_store, recipe, spec, unit
+from tests.store_cases import (
+    MODEL,
+    UNIT_NS,
+    Steps,
+    directory_digest,
+    fill,
+    flip,
+    new_store,
+    recipe,
+    spec,
+    unit,
+)
 
 
 def check_unit(store: Store, row: UnitRow, expected: Unit) -> None:
@@ -565,24 +576,28 @@ def _no_space(fd: int) -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_bytes_are_safe_before_they_are_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """New names and their folder before the first commit that names them, then one fdatasync a commit."""
-    steps: list[str] = []
-    fsync, fdatasync, apply = os.fsync, os.fdatasync, Catalog.apply
-
-    def is_folder(fd: int) -> str:
-        return "folder" if os.path.isdir(f"/proc/self/fd/{fd}") else "file"
-
-    monkeypatch.setattr(os, "fsync", lambda fd: (steps.append("fsync " + is_folder(fd)), fsync(fd))[1])
-    monkeypatch.setattr(os, "fdatasync", lambda fd: (steps.append("fdatasync"), fdatasync(fd))[1])
-    monkeypatch.setattr(Catalog, "apply", lambda *given: (steps.append("commit"), apply(*given))[1])
-    with new_store(tmp_path) as store:
-        steps.clear()
+def test_bytes_are_safe_before_they_are_committed(tmp_path: Path) -> None:
+    """New names and their folder before the first commit that names them, then one sync a commit."""
+    order = ("sync", "sync_folder", "point")
+    with new_store(tmp_path) as store, watched(steps := Steps()):
+        store.bind_model(spec().model)
+        steps.seen.clear()
         with store.writer(spec()) as writer:
-            assert steps == ["fsync file", "fsync folder", "commit"]
-            steps.clear()
+            assert [step.name for step in steps.seen if step.what in order] == [
+                "catalog before commit",  # the model, which is bound already
+                "catalog committed",
+                "a new segment's header, before it is committed",
+                "the name of a new segment",
+                "catalog before commit",
+                "catalog committed",
+            ]
+            steps.seen.clear()
             writer.append([unit(0), unit(1), unit(2)])
-            assert steps == ["fdatasync", "commit"]
+            assert [step.name for step in steps.seen if step.what in order] == [
+                "a unit's bytes, before it is committed",
+                "catalog before commit",
+                "catalog committed",
+            ]
 
 
 def test_a_closed_writer_leaves_no_wal(tmp_path: Path) -> None:
