@@ -1,8 +1,9 @@
 """Bring whole records beyond the catalog's end into the catalog.
 
 They are there after a process died between its sync and its commit, and after damage to the catalog's WAL,
-which SQLite answers by forgetting commits. A writer that opens calls this under the recording's locks; a
-reader does the same to its own copy of the catalog in memory, so that damage to a WAL hides nothing.
+which SQLite answers by forgetting commits. A writer that opens calls this under the recording's lock; a
+reader does the same to its own copy of the catalog in memory, so that damage to a WAL hides nothing. What a
+forgetting or a compaction has sealed may be committed by both at once: the second changes nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from memdb.applying import STREAM, SegmentRow, forget_recording, role_of
 from memdb.catalog import Catalog
 from memdb.files import sync_folder, sync_open
-from memdb.locks import is_held, rewrite_lock, writer_lock
+from memdb.locks import is_held, writer_lock
 from memdb.records import Kind, Record, meta_int, meta_str
 from memdb.schemas.errors import CorruptionError
 from memdb.segments import OpenSegment, SegmentGone, reading, scan, segment_files
@@ -60,11 +61,7 @@ def see_beyond(catalog: Catalog, store_path: Path) -> None:
     folder = store_path / "segments"
     forgotten = set(catalog.forgotten())
     for recording_id in segment_files(folder):
-        if (
-            recording_id in forgotten
-            or is_held(writer_lock(store_path, recording_id))
-            or is_held(rewrite_lock(store_path, recording_id))
-        ):
+        if recording_id in forgotten or is_held(writer_lock(store_path, recording_id)):
             continue
         if any(True for _ in beyond(catalog, folder, recording_id)):
             catalog.database.into_memory()

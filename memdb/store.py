@@ -30,14 +30,13 @@ from memdb.digest import TIERS, check_digest, recording_hash
 from memdb.files import sync_folder, unlink
 from memdb.folder import FOLDERS as FOLDERS
 from memdb.folder import open_folder
-from memdb.locks import FileLock, is_held, rewrite_lock, writer_lock
+from memdb.locks import FileLock, is_held, writer_lock
 from memdb.network import check_locks_hold
 from memdb.records import read_body, read_exactly, read_record
 from memdb.roll_forward import lost_recording, roll_forward, see_beyond
 from memdb.schemas.errors import (
     CorruptionError,
     EncodingMismatch,
-    LockedError,
     ModelMismatch,
     SourceMismatch,
     StoreError,
@@ -54,6 +53,7 @@ from memdb.state import StateFiles
 from memdb.writer import OwnSegment, RecordingWriter, begin_segment
 
 logger = logging.getLogger(__name__)
+_LOOK_S = 0.5
 
 
 class Store:
@@ -65,6 +65,7 @@ class Store:
         self.store_id = catalog.store_id
         self._catalog = catalog
         self._write = write
+        self._looked_s = time.monotonic()
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, create: bool = False, write: bool = False) -> Store:
@@ -119,11 +120,19 @@ class Store:
 
     def recordings(self) -> list[RecordingRow]:
         """All recordings by name."""
+        self._look_beyond()
         return self._catalog.recordings()
+
+    def _look_beyond(self) -> None:
+        """For readers: see what a writer made safe and died before it committed, also while this is open."""
+        now_s = time.monotonic()
+        if not self._write and now_s - self._looked_s > _LOOK_S:
+            see_beyond(self._catalog, self.path)
+            self._looked_s = now_s
 
     def recording(self, name: str) -> RecordingRow:
         """Raises UnknownRecording, which lists the names that there are."""
-        rows = self._catalog.recordings()
+        rows = self.recordings()
         for row in rows:
             if row.name == name:
                 return row
@@ -245,7 +254,7 @@ class Store:
                 recording_id = recording_id or uuid.uuid4().hex
                 held = f"another process writes {spec.name!r}: wait for it, or name another recording"
                 lock = FileLock(writer_lock(self.path, recording_id), held_message=held)
-                self._roll_forward(catalog, recording_id)
+                roll_forward(catalog, self.segments_path, recording_id)
                 found = catalog.find(spec.name)
                 if found is not None and not found.units and found.spec != spec:
                     # Begun and never filled, perhaps with a slip in the settings: nothing is lost, the name is free.
@@ -270,16 +279,6 @@ class Store:
                 lock.close()
             catalog.close()
             raise
-
-    def _roll_forward(self, catalog: Catalog, recording_id: str) -> None:
-        """Bring back what a killed process left, unless another process forgets or rewrites just now."""
-        try:
-            with FileLock(rewrite_lock(self.path, recording_id)):
-                roll_forward(catalog, self.segments_path, recording_id)
-        except LockedError:
-            logger.info(
-                "another process compacts this recording: what was left behind waits for the next time"
-            )
 
 
 def recording_digest(store: Store, name: str, tier: str = "all") -> str:
