@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +23,16 @@ _BUFFERS_MAX = 1024  # of one pwritev (IOV_MAX)
 _MODE = 0o644
 
 What = Literal[
-    "create", "write", "truncate", "sync", "sync_folder", "replace", "unlink", "make_folder", "point"
+    "create",
+    "write",
+    "truncate",
+    "sync",
+    "sync_folder",
+    "replace",
+    "unlink",
+    "make_folder",
+    "remove_folder",
+    "point",
 ]
 
 
@@ -169,6 +178,12 @@ def make_folder(path: Path) -> None:
     if not path.is_dir():
         with _step(Step("make_folder", path)):
             path.mkdir(exist_ok=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder with nothing in it; one that is not there is removed already. Raises OSError."""
+    with _step(Step("remove_folder", path)), suppress(FileNotFoundError):
+        path.rmdir()
 
 
 def write_whole(path: Path, buffers: Sequence[Buffer], *, sync: str, sync_name: str) -> None:
