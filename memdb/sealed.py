@@ -38,7 +38,7 @@ class SealedSegment:
         self._write(buffers, header)
 
     @property
-    def bytes(self) -> int:
+    def end_bytes(self) -> int:
         return self._segment.end_bytes
 
     def event(self, kind: Kind, number: int, meta: dict[str, object]) -> None:

@@ -10,22 +10,21 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from memdb.applying import SegmentRow, revision_of, unit_row
-from memdb.contents import digests_from, stored_element_bytes
+from memdb.applying import STREAM, SegmentRow, role_of
 from memdb.database import CATALOG
-from memdb.digest import check_digest
-from memdb.records import Kind, Record, meta_int, meta_str, read_body, read_prologue, read_record
+from memdb.folder import FILES, FOLDERS
+from memdb.records import Kind, Record
 from memdb.schemas.errors import CodecError, CorruptionError
-from memdb.schemas.recording import Epoch, Gap
 from memdb.schemas.rows import RecordingRow, UnitRow
 from memdb.schemas.times import to_s
-from memdb.segments import OpenSegment, next_prologue, parse_segment_name, reading, scan
+from memdb.segments import OpenSegment, parse_segment_name, reading, scan
 from memdb.state import read_state, recording_of, state_files
 from memdb.stats import size_bytes
 from memdb.store import Store
+from memdb.verify_segments import Events, SegmentCheck
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,12 @@ def verify_path(
         return VerifyReport(problems=[Problem(error.file or CATALOG, str(error))])
 
 
+def _is_unfinished(records: Sequence[Record]) -> bool:
+    """Whether a forgetting or a rewriting died before it sealed its file."""
+    header = bool(records) and records[0].kind is Kind.HEADER
+    return header and role_of(records[0]) != STREAM and records[-1].kind is not Kind.SEAL
+
+
 class _Verification:
     def __init__(self, store: Store, progress: Progress | None) -> None:
         self.report = VerifyReport()
@@ -101,6 +106,8 @@ class _Verification:
             _ = self.store.model
         with self._noting(CATALOG):
             self.recordings = self.store.recordings()
+        if self.store.catalog.database.in_memory:
+            self._note(f"{CATALOG} is behind the segments, or of an older format: the next ingest mends it")
         self._checked(sum(map(size_bytes, self._catalog_files)))
 
     def recording(self, recording: RecordingRow) -> None:
@@ -116,7 +123,7 @@ class _Verification:
             with self._noting(CATALOG, recording):
                 unit = catalog.unit(recording.id, number)
                 units.setdefault(unit.segment, {})[unit.offset] = unit
-        events: list[Gap | Epoch] = []
+        events: Events = {}
         before = len(self.report.problems)
         ends = {row.name: row.end_bytes for row in segments}
         folder = self.store.segments_path
@@ -124,29 +131,54 @@ class _Verification:
             # A segment whose own row is lost reaches as far as the rows of its units do.
             end = ends.get(name, max((unit.offset + unit.length for unit in own_units.values()), default=0))
             with self._noting(f"segments/{name}", recording), reading(folder, name) as file:
-                _SegmentCheck(self, file, recording, own_units).run(end, events)
+                SegmentCheck(self.add, catalog, file, recording, own_units).run(end, events)
                 self._tail(file, end, recording)
                 self._checked(file.size_bytes)
         if len(self.report.problems) == before:
-            gaps = tuple(event for event in events if isinstance(event, Gap))
-            epochs = tuple(event for event in events if isinstance(event, Epoch))
-            if (gaps, epochs) != (recording.gaps, recording.epochs):
-                self.add(CATALOG, "gaps or epochs differ from those in the segments", recording)
+            self._events(recording, events)
+
+    def _events(self, recording: RecordingRow, events: Events) -> None:
+        """Gaps, epochs and tombstones of the segments against those of the catalog."""
+        known: Events = {}
+        for number, gap in enumerate(recording.gaps):
+            known[Kind.GAP, number] = (gap.start_ns, gap.end_ns, gap.reason)
+        for number, epoch in enumerate(recording.epochs):
+            known[Kind.EPOCH, number] = (epoch.number, epoch.first_unit, epoch.reason)
+        for stone in recording.tombstones:
+            values = (stone.start_ns, stone.end_ns, stone.below_unit, stone.at_ns)
+            known[Kind.TOMBSTONE, stone.number] = values
+        if known != {key: values for key, values in events.items() if key[0] is not Kind.END}:
+            self.add(CATALOG, "gaps, epochs or tombstones differ from those in the segments", recording)
 
     def strangers(self) -> None:
-        """Files in segments/ that the catalog does not know."""
+        """Files that the catalog does not know, or waits to see removed."""
         known = {recording.id: recording for recording in self.recordings}
         named = {row.name for found in known for row in self._segment_rows(found)}
+        waiting: set[str] = set()
+        forgotten: set[str] = set()
+        with self._noting(CATALOG):
+            forgotten = set(self.store.catalog.forgotten())
+            waiting = {name for found in known for name in self.store.catalog.replaced(found)}
         for path in sorted(self.store.segments_path.iterdir()):
             parsed = parse_segment_name(path.name)
             if path.name in named:
                 continue
             if parsed is None:
-                self.report.notes.append(f"segments/{path.name} is no file of a store")
-                continue
-            with self._noting(f"segments/{path.name}"), reading(path.parent, path.name) as file:
-                self._tail(file, 0, known.get(parsed[0]), recording_id=parsed[0])
-                self._checked(file.size_bytes)
+                self._note(f"segments/{path.name} is no file of a store")
+            elif parsed[0] in forgotten:
+                self._note(f"segments/{path.name} is of a forgotten recording: memdb compact removes it")
+            elif path.name in waiting:
+                self._note(f"segments/{path.name} was written anew elsewhere: memdb compact removes it")
+            else:
+                with self._noting(f"segments/{path.name}"), reading(path.parent, path.name) as file:
+                    self._tail(file, 0, known.get(parsed[0]), recording_id=parsed[0])
+                    self._checked(file.size_bytes)
+        for path in sorted(self.store.path.iterdir()):
+            if path.name not in FOLDERS and not path.name.startswith(FILES):
+                self._note(f"{path.name} is no file of a store")
+
+    def _note(self, what: str) -> None:
+        self.report.notes.append(what)
 
     def states(self) -> None:
         known = {recording.id: recording for recording in self.recordings}
@@ -170,6 +202,9 @@ class _Verification:
         if file.size_bytes <= end or self.store.is_written(owner):
             return
         behind = scan(file, end, bodies=True)
+        if end == 0 and _is_unfinished(behind.records):
+            self._note(f"{file.file} was left unfinished and never counted: memdb compact removes it")
+            return
         if behind.records:
             self.report.notes.append(
                 f"{file.file}: {len(behind.records)} whole records were never acknowledged: the next "
@@ -210,99 +245,3 @@ class _Verification:
         self.report.checked_bytes += size
         if self._progress:
             self._progress(self.report.checked_bytes, self._all_bytes)
-
-
-class _SegmentCheck:
-    """One segment file up to the catalog's end, against the rows of its units."""
-
-    def __init__(
-        self, run: _Verification, file: OpenSegment, recording: RecordingRow, units: dict[int, UnitRow]
-    ) -> None:
-        self._run = run
-        self._file = file
-        self._recording = recording
-        self._store_id = run.store.store_id
-        self._units = units  # by offset
-        self._previous: bytes | None = b""  # footer hash of the record before, None behind damage
-        self._spec = recording.spec
-
-    def run(self, end: int, events: list[Gap | Epoch]) -> None:
-        offset = 0
-        while offset < end:
-            try:
-                record = read_record(self._file.fd, offset, self._file.size_bytes, file=self._file.file)
-                body = read_body(self._file.fd, record, self._file.size_bytes, file=self._file.file)
-            except CorruptionError as error:
-                following = self._behind_damage(offset, end)
-                self._damaged(str(error), offset, following)
-                self._previous, offset = None, following
-                continue
-            try:
-                self._check(record, body, events)
-            except CorruptionError as error:
-                self._damaged(str(error), offset, record.end, file=error.file)
-            self._previous, offset = record.footer_hash, record.end
-            self._units.pop(record.offset, None)
-        if offset > end:
-            self._damaged(f"its last record ends at byte {offset}, the catalog's at {end}", end, offset)
-        for unit in self._units.values():
-            self._run.add(
-                self._file.file, f"unit {unit.number} is not where the catalog has it", self._recording, unit
-            )
-
-    def _check(self, record: Record, body: bytes, events: list[Gap | Epoch]) -> None:
-        if self._previous is not None and record.meta.get("previous") != self._previous.hex():
-            raise CorruptionError("a record does not follow the one before it")
-        if record.kind is Kind.UNIT:
-            self._check_unit(record, body)
-        elif record.kind is Kind.HEADER:
-            expected = (self._recording.id, self._store_id)
-            if (meta_str(record, "recording_id"), meta_str(record, "store_id")) != expected:
-                raise CorruptionError("its header is of another recording or store")
-        elif record.kind is Kind.GAP:
-            start_ns, end_ns = meta_int(record, "start_ns"), meta_int(record, "end_ns")
-            events.append(Gap(start_ns, end_ns, meta_str(record, "reason")))
-        elif record.kind is Kind.EPOCH:
-            number, first_unit = meta_int(record, "epoch"), meta_int(record, "first_unit")
-            events.append(Epoch(number, first_unit, meta_str(record, "reason")))
-
-    def _check_unit(self, record: Record, body: bytes) -> None:
-        row = self._units.get(record.offset)
-        if row is None and self._is_superseded(record):
-            return  # dead bytes, until compaction
-        if row is None:
-            what = f"unit {record.number} of {self._file.file} has no row in the catalog"
-            raise CorruptionError(what, file=CATALOG)
-        found = unit_row(record, recording_id=row.recording_id, segment=row.segment, commit_id=row.commit_id)
-        differing = [
-            item.name for item in fields(row) if getattr(row, item.name) != getattr(found, item.name)
-        ]
-        if differing:
-            what = f"unit {record.number} differs from its row in the catalog: {differing[0]}"
-            raise CorruptionError(what, file=CATALOG)
-        check_digest(row, digests_from(row, body, stored_element_bytes(self._spec, row)))
-
-    def _is_superseded(self, record: Record) -> bool:
-        """Whether the catalog has a later revision of the unit, in another file."""
-        if record.number >= self._recording.units:
-            return False
-        current = self._run.store.catalog.unit(self._recording.id, record.number)
-        return current.revision > revision_of(record)
-
-    def _behind_damage(self, offset: int, end: int) -> int:
-        """Where to go on behind a damaged record: its prologue says, or the next one that is whole."""
-        try:
-            prologue = read_prologue(self._file.fd, offset, self._file.size_bytes, file=self._file.file)
-        except CorruptionError:
-            following = next_prologue(self._file, offset + 1, end)
-            return end if following is None else following
-        return min(offset + prologue.length, end)
-
-    def _damaged(self, what: str, start: int, end: int, *, file: str = "") -> None:
-        """Report damage between two bytes, once for each unit that it touches."""
-        file = file or self._file.file
-        touched = [self._units.pop(offset) for offset in sorted(self._units) if start <= offset < end]
-        for unit in touched:
-            self._run.add(file, what, self._recording, unit)
-        if not touched:
-            self._run.add(file, what, self._recording)
