@@ -89,10 +89,9 @@ class Database:
                 self._connection.close()
                 self._connection = memory
 
-    def refresh(self) -> None:
-        """See what was committed since: at once where the file is open, by a fresh copy where one is used."""
-        with self._lock:
-            self._renew_copy()
+    @property
+    def in_transaction(self) -> bool:
+        return self._connection.in_transaction
 
     def select(self, table: str, tail: str, parameters: Sequence[Value] = ()) -> list[tuple[Value, ...]]:
         """Rows of `table`, each verified, without their checksums. `tail` is constant SQL."""

@@ -13,6 +13,8 @@ import logging
 import os
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -126,9 +128,16 @@ class Store:
     def _look_beyond(self) -> None:
         """For readers: see what a writer made safe and died before it committed, also while this is open."""
         now_s = time.monotonic()
-        if not self._write and now_s - self._looked_s > _LOOK_S:
+        if not self._write and not self._catalog.database.in_transaction and now_s - self._looked_s > _LOOK_S:
             see_beyond(self._catalog, self.path)
             self._looked_s = now_s
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """Everything that is read of the catalog inside is of one moment. Keep it short."""
+        self._look_beyond()
+        with self._catalog.database.reading():
+            yield
 
     def recording(self, name: str) -> RecordingRow:
         """Raises UnknownRecording, which lists the names that there are."""

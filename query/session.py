@@ -22,6 +22,7 @@ from memdb.query.stages import compose
 from memdb.query.stored import StoredKV
 from memdb.reader import SliceReader
 from memdb.schemas.question import Question
+from memdb.schemas.rows import RecordingRow
 from memdb.store import Store
 
 KIND_ENCODER = "all-MiniLM-L6-v2"
@@ -60,19 +61,24 @@ class Session:
 
     def open(self, question: Question) -> list[Opened]:
         """The recordings in question, with everything that is committed by now."""
-        found = []
-        for row in scope.recordings_of(self.store, question):
-            known = self._opened.get(row.id)
-            if known is None:
-                stages = compose(row.spec.recipe)
-                sim = stages.retrieve.sim if isinstance(stages.retrieve, BlockTopK) else "dot"
-                known = StoredKV(self.store, row, self._reader, backend=self._key_index, sim=sim)
-                self._opened[row.id] = known
-            else:
-                known.row = row
-                known.table.refresh()
-            found.append(scope.open_scope(known, question.at_ns))
-        return found
+        with self.store.snapshot():  # rows, tables and what was forgotten: all of one moment
+            rows = scope.recordings_of(self.store, question)
+            return [scope.open_scope(self._stored(row), question.at_ns) for row in rows]
+
+    def _stored(self, row: RecordingRow) -> StoredKV:
+        """The KV tier of a recording: kept open, and opened anew where its key pages were made anew."""
+        known = self._opened.get(row.id)
+        if known is not None and known.row.generation == row.generation:
+            known.row = row
+            known.table.refresh()
+            return known
+        if known is not None:
+            known.close()
+        stages = compose(row.spec.recipe)
+        sim = stages.retrieve.sim if isinstance(stages.retrieve, BlockTopK) else "dot"
+        opened = StoredKV(self.store, row, self._reader, backend=self._key_index, sim=sim)
+        self._opened[row.id] = opened
+        return opened
 
     def init(self, ids: tuple[int, ...]) -> list[LayerKV]:
         """Keys and values of an init prompt, computed once: it is in the recording as token ids."""
