@@ -178,6 +178,24 @@ class Catalog:
                 streams.append(self.units(recording.id, first, recording.units))
         return heapq.merge(*streams, key=lambda unit: unit.commit_id)
 
+    def live_units(self, recording_id: str) -> dict[str, tuple[int, int]]:
+        """Segment name to how many units of a recording count in it, and the bytes of their records."""
+        rows = self.database.execute(
+            "SELECT segment, count(*), sum(length) FROM units WHERE recording = ? GROUP BY segment",
+            (recording_id,),
+        )
+        return {str(name): (int(count or 0), int(size or 0)) for name, count, size in rows}
+
+    def dead_bytes(self, recording_id: str) -> int:
+        """Bytes of segments that hold nothing that counts, about: headers of dead files count as dead too."""
+        live = self.live_units(recording_id)
+        dead = 0
+        for row in self.segments(recording_id):
+            units, size = live.get(row.name, (0, 0))
+            if row.units > units:
+                dead += row.end_bytes - size
+        return dead
+
     # Committing: memdb/applying.py
 
     def apply(self, recording_id: str, segment: SegmentRow, records: Sequence[Record]) -> RecordingRow:

@@ -59,8 +59,14 @@ def husk(unit: Unit, start_ns: int, end_ns: int, element_bytes: int) -> Unit:
     Its blocks keep their rows, of 0 tokens, so that the numbers of the others stay. `element_bytes`: of its
     codec, see `planes.element_bytes`.
     """
-    gone = (unit.blocks["start_ns"] < end_ns) & (unit.blocks["end_ns"] > start_ns)
+    gone = overlapping(unit.blocks, start_ns, end_ns)
     return without_blocks(replace(unit, caption=None, keyframe=None), gone, element_bytes)
+
+
+def overlapping(blocks: Table, start_ns: int, end_ns: int) -> npt.NDArray[np.bool_]:
+    """(blocks,): which blocks overlap `[start_ns, end_ns)`."""
+    mask: npt.NDArray[np.bool_] = (blocks["start_ns"] < end_ns) & (blocks["end_ns"] > start_ns)
+    return mask
 
 
 def without_blocks(unit: Unit, gone: npt.NDArray[np.bool_], element_bytes: int) -> Unit:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from memdb.applying import FORGET, forget_recording
 from memdb.catalog import Catalog
-from memdb.contents import husk, stored_element_bytes
+from memdb.contents import husk, overlapping, stored_element_bytes
 from memdb.database import CATALOG
 from memdb.locks import FileLock, commit_lock, rewrite_lock
 from memdb.records import Kind
@@ -24,7 +24,7 @@ from memdb.schemas.errors import CorruptionError, StoreFull, UsageError
 from memdb.schemas.rows import RecordingRow, UnitRow
 from memdb.schemas.times import to_s
 from memdb.schemas.units import Unit
-from memdb.sealed import FORGOTTEN_DIGEST, SealedSegment, empty_husk, is_empty, read_unit
+from memdb.sealed import FORGOTTEN_DIGEST, SealedSegment, empty_husk, read_unit
 from memdb.store import Store
 
 logger = logging.getLogger(__name__)
@@ -129,14 +129,17 @@ class _Forgetting:
 
     def _without(self, row: UnitRow, start_ns: int, end_ns: int) -> Unit:
         self._count(row)
+        kept = (row.blocks["tokens"] > 0) & ~overlapping(row.blocks, start_ns, end_ns)
+        if not kept.any():
+            return empty_husk(row)  # as nearly always: only at the edges of the span is there something to keep
         try:
             unit = read_unit(self._folder, self._row, row)
             unit = husk(unit, start_ns, end_ns, stored_element_bytes(self._row.spec, row))
         except CorruptionError as error:
             logger.warning("%s; what was left of it is forgotten as a whole", error)
             return empty_husk(row)
-        self._blocks -= int((unit.blocks["tokens"] > 0).sum())
-        return empty_husk(row) if is_empty(unit) else unit
+        self._blocks -= int(kept.sum())
+        return unit
 
     def _count(self, row: UnitRow) -> None:
         self._captions += row.has_caption

@@ -50,7 +50,15 @@ class SealedSegment:
         _, integers, texts = EVENTS[record.kind]
         self._add(record.kind, record.number, {name: record.meta[name] for name in (*integers, *texts)})
 
-    def unit(self, unit: Unit, row: UnitRow, *, codec: str | None = None, first_digest: bytes = b"") -> None:
+    def unit(
+        self,
+        unit: Unit,
+        row: UnitRow,
+        *,
+        codec: str | None = None,
+        kept_ppm: int | None = None,
+        first_digest: bytes = b"",
+    ) -> None:
         """The next revision of a unit whose row was `row`."""
         check_unit(unit)
         buffers, record = encode_unit(
@@ -62,6 +70,7 @@ class SealedSegment:
                 "revision": row.revision + 1,
                 "codec": row.codec if codec is None else codec,
                 "first_digest": (first_digest or row.first_digest).hex(),
+                "kept_ppm": row.kept_ppm if kept_ppm is None else kept_ppm,
             },
         )
         self._write(buffers, record)
@@ -108,8 +117,3 @@ def empty_husk(row: UnitRow) -> Unit:
     blocks = np.array(row.blocks, copy=True)
     blocks["tokens"] = 0
     return Unit(row.number, row.start_ns, row.end_ns, row.epoch, blocks, None, None, None, None)
-
-
-def is_empty(unit: Unit) -> bool:
-    """Whether nothing of a unit's content is left."""
-    return unit.kv is None and unit.caption is None and unit.keyframe is None

@@ -22,7 +22,9 @@ class RecordingStats:
     duration_s: float  # media time from the first unit to the watermark
     watermark_s: float
     recipe: str
-    bytes: dict[str, int]  # by tier: kv, keys, captions, keyframes, overhead (padding, footers), state
+    # By tier: kv, keys, captions, keyframes, overhead (padding, footers), state, and dead: what was forgotten or
+    # written anew and lies there until memdb compact.
+    bytes: dict[str, int]
     started_at_ns: int | None  # wall clock
     finished: bool
     gaps: int
@@ -53,7 +55,12 @@ def stats(store: Store) -> StoreStats:
     derived["catalog.sqlite"] = sum(size_bytes(path) for path in store.path.glob("catalog.sqlite*"))
     return StoreStats(
         recordings=[
-            _recording(row, segment_bytes.get(row.id, 0), state_bytes.get(row.id, 0))
+            _recording(
+                row,
+                segment_bytes.get(row.id, 0),
+                state_bytes.get(row.id, 0),
+                store.catalog.dead_bytes(row.id),
+            )
             for row in store.recordings()
         ],
         model=model.spec if model else None,
@@ -63,9 +70,9 @@ def stats(store: Store) -> StoreStats:
     )
 
 
-def _recording(row: RecordingRow, segment_bytes: int, state_bytes: int) -> RecordingStats:
+def _recording(row: RecordingRow, segment_bytes: int, state_bytes: int, dead_bytes: int) -> RecordingStats:
     tiers = row.tier_bytes
-    held = tiers.kv + tiers.keys + tiers.captions + tiers.keyframes
+    held = tiers.kv + tiers.keys + tiers.captions + tiers.keyframes + dead_bytes
     return RecordingStats(
         name=row.name,
         units=row.units,
@@ -79,6 +86,7 @@ def _recording(row: RecordingRow, segment_bytes: int, state_bytes: int) -> Recor
             "keyframes": tiers.keyframes,
             "overhead": segment_bytes - held,
             "state": state_bytes,
+            "dead": dead_bytes,
         },
         started_at_ns=row.spec.started_at_ns,
         finished=row.finished,
