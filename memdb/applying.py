@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from memdb.records import Kind, Record, canonical_ascii, meta_int, meta_str
 from memdb.schemas.errors import CorruptionError, RecipeError, StoreError
-from memdb.schemas.rows import Part, RecordingSpec, UnitRow
+from memdb.schemas.rows import ALL_PPM, Part, RecordingSpec, UnitRow
 from memdb.schemas.units import BLOCK_DTYPE
 
 if TYPE_CHECKING:
@@ -277,6 +277,7 @@ def unit_row(record: Record, *, recording_id: str, segment: str, commit_id: int)
         first_digest=bytes.fromhex(meta_str(record, "first_digest"))
         if "first_digest" in record.meta
         else digest,
+        kept_ppm=meta_int(record, "kept_ppm") if "kept_ppm" in record.meta else ALL_PPM,
     )
 
 

@@ -97,6 +97,7 @@ _REVISIONS = Migration(
         Added("units", "revision", "INTEGER NOT NULL DEFAULT 0", "0"),
         Added("units", "codec", "TEXT NOT NULL DEFAULT ''", "''"),
         Added("units", "first_digest", "BLOB NOT NULL DEFAULT x''", "digest"),
+        Added("units", "kept_ppm", "INTEGER NOT NULL DEFAULT 1000000", "1000000"),
     ),
 )
 

@@ -50,6 +50,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         "revision",
         "codec",
         "first_digest",
+        "kept_ppm",
     ),
     "gaps": ("recording", "number", "start_ns", "end_ns", "reason"),
     "epochs": ("recording", "number", "epoch", "first_unit", "reason"),

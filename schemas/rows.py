@@ -31,6 +31,9 @@ class Part(IntEnum):
 PART_DTYPE = np.dtype([("part", "<u2"), ("offset", "<u8"), ("length", "<u8"), ("xxh3", "<u8")])
 
 
+ALL_PPM = 1_000_000
+
+
 @dataclass(frozen=True)
 class PartSpan:
     """Where a part lies in its segment file."""
@@ -182,6 +185,7 @@ class UnitRow:
     revision: int = 0  # how often it was written anew: by forgetting, compaction, ageing
     codec: str = ""  # of its slices, "" for the recording's
     first_digest: bytes = b""  # of the content as first written, which a replay must give again
+    kept_ppm: int = ALL_PPM  # what ageing left of each block's tokens, in millionths
 
     @property
     def has_caption(self) -> bool:
