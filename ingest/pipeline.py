@@ -5,22 +5,23 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from itertools import islice
 
 import torch
 
 from memdb.ingest.encoder import StreamEncoder
 from memdb.ingest.frames import ReadyFrame, thumbnail
 from memdb.ingest.queues import Sink, Stream
-from memdb.ingest.resume import later, reconnected, resume, told
+from memdb.ingest.resume import reconnected, resume
 from memdb.ingest.run import IngestReport, Progress, Run
-from memdb.ingest.sampling import sample
+from memdb.ingest.sampling import sample_with_gaps
 from memdb.ingest.sources.base import Source
+from memdb.ingest.sources.times import later, told
 from memdb.ingest.stages import IngestStages
 from memdb.models.caption_vectors import CaptionVectors
 from memdb.models.protocol import VideoModel
 from memdb.schemas.errors import Interrupted, SourceError
 from memdb.schemas.frames import Frame
+from memdb.schemas.recording import Gap
 from memdb.schemas.rows import RecordingSpec
 from memdb.schemas.times import format_time
 from memdb.store import Store
@@ -52,21 +53,27 @@ def ingest(
     same model have theirs in between. Raises Diverged where the replay differs from what was written first.
 
     A live source has no beginning to go back to: connected again it goes on behind what was seen, after a gap.
+    Where a source gives a gap itself, the batch in hand is encoded and the open unit closes there. A file that is
+    still being written ends like a stopped ingest, so that a later one goes on as if it had been whole.
     """
     live = source.info.live
     laps = Laps(torch.cuda.synchronize if model.device.type == "cuda" else None)
     size = stages.encode.chunk_frames
-    with store.writer(spec) as writer:
+    with store.writer(spec, now_ns=source.info.started_at_ns if live else None) as writer:
         with turn:
             encoder = StreamEncoder(model, stages, spec.init_ids, vectors, laps)
             resumed = resume(store, writer, encoder, new_epoch, live=live)
-        gap = reconnected(writer, encoder.counters.taken_ns) if live and writer.recording.epochs else None
+        gap = (
+            reconnected(store, writer, encoder.counters.taken_ns)
+            if live and writer.recording.epochs
+            else None
+        )
         run = Run(store, writer, encoder, index, progress, source.info.duration_ns, laps)
         counters = encoder.counters
         decoded = later(source.frames(), gap.end_ns) if gap is not None else source.frames()
-        frames = sample(decoded, spec.sample_fps, after_ns=counters.taken_ns, number=counters.frame)
+        items = sample_with_gaps(decoded, spec.sample_fps, after_ns=counters.taken_ns, number=counters.frame)
         ready = Stream(
-            (_ready(frame, model) for frame in frames), ahead=2 * size, name="memdb-decode", stop=stop
+            (_ready(item, model) for item in items), ahead=2 * size, name="memdb-decode", stop=stop
         )
         sink = Sink(run.commit, ahead=BATCHES_AHEAD, name="memdb-write")
         waiting = 0
@@ -75,44 +82,66 @@ def ingest(
                 with turn:
                     encoded = run.ending(flush=True)  # no clip spans a gap
                 sink.put(encoded)
-            for batch in _batches(iter(ready), size):
-                if len(batch) < size and (ready.stopped or live):
+            for batch, cut in _batches(iter(ready), size):
+                if cut is None and len(batch) < size and (ready.stopped or live or source.growing):
                     waiting = len(batch)  # whoever goes on cuts the same batches: a partial one is the last
                     break
-                with turn:
-                    encoded = run.encode(batch)
-                sink.put(encoded)
+                if batch:
+                    with turn:
+                        encoded = run.encode(batch)
+                    sink.put(encoded)
+                if cut is not None:
+                    with turn:
+                        encoded = run.at_gap(cut)
+                    sink.put(encoded)
+            goes_on = live or source.growing
             with turn:
-                encoded = run.ending(flush=not ready.stopped and not live)
+                encoded = run.ending(flush=not ready.stopped and not goes_on)
             sink.put(encoded)
         finally:
+            source.close()  # first: it may be waiting for a camera, and the thread of `ready` with it
             ready.close()
             sink.finish()
         warnings = list(source.warnings)
         if gap is not None:
-            warnings.append(f"{spec.name} was connected again: {told(gap)}")
+            warnings.append(f"{spec.name} was connected again: nothing was seen from {told(gap)}")
         if live and waiting:
             warnings.append(f"the last {waiting} frames make no full batch of {size} and were not kept")
-        ended_ns = None if live or ready.stopped else source.media_end_ns
+        elif source.growing:
+            warnings.append(
+                f"{spec.source_name} is still growing: run the same command again for the rest of it"
+            )
+        ended_ns = None if goes_on or ready.stopped else source.media_end_ns
         report = run.report(resumed, warnings, ended_ns)
         if ready.stopped:
             raise Interrupted(
                 f"stopped at {format_time(report.watermark_s)}: everything up to there is kept; run the same "
                 "command again to go on"
             )
-        if writer.next_unit == 0 and not live:
+        if writer.next_unit == 0 and not goes_on:
             raise SourceError(f"{spec.source_name} gave no frame: is it a film with a picture track?")
         if ended_ns is not None:
             writer.end(ended_ns)
         return report
 
 
-def _ready(frame: Frame, model: VideoModel) -> ReadyFrame:
-    return ReadyFrame(
-        frame.number, frame.start_ns, frame.end_ns, model.prepare(frame.image), thumbnail(frame)
-    )
+def _ready(item: Frame | Gap, model: VideoModel) -> ReadyFrame | Gap:
+    if isinstance(item, Gap):
+        return item
+    return ReadyFrame(item.number, item.start_ns, item.end_ns, model.prepare(item.image), thumbnail(item))
 
 
-def _batches(frames: Iterator[ReadyFrame], size: int) -> Iterator[list[ReadyFrame]]:
-    while batch := list(islice(frames, size)):
-        yield batch
+def _batches(items: Iterator[ReadyFrame | Gap], size: int) -> Iterator[tuple[list[ReadyFrame], Gap | None]]:
+    """Full batches; one that is not full ends at a gap, which comes with it, or is the last."""
+    batch: list[ReadyFrame] = []
+    for item in items:
+        if isinstance(item, Gap):
+            yield batch, item
+            batch = []
+            continue
+        batch.append(item)
+        if len(batch) == size:
+            yield batch, None
+            batch = []
+    if batch:
+        yield batch, None

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from contextlib import suppress
 
 from memdb.ingest.encoder import Counters, StreamEncoder
 from memdb.ingest.sampling import slot_ns
+from memdb.ingest.sources.times import told
 from memdb.schemas.errors import CorruptionError
-from memdb.schemas.frames import DecodedFrame
 from memdb.schemas.recording import Gap
-from memdb.schemas.times import format_time, to_s
+from memdb.schemas.rows import RecordingRow
+from memdb.schemas.times import NS_PER_S, format_time, to_s
 from memdb.store import Store
 from memdb.writer import RecordingWriter
 
 log = logging.getLogger(__name__)
+
+_DAY_NS = 86_400 * NS_PER_S
+GAP_NS_MAX = (
+    366 * _DAY_NS
+)  # whoever was away for longer has a clock that was never set, or begins a new recording
 
 
 def resume(
@@ -55,29 +60,39 @@ def resume(
     return writer.next_unit
 
 
-def reconnected(writer: RecordingWriter, taken_ns: int) -> Gap:
-    """Where a live source goes on that is connected again, on record as a gap.
+def reconnected(store: Store, writer: RecordingWriter, taken_ns: int) -> Gap:
+    """Where a live source goes on in another process than before, on record as a gap.
 
-    Its own times begin anew, the recording's never go back: it goes on as much later as the wall clock says,
-    and at least one slot behind the last frame, for how long nobody looked is not known any better.
+    Its own times begin anew, the recording's never go back. The wall clock is the only one that two processes
+    share, and it may have been set in between. So the recording goes on as much later as it says since the
+    recording began, but no more than it says since a state was last saved, which a clock that was set while the
+    recording ran does not change; and one slot behind the last frame where it says nothing that can be true.
     """
     row = writer.recording
     slot = slot_ns(row.spec.sample_fps)
     lost_ns = max([writer.watermark_ns, (taken_ns // slot + 1) * slot, *(gap.end_ns for gap in row.gaps)])
-    passed_ns = time.time_ns() - row.created_ns
-    gap = Gap(lost_ns, max(lost_ns + slot, -(-passed_ns // slot) * slot), "the source was not connected")
+    now_ns = time.time_ns()
+    passed_ns = min(now_ns - row.created_ns, lost_ns + now_ns - _last_ingest_ns(store, row))
+    why = "the source was not connected"
+    if passed_ns - lost_ns > GAP_NS_MAX:
+        why += f"; the clock says for {(passed_ns - lost_ns) // _DAY_NS} days, which is not believed"
+        passed_ns = 0
+    gap = Gap(lost_ns, max(lost_ns + slot, -(-passed_ns // slot) * slot), why)
     writer.gap(gap.start_ns, gap.end_ns, gap.reason)
-    log.info("%s: %s", row.name, told(gap))
+    log.info("%s: nothing was seen from %s: %s", row.name, told(gap), why)
     return gap
 
 
-def told(gap: Gap) -> str:
-    return f"nothing was seen from {format_time(to_s(gap.start_ns))} to {format_time(to_s(gap.end_ns))}"
+def _last_ingest_ns(store: Store, row: RecordingRow) -> int:
+    """When an ingest last saved its state, on the wall clock of that moment.
 
-
-def later(frames: Iterator[DecodedFrame], by_ns: int) -> Iterator[DecodedFrame]:
-    for frame in frames:
-        yield replace(frame, pts_ns=frame.pts_ns + by_ns)
+    Segments do not tell: compaction writes them anew.
+    """
+    found = row.created_ns
+    for path in store.state(row.id).files():
+        with suppress(FileNotFoundError):
+            found = max(found, path.stat().st_mtime_ns)
+    return found
 
 
 def _start_epoch(store: Store, writer: RecordingWriter, encoder: StreamEncoder, reason: str) -> None:

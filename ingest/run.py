@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from memdb.digest import unit_digest
 from memdb.ingest.encoder import StreamEncoder
 from memdb.ingest.frames import ReadyFrame
+from memdb.schemas.recording import Gap
 from memdb.schemas.times import to_s
 from memdb.schemas.units import Unit
 from memdb.store import Store
@@ -44,11 +45,12 @@ class Diverged(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Commit:
-    """What goes to the writer's thread: units that the store has not, and a state to save behind them."""
+    """What goes to the writer's thread: units that the store has not, a gap and a state to save behind them."""
 
     units: Sequence[Unit]
     state: tuple[int, bytes] | None
     flush: bool = False
+    gap: Gap | None = None
 
 
 class Run:
@@ -79,6 +81,12 @@ class Run:
         units = self._fresh(self._encoder.finish() if flush else [])
         return Commit(units, (self._encoder.counters.unit, self._encoder.state()), flush=True)
 
+    def at_gap(self, gap: Gap) -> Commit:
+        """No clip spans a gap: the open unit closes. Where a gap only begins, everything is made safe."""
+        if gap.end_ns == gap.start_ns:
+            return self.ending(flush=True)
+        return replace(self._package(self._encoder.finish()), gap=gap)
+
     def _package(self, units: Sequence[Unit]) -> Commit:
         """A state is saved once as many unit bytes came as a state takes, so it at most doubles the writes."""
         fresh = self._fresh(units)
@@ -106,6 +114,8 @@ class Run:
                 self._writer.append(item.units)
             self._written += len(item.units)
             self._written_bytes += sum(unit.payload_bytes for unit in item.units)
+        if item.gap is not None:
+            self._writer.gap(item.gap.start_ns, item.gap.end_ns, item.gap.reason)
         if item.state is not None:
             with self._laps("state"):
                 self._store.state(self._writer.recording.id).save(*item.state)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 from memdb.schemas.errors import BudgetError, SourceError
 from memdb.schemas.frames import DecodedFrame, Frame
+from memdb.schemas.recording import Gap
 from memdb.schemas.times import NS_PER_S
 
 FPS_MAX = 1000.0
@@ -28,7 +30,7 @@ def slot_ns(sample_fps: float) -> int:
 
 
 def sample(
-    frames: Iterator[DecodedFrame], sample_fps: float, *, after_ns: int = -1, number: int = 0
+    frames: Iterator[DecodedFrame | Gap], sample_fps: float, *, after_ns: int = -1, number: int = 0
 ) -> Iterator[Frame]:
     """The first frame of every slot `[k * slot, (k + 1) * slot)`; an empty slot gives nothing.
 
@@ -40,12 +42,33 @@ def sample(
     A frame whose picture cannot be had (its source has noted that) is passed over, and the next frame of the
     slot stands for it. Raises BudgetError for rates that are not finite, not above 0, or above 1000.
     """
+    picked = sample_with_gaps(frames, sample_fps, after_ns=after_ns, number=number)
+    return (item for item in picked if isinstance(item, Frame))
+
+
+def sample_with_gaps(
+    frames: Iterator[DecodedFrame | Gap], sample_fps: float, *, after_ns: int = -1, number: int = 0
+) -> Iterator[Frame | Gap]:
+    """The same, with the source's gaps in their places.
+
+    A gap begins where the slot of the frame before it ends, and one that ends before that is none. One without
+    an end yet passes as it is. A film that is taken up again gives the gaps behind `after_ns` again.
+    """
     return _picked(frames, slot_ns(sample_fps), after_ns, number)
 
 
-def _picked(frames: Iterator[DecodedFrame], period_ns: int, after_ns: int, number: int) -> Iterator[Frame]:
+def _picked(
+    frames: Iterator[DecodedFrame | Gap], period_ns: int, after_ns: int, number: int
+) -> Iterator[Frame | Gap]:
     taken = after_ns // period_ns  # -1, before the first slot, for after_ns = -1
     for frame in frames:
+        if isinstance(frame, Gap):
+            start_ns = max(frame.start_ns, (taken + 1) * period_ns)
+            if frame.end_ns == frame.start_ns:
+                yield frame
+            elif frame.end_ns > start_ns:
+                yield replace(frame, start_ns=start_ns)
+            continue
         slot = frame.pts_ns // period_ns
         if slot <= taken:  # holds for every frame up to after_ns, too
             continue

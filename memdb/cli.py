@@ -125,6 +125,14 @@ def cli() -> None:
 @click.option("--sample-fps", type=float, default=0.5, show_default=True, help="Frames a second to look at.")
 @click.option("--fps", type=float, help="Frames a second of an image folder (1 unless said).")
 @click.option("--started-at", help="Wall clock at media time 0, ISO 8601.")
+@click.option("--track", type=int, help="A video track by number, from 0 on; by default the best.")
+@click.option(
+    "--reconnect-s",
+    type=float,
+    default=300.0,
+    show_default=True,
+    help="How long a lost live source is tried again; 0: not at all, inf: for ever.",
+)
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Kept with the recording; no recipe here draws."
 )

@@ -96,6 +96,8 @@ class Client:
         sample_fps: float = 0.5,
         fps: float | None = None,
         started_at: str | None = None,
+        track: int | None = None,
+        reconnect_s: float = 300.0,
         seed: int = 0,
         progress: Callable[[Progress], None] | None = None,
         stop: threading.Event | None = None,
@@ -105,12 +107,14 @@ class Client:
         recording: its name, by default made from the source's. recipe: rekv, rlivs, hybrid, a TOML file or a
         Recipe; profile, codec and settings (`STAGE.PARAM=VALUE`) change it. sample_fps: frames a second that
         are looked at. fps: of folders and iterators without times. started_at: ISO 8601, the wall clock at
-        media time 0. seed: kept with the recording as part of its encoding; no recipe here draws yet. stop: set it
-        to end after the batch in hand, with Interrupted.
+        media time 0. track: a video track by number, from 0 on, where the best is not meant. reconnect_s: how long a
+        live source that was lost is tried again; 0 for not at all, inf for ever. seed: kept with the recording as
+        part of its encoding; no recipe here draws yet. stop: set it to end after the batch in hand, with Interrupted.
 
         Raises RecipeError, BudgetError, SourceError, ModelMismatch, EncodingMismatch, SourceMismatch,
         LockedError, StoreError.
         """
+        from memdb.ingest.growing import grown, started_at_ns
         from memdb.ingest.pipeline import ingest
         from memdb.ingest.run import Diverged
         from memdb.ingest.sampling import slot_ns
@@ -123,11 +127,11 @@ class Client:
         stages = compose(row)
         compose_query(row)
         slot_ns(sample_fps)
-        started_at_ns = parse_wall_clock(started_at) if started_at is not None else None
+        given_ns = parse_wall_clock(started_at) if started_at is not None else None
         new_epoch = ""
         while True:
             with (
-                open_source(source, fps=fps) as opened,
+                open_source(source, fps=fps, track=track, reconnect_s=reconnect_s) as opened,
                 Store.open(self.store.path, create=True, write=True) as store,
             ):
                 if opened.info.live:
@@ -138,10 +142,13 @@ class Client:
                     model = self._loaded()
                     vectors = self._vectors(stages.captioner.encoder) if row.keeps_captions else None
                 store.bind_model(model.identity)
-                spec = self._spec_of(row, name, opened.info, sample_fps, seed, started_at_ns, model, vectors)
+                known = next((found for found in store.recordings() if found.name == name), None)
+                started_ns = started_at_ns(given_ns, known, opened)
+                spec = self._spec_of(row, name, opened.info, sample_fps, seed, started_ns, model, vectors)
                 done = self._done(store, spec)
                 if done is not None:
                     return done
+                spec = grown(spec, known, opened)
                 try:
                     return ingest(
                         store,
@@ -185,7 +192,7 @@ class Client:
             source=info.identity,
             source_name=info.name,
             live=info.live,
-            started_at_ns=started_at_ns if started_at_ns is not None else info.started_at_ns,
+            started_at_ns=started_at_ns,
             sample_fps=sample_fps,
             seed=seed,
             dtype=dtype,

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,7 +35,6 @@ from tests.run_cases import (
     NAME,
     count_units,
     ingest_words,
-    ingested,
     opened,
     small_model,
     small_spec,
@@ -43,8 +43,14 @@ from tests.run_cases import (
     unit_rows,
     until,
 )
+from tests.run_cases import (
+    ingested as ingested_from,
+)
 from tests.store_cases import directory_digest
 
+ingested = partial(
+    ingested_from, reconnect_s=0
+)  # a connection is an ingest; tests/test_live_lost.py has the rest
 NS = 10**9
 SECONDS = 26  # a sampled frame each: six batches of four, and two frames that make none
 RATE = 4  # frames a second on film: a decoder that opens a stream wants to see some before it begins
@@ -189,7 +195,7 @@ def test_connected_again_it_goes_on_behind_a_gap_of_the_wall_clock(
     assert [(gap.start_ns, gap.end_ns) for gap in recording(store).gaps] == [(24 * NS, 3600 * NS)]
     assert unit_digests(store)[:24] == before
     check_times(store)
-    with open_source(camera.address) as source:
+    with open_source(camera.address, reconnect_s=0) as source:
         pictures = [frame.image() for frame in source.frames()][: 24 * RATE : RATE]
     paused = zip([*range(24), *range(3600, 3624)], pictures * 2, strict=True)
     ingested(straight, model, [(float(second), picture) for second, picture in paused], "rekv")

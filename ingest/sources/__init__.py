@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from memdb.ingest.sources.address import SCHEMES, VideoAddress
 from memdb.ingest.sources.base import Source as Source
 from memdb.ingest.sources.folder import ImageFolder
 from memdb.ingest.sources.iterator import FrameIterator
-from memdb.ingest.sources.video import VideoAddress, VideoFile
+from memdb.ingest.sources.live import RECONNECT_S, Reconnecting, checked_patience
+from memdb.ingest.sources.video import VideoFile
 from memdb.schemas.errors import SourceError, UsageError
 
 SOURCES: dict[str, Callable[..., Source]] = {
@@ -20,22 +22,35 @@ SOURCES: dict[str, Callable[..., Source]] = {
     "stream": VideoAddress,
     "frames": FrameIterator,
 }
-SCHEMES = ("rtsp", "rtsps", "http", "https")
 
 
-def open_source(what: str | os.PathLike[str] | Iterable[Any], *, fps: float | None = None) -> Source:
+def open_source(
+    what: str | os.PathLike[str] | Iterable[Any],
+    *,
+    fps: float | None = None,
+    track: int | None = None,
+    reconnect_s: float = RECONNECT_S,
+) -> Source:
     """The source that `what` names: a path of a film or of a folder of pictures, an address, or frames.
 
-    `fps` is the rate of a folder (1.0 where it is not given) and of arrays that come without times.
-    Raises SourceError where there is nothing to see, UsageError where `fps` has no place or is missing,
-    BudgetError for an absurd rate.
+    `fps` is the rate of a folder (1.0 where it is not given) and of arrays that come without times. `track` is
+    the number of a video track, from 0 on, where the best is not meant. `reconnect_s`: how long a live source
+    that was lost is tried again; 0 for not at all, so that it ends with its connection.
+    Raises SourceError where there is nothing to see, UsageError where `fps` or `track` has no place or is missing,
+    BudgetError for an absurd rate or time.
     """
     kind = _kind(what)
+    checked_patience(reconnect_s)
     if kind in ("folder", "frames"):
+        if track is not None:
+            raise UsageError("only films have video tracks: leave track out")
         return SOURCES[kind](what, fps=fps)
     if fps is not None:
         raise UsageError("a film carries its own times: give fps for image folders and arrays only")
-    return SOURCES[kind](what)
+    source = SOURCES[kind](what, track=track)
+    if isinstance(source, VideoAddress) and source.info.live and reconnect_s:
+        return Reconnecting(source, reconnect_s)
+    return source
 
 
 def _kind(what: str | os.PathLike[str] | Iterable[Any]) -> str:

@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Protocol, Self
 
+import numpy as np
+
 from memdb.schemas.errors import SourceError
-from memdb.schemas.frames import DecodedFrame, SourceInfo
+from memdb.schemas.frames import DecodedFrame, Image, SourceIdentity, SourceInfo
+from memdb.schemas.recording import Gap
 
 # Vision towers here look at 384 to 1,000 pixels. A 4K frame as RGB is 25 MB, of which a queue holds dozens;
 # at 1920 it is 6 MB, and detail enough is left for key frames and for models that cut a picture into tiles.
@@ -21,18 +24,26 @@ class Source(Protocol):
     """A film, folder, address or iterator, opened: its first picture is known to be there.
 
     `frames()` decodes straight from the beginning; media times are relative to the recording's start and
-    strictly increasing. `warnings` is complete and `media_end_ns` (the end of the last frame) is set when
-    the frames have come to their end. A context manager; `close()` may be called from another thread, and
-    ends a running `frames()` at its next frame.
+    strictly increasing. A Gap stands where the source gave nothing for long: between the frames around it, or,
+    with an end that is its start, where nothing comes for now and nobody knows for how long.
+
+    When the frames have come to their end, `warnings` is complete, `media_end_ns` (the end of the last frame) is
+    set, and `growing` says whether more is being written. A context manager; `close()` may be called from
+    another thread, and ends a running `frames()` at its next frame.
     """
 
     info: SourceInfo
     warnings: list[str]
     media_end_ns: int | None
+    growing: bool = False
 
-    def frames(self) -> Iterator[DecodedFrame]: ...
+    def frames(self) -> Iterator[DecodedFrame | Gap]: ...
 
     def close(self) -> None: ...
+
+    def continues(self, known: SourceIdentity) -> bool:
+        """Whether this source begins with all of the known one, and goes on: a file that has grown."""
+        return False
 
     def __enter__(self) -> Self:
         return self
@@ -86,6 +97,16 @@ def check_size(width: int, height: int, label: str) -> None:
             f"{label}: a picture of {width} x {height} pixels is not read (at most {PICTURE_PX_MAX} pixels): "
             "scale it down first"
         )
+
+
+def on_black(pixels: Image) -> Image:
+    """(h, w, 3) of RGB or RGBA: what is transparent shows the black behind it, not the colour it happens to have."""
+    if pixels.shape[2] == 3:
+        return pixels
+    colours, alpha = pixels[:, :, :3], pixels[:, :, 3:]
+    if alpha.min(initial=255) == 255:
+        return colours
+    return ((colours.astype(np.uint16) * alpha + 127) // 255).astype(np.uint8)
 
 
 def suggested_name(text: str) -> str:

@@ -11,12 +11,12 @@ from typing import Any
 
 import av
 import av.error
-import numpy as np
-from av.sidedata.sidedata import Type as SideDataType
-from av.stream import Disposition
 
-from memdb.ingest.sources.base import PICTURE_PX_MAX, check_size, fitted
-from memdb.schemas.errors import MemdbError, SourceError
+from memdb.ingest.sources.base import PICTURE_PX_MAX
+from memdb.ingest.sources.pictures import pixel_aspect, shown_size, to_rgb
+from memdb.ingest.sources.times import Picture
+from memdb.ingest.sources.tracks import pick_track
+from memdb.schemas.errors import MemdbError
 from memdb.schemas.frames import Image
 from memdb.schemas.times import NS_PER_S, parse_time, parse_wall_clock, to_ns
 
@@ -24,7 +24,6 @@ FFmpegError = av.error.FFmpegError
 
 _US_PER_S = 1_000_000
 _RATE_UNKNOWN_FPS = Fraction(25)
-_TEXT_CODECS = {"ansi", "bintext", "idf", "xbin"}  # ffmpeg plays text files as terminal art
 # These say in their header how long the film is; of the others ffmpeg estimates it from what is there.
 _DECLARES_LENGTH = {"avi", "matroska", "mov"}
 _YEAR_1990_NS = 631_152_000 * NS_PER_S
@@ -32,41 +31,52 @@ _DAY_NS = 86_400 * NS_PER_S
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A decoded frame of ffmpeg's with its media time; `duration_ns` is 0 where the film does not say."""
+class Opening:
+    """How an address is opened. `has_grown` is asked at the end of what is there: whether more is being written.
 
-    pts_ns: int
-    duration_ns: int
-    frame: Any
+    `silence_s`: for live sources, how long packets of other tracks (sound) stand for a picture that is missing.
+    """
+
+    options: dict[str, str]
+    timeout_s: tuple[float, float] | None = None
+    track: int | None = None
+    has_grown: Callable[[], bool] | None = None
+    silence_s: float | None = None
 
 
 class Decoder:
-    """The first video track of `address`, decoded once from its beginning. Not for two threads at once.
+    """One video track of `address`, decoded once from its beginning. Not for two threads at once.
 
     `first` is its first whole picture, decoded already, or None where there is not one. Raises PyAV's
-    FFmpegError where nothing can be opened, SourceError where what was opened is no film.
+    FFmpegError where nothing can be opened, SourceError where what was opened is no film, UsageError for a track
+    that is not there.
     """
 
-    def __init__(
-        self, address: str, label: str, *, options: dict[str, str], timeout_s: tuple[float, float] | None
-    ) -> None:
-        self._container = av.open(address, options=options, timeout=timeout_s, metadata_errors="replace")
+    def __init__(self, address: str, label: str, opening: Opening) -> None:
+        # Sizes in headers are bounded here, too: to know a film, ffmpeg decodes its first pictures on opening it.
+        sizes = {"max_pixels": str(PICTURE_PX_MAX)}
+        self._container = av.open(
+            address, options=opening.options | sizes, timeout=opening.timeout_s, metadata_errors="replace"
+        )
         try:
-            self._stream = _first_track(self._container, label)
-        except SourceError:
+            self.track = pick_track(self._container, label, opening.track)
+        except MemdbError:
             self._container.close()
             raise
+        self._opening = opening
+        self._stream = self.track.stream
         # One thread: with several, the pictures that ffmpeg mends in a damaged film depend on timing, and an
         # ingest that is killed and run again must see the same frames. It overlaps the model all the same.
         self._stream.thread_type = "NONE"
         self._stream.codec_context.thread_count = 1
-        self._stream.codec_context.options = {"max_pixels": str(PICTURE_PX_MAX)}
+        self._stream.codec_context.options = sizes
         self._format: str = self._container.format.name.partition(",")[0]
         self._clock = _Clock(self._container, self._stream)
-        self._aspect = _pixel_aspect(self._stream)  # read now: a stream of a closed container is freed memory
+        self._aspect = pixel_aspect(self._stream)  # read now: a stream of a closed container is freed memory
         self.damaged = 0  # packets and frames that could not be used
         self.stopped_by: str | None = None  # why reading ended before the film did
         self.ends_damaged = False  # nothing whole came after the last damage
+        self.growing = False  # the file was longer at the end of the pass than at its beginning
         self._rest = self._whole()
         self.first = next(self._rest, None)
 
@@ -88,14 +98,51 @@ class Decoder:
 
     def _decoded(self) -> Iterator[Any]:
         try:
-            for packet in self._container.demux(self._stream):
+            for packet in self._packets():
                 yield from self._survived(packet.decode)
         except IndexError:
             pass  # PyAV trips, at the very end, over tracks that appeared on the way; ours was flushed before
         except FFmpegError as error:
             self.stopped_by = reason(error)
+        if self.stopped_by is not None and not self._ends_growing():
             # what the decoder's threads still hold was whole
             yield from self._survived(partial(self._stream.codec_context.decode, None))
+
+    def _packets(self) -> Iterator[Any]:
+        if self._opening.silence_s is not None:
+            return self._while_pictures_come(self._opening.silence_s)
+        packets = self._container.demux(self._stream)
+        return packets if self._opening.has_grown is None else self._whole_packets(packets)
+
+    def _whole_packets(self, packets: Iterator[Any]) -> Iterator[Any]:
+        """All packets, or, of a file that is being written, all but the last: half of it may be missing.
+
+        What the decoder would give for want of more is left to the next pass, too, which sees more.
+        """
+        before: Any = None
+        for packet in packets:
+            if _is_end(packet) and self._ends_growing():
+                return
+            if before is not None:
+                yield before
+            before = packet
+        if before is not None and not self._ends_growing():
+            yield before
+
+    def _ends_growing(self) -> bool:
+        self.growing = self.growing or (self._opening.has_grown is not None and self._opening.has_grown())
+        return self.growing
+
+    def _while_pictures_come(self, silence_s: float) -> Iterator[Any]:
+        """Packets of the film, until there were none for so long while those of other tracks came."""
+        index, came_s = self._stream.index, time.monotonic()
+        for packet in self._container.demux():
+            if packet.stream_index == index:
+                yield packet
+                came_s = time.monotonic()
+            elif time.monotonic() - came_s > silence_s:
+                self.stopped_by = "sound, but no picture"
+                return
 
     def _survived(self, decode: Callable[[], list[Any]]) -> list[Any]:
         try:
@@ -129,6 +176,11 @@ class Decoder:
             end_ns -= start_ns
         return end_ns
 
+    @property
+    def is_of_known_size(self) -> bool:
+        """Whether a server said how many bytes come: then a connection that ends behind them was not lost."""
+        return int(self._container.size) >= 0
+
     def breaks_off(self, end_ns: int) -> bool:
         """Whether a film whose last frame ends at `end_ns` ended before its time."""
         if self.stopped_by is not None or self.ends_damaged:
@@ -151,24 +203,18 @@ class Decoder:
 
     def size(self, picture: Picture) -> tuple[int, int]:
         """Width and height of what `rgb` gives."""
-        width, height = self._fitted(picture.frame)
-        return (height, width) if _is_transposed(_display_matrix(picture.frame)) else (width, height)
+        return shown_size(picture.frame, self._aspect)
 
     def rgb(self, picture: Picture) -> Image:
         """The picture upright, with square pixels, at native size or shrunk. Raises FFmpegError."""
-        width, height = self._fitted(picture.frame)
-        pixels: Image = picture.frame.to_ndarray(format="rgb24", width=width, height=height)
-        return np.ascontiguousarray(_oriented(pixels, _display_matrix(picture.frame)))
-
-    def _fitted(self, frame: Any) -> tuple[int, int]:
-        return fitted(max(1, round(frame.width * self._aspect)), frame.height)
+        return to_rgb(picture.frame, self._aspect)
 
     def close(self) -> None:
         self._container.close()
 
 
 class _Clock:
-    """Media time: presentation time less the container's start, exact to the nanosecond, never negative."""
+    """A film's own time: presentation time less the container's start, exact to the nanosecond."""
 
     def __init__(self, container: Any, stream: Any) -> None:
         self._time_base: Fraction | None = stream.time_base
@@ -184,14 +230,14 @@ class _Clock:
 
     def timed(self, frame: Any) -> Picture:
         time_base = frame.time_base or self._time_base
-        duration_ns = _scaled(frame.duration, time_base) if frame.duration and time_base else 0
+        duration_ns = max(0, _scaled(frame.duration or 0, time_base)) if time_base else 0
         if frame.pts is None or not time_base:
             self._since_anchor += 1
         else:
             pts_ns = _scaled(frame.pts, time_base)
             if self._start_ns is None:
                 self._start_ns = pts_ns
-            self._anchor_ns, self._since_anchor = max(0, pts_ns - self._start_ns), 0
+            self._anchor_ns, self._since_anchor = pts_ns - self._start_ns, 0
         pts_ns = self._anchor_ns + round(self._since_anchor * self.period_s * NS_PER_S)
         return Picture(pts_ns, duration_ns, frame)
 
@@ -219,56 +265,9 @@ def _tagged_end_ns(text: str | None) -> int | None:
         return None
 
 
-def _first_track(container: Any, label: str) -> Any:
-    """The first video track that is a film: no cover picture, no text played as terminal art."""
-    tracks = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-    if not tracks:
-        kinds = sorted({s.type for s in container.streams}) or ["nothing"]
-        raise SourceError(
-            f"{label} has no video track, only {' and '.join(kinds)}: give a film with pictures"
-        )
-    track = tracks[0]
-    if track.codec_context is None:
-        raise SourceError(f"{label}: its video codec is not known here: convert it to H.264")
-    if track.codec_context.name in _TEXT_CODECS:
-        raise SourceError(f"{label} is a text file, not a film: give a video file")
-    check_size(track.codec_context.width, track.codec_context.height, label)
-    return track
-
-
-def _pixel_aspect(stream: Any) -> Fraction:
-    """Width over height of a pixel; 1 where it is unknown, or nonsense in a header."""
-    aspect: Fraction | None = stream.sample_aspect_ratio
-    return aspect if aspect is not None and 0.1 <= aspect <= 10 else Fraction(1)
-
-
-_Matrix = tuple[int, int, int, int]  # a, b, c, d: the pixel (x, y) is shown at (a x + c y, b x + d y)
-_UPRIGHT: _Matrix = (1, 0, 0, 1)
-
-
-def _display_matrix(frame: Any) -> _Matrix:
-    data = frame.side_data.get(SideDataType.DISPLAYMATRIX)
-    if data is None:
-        return _UPRIGHT
-    a, b, _, c, d = (int(v) for v in np.frombuffer(data, np.int32, 5))
-    return a, b, c, d
-
-
-def _is_transposed(matrix: _Matrix) -> bool:
-    a, b, _, _ = matrix
-    return abs(b) > abs(a)
-
-
-def _oriented(pixels: Image, matrix: _Matrix) -> Image:
-    """The picture as it is meant to be shown: turned by quarters and mirrored, (h, w, 3) or (w, h, 3)."""
-    a, b, c, d = matrix
-    if _is_transposed(matrix):
-        pixels, a, d = pixels.transpose(1, 0, 2), c, b
-    if a < 0:
-        pixels = pixels[:, ::-1]
-    if d < 0:
-        pixels = pixels[::-1]
-    return pixels
+def _is_end(packet: Any) -> bool:
+    """Whether it is the empty packet with which PyAV flushes a decoder."""
+    return packet.size == 0 and packet.dts is None and packet.pts is None
 
 
 def reason(error: Exception) -> str:

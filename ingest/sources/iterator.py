@@ -14,7 +14,7 @@ from memdb.ingest.sampling import checked_fps
 from memdb.ingest.sources.base import Source, Timeline, check_size, fitted
 from memdb.schemas.errors import SourceError, UsageError
 from memdb.schemas.frames import DecodedFrame, Image, SourceIdentity, SourceInfo
-from memdb.schemas.times import NS_PER_S, to_ns
+from memdb.schemas.times import NS_PER_S, TIME_S_MAX, to_ns
 
 
 class FrameIterator(Source):
@@ -78,7 +78,7 @@ class FrameIterator(Source):
             return round(index * NS_PER_S / self._fps), _checked(index, item)
         seconds, array = item
         try:
-            valid = math.isfinite(seconds) and seconds >= 0
+            valid = math.isfinite(seconds) and 0 <= seconds <= TIME_S_MAX
         except TypeError:
             valid = False
         if not valid:
