@@ -97,6 +97,8 @@ class Catalog:
     def model(self) -> ModelIdentity | None:
         text = self._meta("model", None)
         if text is None:
+            if self._meta_int("recordings"):
+                raise CorruptionError(f"{CATALOG}: the row of 'model' is lost", file=CATALOG)
             return None
         return model_from_json(json.loads(str(text)))
 

@@ -91,7 +91,8 @@ class Database:
 
     @property
     def in_transaction(self) -> bool:
-        return self._connection.in_transaction
+        with _typed():
+            return self._connection.in_transaction
 
     def select(self, table: str, tail: str, parameters: Sequence[Value] = ()) -> list[tuple[Value, ...]]:
         """Rows of `table`, each verified, without their checksums. `tail` is constant SQL."""
