@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from memdb.schemas.errors import CorruptionError, UsageError
+from memdb.schemas.recording import Tombstone
 from memdb.schemas.units import BLOCK_DTYPE, SLICE_DTYPE, BlockKind, Caption
 
 RECORDING = "0123456789abcdef0123456789abcdef"
@@ -29,6 +31,9 @@ class FakeRow:
     caption_tokens: int | None
     blocks: Any
     slices: Any
+    segment: str = "fake"
+    offset: int = 0
+    layers: int = 0  # L of the keys, 0 without
 
 
 @dataclass
@@ -39,6 +44,7 @@ class FakeStore:
     captions: dict[tuple[str, int], Caption] = field(default_factory=dict)
     damaged: set[tuple[str, int]] = field(default_factory=set)
     encoders: dict[str, str] = field(default_factory=lambda: {RECORDING: ENCODER, OTHER: ENCODER})
+    tombstones: dict[str, list[Tombstone]] = field(default_factory=dict)
     caption_reads: int = 0
 
     def add(
@@ -73,6 +79,7 @@ class FakeStore:
             len(text.split()) if text is not None else None,
             blocks,
             slices,
+            layers=0 if keys is None else len(keys),
         )
         if text is not None:
             self.captions[recording_id, number] = Caption(text, (), np.asarray(vector, np.float32))
@@ -81,13 +88,40 @@ class FakeStore:
 
     def recordings(self) -> list[Any]:
         """As many of a catalog's recordings, with as much of each, as the caption tier asks for."""
-        last = {row.recording_id: row.commit_id for row in self.rows}
+        units = Counter(row.recording_id for row in self.rows)
         return [
             SimpleNamespace(
-                id=name, last_commit=commit, spec=SimpleNamespace(caption_encoder=self.encoders.get(name))
+                id=name,
+                units=count,
+                tombstones=tuple(self.tombstones.get(name, ())),
+                spec=SimpleNamespace(caption_encoder=self.encoders.get(name)),
             )
-            for name, commit in last.items()
+            for name, count in units.items()
         ]
+
+    def recording_by_id(self, recording_id: str) -> Any:
+        """As much of its row as the key tables ask for."""
+        tombstones = tuple(self.tombstones.get(recording_id, ()))
+        return SimpleNamespace(id=recording_id, tombstones=tombstones, kv_from_unit=0)
+
+    def forget(self, recording_id: str, first: int, last: int) -> None:
+        """The captions of units `first` to `last`: the units stay, as husks."""
+        span = self.rows_of(recording_id)[first : last + 1]
+        self.rows = [
+            replace(row, has_caption=False, caption_tokens=None) if row in span else row for row in self.rows
+        ]
+        for row in span:
+            self.captions.pop((recording_id, row.number), None)
+        stones = self.tombstones.setdefault(recording_id, [])
+        below = len(self.rows_of(recording_id))
+        stones.append(Tombstone(len(stones), span[0].start_ns, span[-1].end_ns, below, 0))
+
+    def forget_recording(self, recording_id: str) -> None:
+        self.rows = [row for row in self.rows if row.recording_id != recording_id]
+        self.captions = {place: said for place, said in self.captions.items() if place[0] != recording_id}
+
+    def rows_of(self, recording_id: str) -> list[FakeRow]:
+        return [row for row in self.rows if row.recording_id == recording_id]
 
     def unit(self, recording_id: str, number: int) -> FakeRow:
         rows = self.units(recording_id, first=number, last=number)
@@ -118,7 +152,7 @@ class FakeStore:
     def units(
         self, recording_id: str, *, first: int | None = None, last: int | None = None, **_: None
     ) -> list[FakeRow]:
-        rows = [row for row in self.rows if row.recording_id == recording_id]
+        rows = self.rows_of(recording_id)
         return [row for row in rows if (first or 0) <= row.number and (last is None or row.number <= last)]
 
     def read_keys(self, row: FakeRow) -> Any:

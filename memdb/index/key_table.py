@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 import numpy.typing as npt
 
+from memdb.index.forgotten import forgotten_rows
 from memdb.index.pages import (
     PAGE_BLOCK_DTYPE,
     PAGE_CAPTION_DTYPE,
@@ -39,7 +40,10 @@ class KeyTable:
 
     Opening reads the tables of the pages and the catalog rows of the tail; keys and vectors are read when
     they are asked for. Damaged keys in a page are taken from the segments; damaged ones there are zero and
-    count as held by no layer. `problems` names both. A refresh only ever adds rows at the end.
+    count as held by no layer. `problems` names both. A refresh only ever adds rows at the end of `blocks`.
+
+    What is forgotten keeps its row, of 0 tokens, and no layer holds it: pages have it still, until they are made
+    anew. Its caption has 0 tokens and a zero vector, or no row any more.
     """
 
     def __init__(self, store: Store, recording_id: str, cache_bytes_max: int) -> None:
@@ -49,6 +53,8 @@ class KeyTable:
         self.problems: list[PageProblem] = []
         self.blocks: Table = np.zeros(0, PAGE_BLOCK_DTYPE)
         self.captions: Table = np.zeros(0, PAGE_CAPTION_DTYPE)
+        self.captions_gone = np.zeros(0, bool)  # (captions,): those that are forgotten
+        self._blocks_gone = np.zeros(0, bool)  # (n,)
         self._fd = -1
         self._pages: list[Page] = []
         self._starts = np.zeros(
@@ -59,6 +65,7 @@ class KeyTable:
         self._lost: dict[int, set[int]] = {}  # unit -> layers whose keys no file holds whole any more
         self._layers: OrderedDict[int, npt.NDArray[np.float16]] = OrderedDict()
         self._vectors: npt.NDArray[np.float32] | None = None
+        self._vectors_of: npt.NDArray[np.int64] | None = None  # see _vector_rows
         self.refresh()
 
     @classmethod
@@ -75,6 +82,7 @@ class KeyTable:
         wanted = {row.number for row in self._tail}
         self._tail_keys = {number: keys for number, keys in self._tail_keys.items() if number in wanted}
         self._build_tables()
+        self._mask_forgotten()
         return (len(self.blocks), len(self.captions)) > before
 
     def _refresh_pages(self) -> None:
@@ -115,6 +123,23 @@ class KeyTable:
         self._starts = np.cumsum([0, *(len(page.blocks) for page in self._pages)], dtype=np.int64)
         self.blocks = np.concatenate([np.zeros(0, PAGE_BLOCK_DTYPE), *blocks])
         self.captions = np.concatenate([np.zeros(0, PAGE_CAPTION_DTYPE), *captions])
+
+    def _mask_forgotten(self) -> None:
+        """Asked after pages and tail were read: what was forgotten by then has no tokens, whoever held it."""
+        row = self._store.recording_by_id(self.recording_id)
+        before = self._vectors_of
+        self._blocks_gone = forgotten_rows(self.blocks, row.tombstones) | (
+            self.blocks["unit"] < row.kv_from_unit
+        )
+        self.captions_gone = forgotten_rows(self.captions, row.tombstones)
+        self.blocks["tokens"][self._blocks_gone] = 0
+        self.captions["tokens"][self.captions_gone] = 0
+        if before is not None and not np.array_equal(before, self._vector_rows()):
+            self._vectors = self._vectors_of = None
+
+    def _vector_rows(self) -> npt.NDArray[np.int64]:
+        """(captions,): the unit of each caption vector, -1 where it is zero because it is forgotten."""
+        return np.where(self.captions_gone, -1, self.captions["unit"].astype(np.int64))
 
     def __len__(self) -> int:
         """Blocks, over pages and tail."""
@@ -170,7 +195,7 @@ class KeyTable:
         for row in self._tail:
             if n := len(row.blocks):
                 keys = self._segment_keys(row)
-                if keys is None:
+                if keys is None and row.layers:  # a unit without keys has lost none: nothing of it is left
                     self._lost.setdefault(row.number, set()).add(layer)
                 out[at : at + n] = 0 if keys is None else keys[layer]
                 at += n
@@ -223,7 +248,7 @@ class KeyTable:
         parts += [
             held_by(row.slices, layers, len(row.blocks))[layer] for row in self._tail if len(row.blocks)
         ]
-        held: npt.NDArray[np.bool_] = np.concatenate([np.zeros(0, bool), *parts])
+        held: npt.NDArray[np.bool_] = np.concatenate([np.zeros(0, bool), *parts]) & ~self._blocks_gone
         lost = [number for number, bad in self._lost.items() if layer in bad]
         return held & ~np.isin(self.blocks["unit"], lost) if lost else held
 
@@ -258,8 +283,9 @@ class KeyTable:
                 size = size or len(vector)
                 parts.append(vector[None])
         vectors = np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
+        vectors[self.captions_gone] = 0
         vectors.flags.writeable = False
-        self._vectors = vectors
+        self._vectors, self._vectors_of = vectors, self._vector_rows()
         return vectors
 
     def _segment_vector(self, row: UnitRow | None, size: int) -> npt.NDArray[np.float32]:

@@ -163,6 +163,10 @@ def index_recording(store: Store, recording_id: str, *, flush: bool = False, tho
 def page_unit(store: Store, row: UnitRow) -> PageUnit:
     """What the pages keep of a unit, read from its segment. Raises CorruptionError."""
     keys = store.read_keys(row) if len(row.blocks) else None
+    if keys is None and len(row.blocks):
+        # Nothing of its KV is left. Its rows stay in the page, held by no layer: rows are found by their number.
+        shape = store.recording_by_id(row.recording_id).spec.model.shape
+        keys = np.zeros((shape.layers, len(row.blocks), shape.kv_heads * shape.head_size), np.float16)
     layers = keys.shape[0] if keys is not None else 0
     vector = np.asarray(store.read_caption(row).vector, np.float32) if row.has_caption else None
     return PageUnit(
