@@ -1,38 +1,32 @@
 """The caption table of one encoder in LanceDB: what it finds, and nothing of what it holds, is used.
 
-LanceDB syncs nothing and checks no bytes, so that the table is a derived index: it gives which units match
-and how well, and texts and vectors are read from the segments. A row's words are those of memdb/bm25.py.
+It gives which units match and how well; texts and vectors are read from the segments. LanceDB syncs nothing
+and checks no bytes, so that memdb/table_manifest.py says which folder, which version and which files count.
+A row's words are those of memdb/bm25.py.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import logging
 import os
-import shutil
-import time
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from memdb.schemas.errors import CorruptionError, MissingDependency
+from memdb.table_files import FOLDER
 
-FOLDER = "captions.lance"
-
-_FRAGMENTS_MAX = 50  # each version lists every fragment: unbounded, appends grow quadratic
 _TIME_INDEX_ROWS = 4096  # below, scanning the start times is as fast as an index over them
-_KEEP_VERSIONS = timedelta(minutes=5)  # a reader may still be in one
-_TRIES = 6
-_RETRY_S = 0.02
-
-_log = logging.getLogger(__name__)
-_T = TypeVar("_T")
+_COPY_ROWS = 4096  # of a batch while a table is copied
+# What a full disk, a full quota and a limit on the size of files say, by their numbers.
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +35,6 @@ class CaptionEntry:
 
     recording_id: str
     unit: int
-    commit_id: int
     start_ns: int
     end_ns: int
     words: str
@@ -52,102 +45,67 @@ class CaptionEntry:
 class Match:
     """A row that was found. Higher scores are better; they compare within one search only."""
 
-    commit_id: int
     recording_id: str
     unit: int
     score: float
 
 
 class CaptionTable:
-    """An open table. Other processes' commits are seen by every call.
+    """An open table: one version of it for searches, the newest for whoever adds.
 
-    Calls raise CorruptionError where LanceDB fails in a way that a retry does not cure.
+    Calls raise CorruptionError where LanceDB fails, and OSError where it is for want of space.
     """
 
-    def __init__(self, table: Any, file: str) -> None:
-        """Use `open` or `create`."""
+    def __init__(self, table: Any, folder: str) -> None:
+        """Use `open`, `create` or `copy`."""
         self._table = table
-        self._file = file
+        self.folder = folder
 
     @classmethod
-    def open(cls, store_path: Path, encoder: str) -> CaptionTable | None:
-        """The table of an encoder, None where there is none. Changes nothing. Raises MissingDependency."""
-        name, file = table_name(encoder), table_file(encoder)
-        if not (store_path / file).is_dir():
-            return None
+    def open(cls, store_path: Path, folder: str, version: int | None = None) -> CaptionTable:
+        """A version of a table, by default the newest. Changes nothing. Raises MissingDependency."""
+        # A connection of its own: none of LanceDB's caches outlives a table that was found wanting.
         connection = _connect(store_path)
-        with _typed(file):
-            return cls(connection.open_table(name), file)
+        with _typed(folder):
+            return cls(connection.open_table(Path(folder).stem, version=version), folder)
 
     @classmethod
-    def create(cls, store_path: Path, encoder: str, entries: Sequence[CaptionEntry]) -> CaptionTable:
-        """A new table with its first rows and its index of words."""
-        name, file = table_name(encoder), table_file(encoder)
+    def create(cls, store_path: Path, folder: str, entries: Sequence[CaptionEntry]) -> CaptionTable:
+        """A new table with its first rows, without indexes."""
         connection = _connect(store_path)
-        with _typed(file):
-            table = cls(connection.create_table(name, _arrow(entries)), file)
-            table._index_words()
-        return table
+        with _typed(folder):
+            return cls(connection.create_table(Path(folder).stem, _arrow(entries)), folder)
+
+    def copy(self, store_path: Path, folder: str) -> CaptionTable:
+        """The same rows as a new table: in one piece, without any trace of earlier versions."""
+        connection = _connect(store_path)
+        with _typed(folder):
+            rows = self._table.count_rows()
+            batches = self._table.search().limit(rows).to_batches(_COPY_ROWS)
+            table = connection.create_table(Path(folder).stem, batches)
+            if table.count_rows() != rows:
+                raise CorruptionError(f"{FOLDER}/{folder} holds fewer rows than it should", file=FOLDER)
+            return type(self)(table, folder)
 
     @property
-    def vector_size(self) -> int:
-        """E."""
-        with _typed(self._file):
-            return int(self._table.schema.field("vector").type.list_size)
+    def version(self) -> int:
+        with _typed(self.folder):
+            return int(self._table.version)
 
-    def last_commit(self) -> int:
-        """The largest commit id in the table: it holds every caption of its encoder up to there."""
-        with _typed(self._file):
-            commits = self._table.search().select(["commit_id"]).to_arrow().column("commit_id").to_numpy()
-        return int(commits.max(initial=0))
+    def rows(self) -> int:
+        with _typed(self.folder):
+            return int(self._table.count_rows())
 
-    def add(self, entries: Sequence[CaptionEntry]) -> int:
-        """Append rows that are not yet there, in order of commit, as one version. Returns how many those
-        were.
+    def add(self, entries: Sequence[CaptionEntry]) -> None:
+        """Append rows as one version."""
+        with _typed(self.folder):
+            self._table.add(_arrow(entries))
 
-        Whether they are there is asked again before every try: a try that failed may have come through.
-        """
+    def make_indexes(self) -> None:
+        """Index what is there: rows that are added later are found all the same, one by one."""
+        from lancedb.index import FTS, BTree
 
-        def attempt() -> int:
-            last = self.last_commit()
-            fresh = [entry for entry in entries if entry.commit_id > last]
-            if fresh:
-                self._table.add(_arrow(fresh))
-            return len(fresh)
-
-        return self._retrying(attempt)
-
-    def maintain(self) -> None:
-        """Make missing indexes; merge fragments and drop old versions once there are many."""
-        with _typed(self._file):
-            indexed = {column for index in self._table.list_indices() for column in index.columns}
-            stats = self._table.stats()
-        if "words" not in indexed:  # its making was cut short
-            self._retrying(self._index_words)
-        if "start_ns" not in indexed and stats["num_rows"] >= _TIME_INDEX_ROWS:
-            self._retrying(self._index_times)
-        if stats["fragment_stats"]["num_fragments"] >= _FRAGMENTS_MAX:
-            self._retrying(lambda: self._table.optimize(cleanup_older_than=_KEEP_VERSIONS))
-
-    def nearest(self, vector: npt.NDArray[np.float32], limit: int, where: str) -> list[Match]:
-        """The rows whose vectors have the largest cosine with (E,), best first."""
-        with _typed(self._file):
-            query = self._table.search(vector, query_type="vector").distance_type("cosine")
-            query = query.where(f"directed AND {where}").limit(limit)
-            return _matches(query, "_distance", lambda distance: 1.0 - distance)
-
-    def matching(self, words: Sequence[str], limit: int, where: str) -> list[Match]:
-        """The rows that hold at least one of the words, best first."""
-        from lancedb.query import MatchQuery
-
-        with _typed(self._file):
-            query = self._table.search(MatchQuery(" ".join(words), "words"), query_type="fts").where(where)
-            return _matches(query.limit(limit), "_score", float)
-
-    def _index_words(self) -> None:
-        from lancedb.index import FTS
-
-        config = FTS(
+        words = FTS(
             base_tokenizer="whitespace",
             max_token_length=None,
             lower_case=False,
@@ -155,41 +113,40 @@ class CaptionTable:
             remove_stop_words=False,
             ascii_folding=False,
         )
-        self._table.create_index("words", config=config)
+        with _typed(self.folder):
+            self._table.create_index("words", config=words)
+            if self._table.count_rows() >= _TIME_INDEX_ROWS:
+                self._table.create_index("start_ns", config=BTree())
 
-    def _index_times(self) -> None:
-        from lancedb.index import BTree
+    def nearest(self, vector: npt.NDArray[np.float32], limit: int, where: str) -> list[Match]:
+        """The rows whose vectors have the largest cosine with (E,), best first."""
+        with _typed(self.folder):
+            query = self._table.search(vector, query_type="vector").distance_type("cosine")
+            query = query.where(f"directed AND {where}" if where else "directed").limit(limit)
+            return _matches(query, "_distance", lambda distance: 1.0 - distance)
 
-        self._table.create_index("start_ns", config=BTree())
+    def matching(self, words: Sequence[str], limit: int, where: str) -> list[Match]:
+        """The rows that hold at least one of the words, best first."""
+        from lancedb.query import MatchQuery
 
-    def _retrying(self, attempt: Callable[[], _T]) -> _T:
-        """Try again after a conflict of commits. The handle goes on failing until it is refreshed."""
-        with _typed(self._file):
-            for tries in range(_TRIES):
-                try:
-                    return attempt()
-                except Exception as error:
-                    if "conflict" not in str(error).lower() or tries == _TRIES - 1:
-                        raise
-                    _log.debug("commit conflict in %s, trying again: %s", self._file, error)
-                time.sleep(_RETRY_S * 2**tries)
-                self._table.checkout_latest()
-        raise AssertionError("unreachable")
+        with _typed(self.folder):
+            query = self._table.search(MatchQuery(" ".join(words), "words"), query_type="fts").limit(limit)
+            return _matches(query.where(where) if where else query, "_score", float)
 
 
 def table_name(encoder: str) -> str:
-    """The name of the table of an encoder of caption vectors: one table an encoder."""
+    """What the table of an encoder of caption vectors is called, and its files begin with."""
     return f"captions_{hashlib.blake2b(encoder.encode(), digest_size=8).hexdigest()}"
 
 
-def table_file(encoder: str) -> str:
-    """Where the table lies, relative to the store."""
-    return f"{FOLDER}/{table_name(encoder)}.lance"
+def manifest_file(encoder: str) -> str:
+    """Where its manifest lies, relative to the store."""
+    return f"{FOLDER}/{table_name(encoder)}.manifest"
 
 
-def drop_table(store_path: Path, encoder: str) -> None:
-    """Remove a table, whole or damaged. It is made again from the segments."""
-    shutil.rmtree(store_path / table_file(encoder), ignore_errors=True)
+def new_folder(encoder: str) -> str:
+    """A folder in captions.lance for a table that is made. No name comes twice: readers know tables by it."""
+    return f"{table_name(encoder)}-{secrets.token_hex(8)}.lance"
 
 
 def _connect(store_path: Path) -> Any:
@@ -198,8 +155,8 @@ def _connect(store_path: Path) -> Any:
         import lancedb
     except ImportError:
         raise MissingDependency("the caption table needs LanceDB: pip install lancedb pyarrow") from None
-    with _typed(FOLDER):
-        return lancedb.connect(str(store_path / FOLDER), read_consistency_interval=timedelta(0))
+    with _typed(""):
+        return lancedb.connect(str(store_path / FOLDER))
 
 
 def _arrow(entries: Sequence[CaptionEntry]) -> Any:
@@ -213,7 +170,6 @@ def _arrow(entries: Sequence[CaptionEntry]) -> Any:
         {
             "recording_id": pa.array([entry.recording_id for entry in entries], pa.string()),
             "unit": pa.array([entry.unit for entry in entries], pa.int64()),
-            "commit_id": pa.array([entry.commit_id for entry in entries], pa.int64()),
             "start_ns": pa.array([entry.start_ns for entry in entries], pa.int64()),
             "end_ns": pa.array([entry.end_ns for entry in entries], pa.int64()),
             "words": pa.array([entry.words for entry in entries], pa.string()),
@@ -224,24 +180,41 @@ def _arrow(entries: Sequence[CaptionEntry]) -> Any:
 
 
 def _matches(query: Any, column: str, score_of: Callable[[float], float]) -> list[Match]:
-    rows = query.select(["commit_id", "recording_id", "unit", column]).to_arrow().to_pylist()
-    found = [Match(row["commit_id"], row["recording_id"], row["unit"], score_of(row[column])) for row in rows]
-    return sorted(found, key=lambda match: (-match.score, match.commit_id))
+    rows = query.select(["recording_id", "unit", column]).to_arrow().to_pylist()
+    found = [Match(row["recording_id"], row["unit"], score_of(row[column])) for row in rows]
+    return sorted(found, key=lambda match: -match.score)
 
 
 @contextmanager
-def _typed(file: str) -> Iterator[None]:
-    """Whatever LanceDB raises comes out as CorruptionError: it has one type of error for every trouble."""
+def _typed(folder: str) -> Iterator[None]:
+    """Whatever LanceDB raises comes out as CorruptionError, or as OSError where the disk is full.
+
+    It has one type of error for every trouble; a full disk can be told by the words only.
+    """
+    file = f"{FOLDER}/{folder}".rstrip("/")
     try:
         yield
     except (CorruptionError, MissingDependency):
         raise
     except Exception as error:
+        number = no_space(error)
+        if number:
+            raise OSError(number, os.strerror(number), file) from error
         raise CorruptionError(f"{file} cannot be used: {_one_line(error)}", file=file) from error
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # what a panic in Rust becomes; it is no Exception
             raise
         raise CorruptionError(f"{file} is damaged: {_one_line(error)}", file=file) from error
+
+
+def no_space(error: BaseException) -> int:
+    """The number of the system's error where the trouble is want of space, else 0."""
+    if isinstance(error, OSError) and error.errno in _NO_SPACE:
+        return error.errno
+    text = str(error)
+    return next(
+        (number for number in _NO_SPACE if f"os error {number})" in text or os.strerror(number) in text), 0
+    )
 
 
 def _one_line(error: BaseException) -> str:

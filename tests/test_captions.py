@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,12 +13,12 @@ import pytest
 import store_cases
 from fake_store import ENCODER, OTHER, RECORDING, SECOND_NS, FakeStore
 
-from memdb import caption_table
+from memdb import caption_indexer, caption_table
 from memdb.bm25 import words_of
-from memdb.caption_table import CaptionTable, table_file
 from memdb.captions import CaptionIndex
+from memdb.live_table import LiveTables
 from memdb.locks import FileLock
-from memdb.schemas.errors import CorruptionError, ModelMismatch, UsageError
+from memdb.schemas.errors import ModelMismatch, UsageError
 from memdb.store import Store
 
 E = 8
@@ -238,44 +236,10 @@ def test_a_batch_waits_for_its_rows_and_a_flush_does_not(tmp_path):
     store = filled(tmp_path, 20)
     index = CaptionIndex(tmp_path)
     assert index.index_captions(store, ENCODER) == 0
-    assert not (tmp_path / table_file(ENCODER)).exists()
+    assert not (tmp_path / "captions.lance").exists()
     assert index.index_captions(store, ENCODER, flush=True) == len(captioned(store))
     assert index.index_captions(store, ENCODER, flush=True) == 0
-    assert index.search(store, ENCODER, vector=VECTOR).indexed_commit == captioned(store)[-1].commit_id
-
-
-def rows_in_table(store: FakeStore) -> list[int]:
-    table = CaptionTable.open(store.path, ENCODER)
-    return sorted(table._table.to_arrow().column("commit_id").to_pylist())
-
-
-@pytest.mark.parametrize("dies_in", ["before", "after", "maintain"])
-def test_an_add_that_died_leaves_nothing_twice(store, monkeypatch, dies_in):
-    class Killed(BaseException):
-        pass
-
-    index = indexed_to(store, 20)
-    add, maintain = CaptionTable.add, CaptionTable.maintain
-
-    def dying_add(self, entries):
-        if dies_in == "before":
-            raise Killed
-        done = add(self, entries)
-        if dies_in == "after":
-            raise Killed
-        return done
-
-    def dying_maintain(self):
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(CaptionTable, "add", dying_add)
-        patch.setattr(CaptionTable, "maintain", dying_maintain)
-        with pytest.raises(Killed):
-            index.index_captions(store, ENCODER, flush=True)
-    assert CaptionTable.maintain is maintain
-    CaptionIndex(store.path).index_captions(store, ENCODER, flush=True)
-    assert rows_in_table(store) == [row.commit_id for row in captioned(store)]
+    assert index.search(store, ENCODER, vector=VECTOR).indexed_commit == store.last_commit()
 
 
 def test_only_one_indexes_and_the_other_does_not_wait(store):
@@ -284,45 +248,8 @@ def test_only_one_indexes_and_the_other_does_not_wait(store):
     assert CaptionIndex(store.path).index_captions(store, ENCODER, flush=True) > 0
 
 
-def test_conflicts_are_tried_again_after_a_refresh(store, monkeypatch):
-    index = indexed_to(store, 20)
-    lance_table = type(index._table(ENCODER)._table)
-    add, refreshed = lance_table.add, []
-    failures = [RuntimeError("Retryable commit conflict for version 7"), OSError("Commit conflict")]
-
-    def failing_add(self, data):
-        if failures:
-            error = failures.pop()
-            if isinstance(error, OSError):
-                add(self, data)  # it came through all the same
-            raise error
-        return add(self, data)
-
-    checkout_latest = lance_table.checkout_latest
-    monkeypatch.setattr(lance_table, "add", failing_add)
-    monkeypatch.setattr(
-        lance_table, "checkout_latest", lambda self: (refreshed.append(True), checkout_latest(self))[1]
-    )
-    index.index_captions(store, ENCODER, flush=True)
-    assert len(refreshed) >= 1
-    assert rows_in_table(store) == [row.commit_id for row in captioned(store)]
-
-
-def test_an_error_that_is_no_conflict_is_not_tried_again(store, monkeypatch):
-    table = indexed_to(store, 20)._table(ENCODER)
-    tries = []
-
-    def attempt():
-        tries.append(True)
-        raise ValueError("bad column")
-
-    with pytest.raises(CorruptionError, match="bad column"):
-        table._retrying(attempt)
-    assert len(tries) == 1
-
-
 def test_many_appends_are_merged_and_indexes_kept_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(caption_table, "_FRAGMENTS_MAX", 5)
+    monkeypatch.setattr(caption_indexer, "_FRAGMENTS_MAX", 5)
     monkeypatch.setattr(caption_table, "_TIME_INDEX_ROWS", 20)
     whole = filled(tmp_path, 60)
     index = CaptionIndex(tmp_path)
@@ -331,9 +258,13 @@ def test_many_appends_are_merged_and_indexes_kept_up(tmp_path, monkeypatch):
         whole.rows.append(row)
         if row.has_caption and row.commit_id % 4 == 0:
             index.index_captions(whole, ENCODER, flush=True)
-    table = index._table(ENCODER)._table
-    assert table.stats()["fragment_stats"]["num_fragments"] < 5
-    assert {column for kept in table.list_indices() for column in kept.columns} == {"words", "start_ns"}
+    live = LiveTables(tmp_path).get(ENCODER)
+    assert live.manifest.fragments == live.table._table.stats()["fragment_stats"]["num_fragments"] < 5
+    assert {column for kept in live.table._table.list_indices() for column in kept.columns} == {
+        "words",
+        "start_ns",
+    }
+    assert len(list((tmp_path / "captions.lance").iterdir())) == 2  # the manifest, and one folder
     hits = index.search(whole, ENCODER, vector=VECTOR, limit=100, start_ns=10 * SECOND_NS)
     assert places(hits) == by_cosine(whole, VECTOR, captioned(whole, lambda r: r.end_ns > 10 * SECOND_NS))
     text = index.search(whole, ENCODER, text="star", limit=100)
@@ -353,71 +284,12 @@ def test_a_search_changes_no_byte(store):
     assert digest(store.path) == before
 
 
-def test_another_process_commits_are_visible(store):
-    reader = indexed_to(store, 20)
-    first = reader.search(store, ENCODER, vector=VECTOR, limit=100)
-    script = (
-        "import sys; sys.path.insert(0, sys.argv[2]); from pathlib import Path; import numpy as np\n"
-        "from memdb.caption_table import CaptionTable, CaptionEntry\n"
-        "table = CaptionTable.open(Path(sys.argv[1]), sys.argv[3])\n"
-        "table.add([CaptionEntry(sys.argv[4], 900, 10_000, 0, 1, 'purple', np.ones(8, np.float32))])\n"
-    )
-    here = str(Path(__file__).parent)
-    arguments = [sys.executable, "-c", script, str(store.path), here, ENCODER, RECORDING]
-    subprocess.run(arguments, check=True, cwd=Path(__file__).parent.parent, env={**os.environ})
-    assert first.indexed_commit < 10_000
-    table = reader._table(ENCODER)
-    assert table.last_commit() == 10_000
-    assert [match.unit for match in table.matching(["purple"], 5, "commit_id > 0")] == [900]
-    # The catalog decides what exists: the row that only the table has is no hit.
-    assert (RECORDING, 900) not in places(
-        reader.search(store, ENCODER, text="purple", vector=VECTOR, limit=100)
-    )
-
-
-def damage(path: Path, how: str) -> None:
-    if how == "versions":
-        shutil.rmtree(path / "_versions")
-    elif how == "data":
-        for file in (path / "data").iterdir():
-            file.write_bytes(b"\x00" * 64)
-    else:
-        for file in path.rglob("*"):
-            if file.is_file():
-                file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-
-@pytest.mark.parametrize("how", ["versions", "data", "halves"])
-def test_a_damaged_table_costs_a_warning_and_no_caption(store, how):
-    expected = indexed_to(store, 60).search(store, ENCODER, vector=VECTOR, limit=100)
-    damage(store.path / table_file(ENCODER), how)
-    reader = CaptionIndex(store.path)
-    before = digest(store.path)
-    hits = reader.search(store, ENCODER, vector=VECTOR, limit=100)
-    assert hits.hits == expected.hits
-    assert len(hits.warnings) == 1
-    assert "one by one" in hits.warnings[0]
-    assert digest(store.path) == before
-    assert CaptionIndex(store.path).index_captions(store, ENCODER) == len(captioned(store))
-    again = reader.search(store, ENCODER, vector=VECTOR, limit=100)
-    assert (again.hits, again.warnings, again.tail_units) == (expected.hits, (), 0)
-
-
 def test_without_lancedb_the_search_is_exact_and_says_so(store, monkeypatch):
     expected = indexed_to(store, 60).search(store, ENCODER, text="red", vector=VECTOR, limit=100)
     monkeypatch.setitem(sys.modules, "lancedb", None)
     hits = CaptionIndex(store.path).search(store, ENCODER, text="red", vector=VECTOR, limit=100)
     assert set(places(hits)) == set(places(expected))
     assert "pip install lancedb" in hits.warnings[0]
-
-
-def test_a_table_made_anew_by_another_process_is_taken_up(store):
-    reader = indexed_to(store, 60)
-    expected = reader.search(store, ENCODER, vector=VECTOR, limit=100)
-    shutil.rmtree(store.path / table_file(ENCODER))
-    indexed_to(store, 30)
-    hits = reader.search(store, ENCODER, vector=VECTOR, limit=100)
-    assert (hits.hits, hits.warnings) == (expected.hits, ())
 
 
 def test_a_caption_damaged_in_its_segment_is_left_out(store):
