@@ -318,10 +318,11 @@ def stats(store: str, as_json: bool) -> None:
 @_json
 def verify(store: str, as_json: bool) -> None:
     """Read and check every byte; exit code 3 where something differs from what was written."""
+    from memdb.caption_check import check_captions
     from memdb.page_check import check_pages
     from memdb.verify import verify_path
 
-    report = verify_path(store, checkers=[check_pages])
+    report = verify_path(store, checkers=[check_pages, check_captions])
     if as_json:
         _print_json(
             {

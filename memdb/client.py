@@ -347,10 +347,11 @@ class Client:
 
     def verify(self, *, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
         """Read and check every byte. Damage is reported, not raised."""
+        from memdb.caption_check import check_captions
         from memdb.page_check import check_pages
         from memdb.verify import verify
 
-        return verify(self.store, checkers=[check_pages], progress=progress)
+        return verify(self.store, checkers=[check_pages, check_captions], progress=progress)
 
     def digest(self, recording: str | None = None, *, tier: str = "all") -> dict[str, str]:
         """Recording to digest of its content, from the bytes on disk. tier: all, kv or captions."""

@@ -49,7 +49,8 @@ class VerifyReport:
         return not self.problems
 
 
-Checker = Callable[[Path], list[Problem]]  # of files that others own; takes the store's directory
+# Of files that others own: takes the store's directory, gives problems, and notes as text.
+Checker = Callable[[Path], Sequence[Problem | str]]
 Progress = Callable[[int, int], None]  # bytes checked, bytes in all
 
 
@@ -64,7 +65,11 @@ def verify(
     run.strangers()
     run.states()
     for checker in checkers:
-        run.report.problems += checker(store.path)
+        for found in checker(store.path):
+            if isinstance(found, str):
+                run.report.notes.append(found)
+            else:
+                run.report.problems.append(found)
     return run.report
 
 
