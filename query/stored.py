@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from memdb import codecs
-from memdb.codecs.pack import unpack_slices
 from memdb.index.key_search import KeySearch
 from memdb.index.key_table import KeyTable
-from memdb.models.load import DTYPES
 from memdb.models.window import LayerKV
+from memdb.pieces import Pieces, PieceTable, piece_keys
 from memdb.query.retrieve.topk import Rows
+from memdb.query.unpack import Unpacker
 from memdb.reader import SliceReader
-from memdb.schemas.rows import RecordingRow, UnitRow
+from memdb.schemas.rows import RecordingRow
 from memdb.schemas.times import format_time, to_s
+from memdb.schemas.units import Table
+from memdb.slice_batch import SliceBatch
 from memdb.store import Store
-
-UNITS_REMEMBERED = 4096
 
 
 @dataclass
@@ -52,13 +51,13 @@ class StoredKV:
 
         from memdb.index.exact import Sim
 
-        self.row = row
+        self.row, self.reader = row, reader
         self.table = KeyTable.open(store, row.id)
         self.search = KeySearch(self.table, backend=backend, sim=cast(Sim, sim))
-        self._store, self._reader = store, reader
-        self._codec = codecs.codec(row.spec.recipe.codec) if row.spec.recipe.keeps_kv else None
-        self._encoded = DTYPES[row.spec.dtype]
-        self._units: OrderedDict[int, UnitRow] = OrderedDict()
+        self._pieces = PieceTable(store, row.id)
+        self._unpacker = Unpacker(row.spec)
+        self._keyed: Table | None = None  # the table of blocks whose keys these are
+        self._keys = np.zeros(0, np.int64)
 
     def read(
         self, layer: int, rows: Rows, device: torch.device, dtype: torch.dtype, readings: Readings
@@ -69,78 +68,37 @@ class StoredKV:
         """
         if not len(rows):
             return None, rows
-        wanted, kinds = self._wanted(layer, rows)
-        batch = self._reader.read(wanted)
+        batch = self.fetch([layer], [rows], readings)
+        whole = batch.whole
+        return self._unpacker.join(batch, whole, device, dtype), rows if whole.all() else rows[whole]
+
+    def fetch(self, layers: Sequence[int], rows: Sequence[Rows], readings: Readings) -> SliceBatch:
+        """One verified read of each layer's blocks, layer after layer, not yet unpacked."""
+        batch = self.reader.read_pieces(self.pieces(layers, rows))
+        self._pieces.replace(batch.renewed)
         readings.bytes_read += batch.bytes_read
         readings.read_ms += batch.read_s * 1e3
         readings.calls += 1
-        for slice_ in batch.bad:
-            start = format_time(to_s(int(self.table.blocks[rows[slice_.index]]["start_ns"])))
-            readings.bad.append(f"{self.row.name} at {start}, layer {layer}: {slice_.reason} ({slice_.file})")
-        whole = batch.whole
-        H, D = self.row.spec.model.shape.kv_heads, self.row.spec.model.shape.head_size
-        if whole.all() and len(set(kinds)) == 1:  # the ordinary case: one strided unpack
-            T, width = kinds[0]
-            k, v = self._unpack(batch.stacked(), width, H, T, D, device, dtype)
-            return LayerKV(_join(k), _join(v)), rows
-        parts: list[LayerKV] = []
-        for index in np.flatnonzero(whole):
-            T, width = kinds[index]
-            k, v = self._unpack(batch.raw(int(index))[None], width, H, T, D, device, dtype)
-            parts.append(LayerKV(k[0], v[0]))
-        if not parts:
-            return None, rows[whole]
-        joined = LayerKV(torch.cat([part.k for part in parts], 1), torch.cat([part.v for part in parts], 1))
-        return joined, rows[whole]
+        for bad in batch.bad:
+            at = np.concatenate(rows)[bad.index]
+            start = format_time(to_s(int(self.table.blocks["start_ns"][at])))
+            readings.bad.append(f"{self.row.name} at {start}, layer {bad.layer}: {bad.reason} ({bad.file})")
+        return batch
+
+    def pieces(self, layers: Sequence[int], rows: Sequence[Rows]) -> Pieces:
+        """Where the slices of each layer's blocks lie. Raises CorruptionError where a unit's row is lost."""
+        if self._keyed is not self.table.blocks:  # a refresh made a new table
+            self._keyed = self.table.blocks
+            units, blocks = (self._keyed[name].astype(np.int64) for name in ("unit", "block"))
+            self._keys = piece_keys(units, 0, blocks)
+        if len(rows) == 1:
+            return self._pieces.find(layers[0], self._keys[rows[0]])
+        layer = np.repeat(np.asarray(layers, np.int64), [len(own) for own in rows])
+        return self._pieces.find(layer, self._keys[np.concatenate(rows)])
 
     def tokens(self, rows: Rows) -> npt.NDArray[np.int64]:
         """Tokens of each block, (len(rows),)."""
         return self.table.blocks["tokens"][rows].astype(np.int64)
 
-    def _unpack(
-        self,
-        raw: npt.NDArray[np.uint8],
-        width: int,
-        H: int,
-        T: int,
-        D: int,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        assert self._codec is not None, "a recording without KV has no blocks to read"
-        return unpack_slices(
-            self._codec, raw, dtype=self._encoded, scale_bytes=width, H=H, T=T, D=D, device=device, out=dtype
-        )
-
-    def _wanted(
-        self, layer: int, rows: Rows
-    ) -> tuple[list[tuple[UnitRow, npt.NDArray[np.intp]]], list[tuple[int, int]]]:
-        """The slices of one layer of these blocks, by unit; with each slice's (tokens, scale width)."""
-        blocks = self.table.blocks[rows]
-        wanted: list[tuple[UnitRow, npt.NDArray[np.intp]]] = []
-        kinds: list[tuple[int, int]] = []
-        numbers, starts = np.unique(blocks["unit"], return_index=True)
-        for number, own in zip(numbers, np.split(blocks["block"], starts[1:]), strict=True):
-            unit = self._unit(int(number))
-            key = unit.slices["layer"].astype(np.int64) << 32 | unit.slices["block"]
-            pieces = np.searchsorted(key, np.int64(layer) << 32 | own.astype(np.int64))
-            wanted.append((unit, pieces.astype(np.intp)))
-            kinds += [(int(row["tokens"]), int(row["scale_bytes"])) for row in unit.slices[pieces]]
-        return wanted, kinds
-
-    def _unit(self, number: int) -> UnitRow:
-        unit = self._units.get(number)
-        if unit is None:
-            unit = self._units[number] = self._store.unit(self.row.id, number)
-            if len(self._units) > UNITS_REMEMBERED:
-                self._units.popitem(last=False)
-        return unit
-
     def close(self) -> None:
         self.table.close()
-
-
-def _join(x: torch.Tensor) -> torch.Tensor:
-    """(n, H, T, D) -> (H, n*T, D), time order kept."""
-    n, H, T, D = x.shape
-    return x.permute(1, 0, 2, 3).reshape(H, n * T, D)
