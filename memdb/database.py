@@ -159,15 +159,19 @@ class Database:
                     self._connection.execute("ROLLBACK")
                 raise
 
-    def checkpoint(self) -> None:
-        """Move the WAL into the database and empty it, if no reader stands in the way."""
-        self.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    def checkpoint(self) -> bool:
+        """Move the WAL into the database and empty it. False where a reader stood in the way all the time."""
+        rows = self.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         files.point("catalog checkpointed", self._path)
+        return not rows or rows[0][0] == 0
 
-    def scrub(self) -> None:
-        """Write the file anew without free pages, and empty the WAL: what was deleted is in neither."""
+    def scrub(self) -> bool:
+        """Write the file anew without free pages, and empty the WAL: what was deleted is in neither.
+
+        False where a reader kept the WAL from being emptied.
+        """
         self.execute("VACUUM")
-        self.checkpoint()
+        return self.checkpoint()
 
     def close(self) -> None:
         with self._lock:

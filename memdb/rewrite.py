@@ -1,0 +1,201 @@
+"""Writing whole segments anew, as one sealed segment that replaces them.
+
+Every unit that counts goes over as a later revision of itself, and every event: gaps, epochs, ends, tombstones.
+What was dead stays behind. Until the seal is committed the sources count, from then on the new file does, so
+that a kill costs the step in hand. A source with damage in what counts is left alone: nothing may be lost by
+it, and nothing that is wrong may get a fresh checksum.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from memdb.applying import EVENTS, REWRITE
+from memdb.catalog import Catalog
+from memdb.digest import check_digest, digests_of
+from memdb.files import unlink
+from memdb.records import Kind, Record, read_prologue, read_record
+from memdb.schemas.errors import CorruptionError, MemdbError
+from memdb.schemas.rows import RecordingRow, UnitRow
+from memdb.schemas.units import Unit
+from memdb.sealed import SealedSegment, read_unit
+from memdb.segments import OpenSegment, reading
+from memdb.store import Store
+from memdb.survey import Held
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A unit as ageing leaves it."""
+
+    unit: Unit
+    codec: str
+    kept_ppm: int
+
+
+# Gives a unit as it is to be from now on, None where it stays as it is.
+Change = Callable[[UnitRow], Changed | None]
+
+
+@dataclass(frozen=True)
+class Written:
+    segment: str
+    units: int
+    changed: int  # of them, by ageing
+
+
+def rewrite(
+    store: Store,
+    catalog: Catalog,
+    recording_id: str,
+    sources: Sequence[Held],
+    *,
+    change: Change | None = None,
+    told: Callable[[int], None] = lambda _: None,
+) -> Written:
+    """Write `sources` anew and commit that; their files then wait for their removal.
+
+    The recording's rewrite lock is held. `told` gets the bytes of each unit that went over. Raises
+    CorruptionError where something that counts is damaged, and OSError; the sources then count as before.
+    """
+    recording = catalog.by_id(recording_id)
+    run = _Rewrite(store, catalog, recording, sources, change, told)
+    events, numbers = run.look_through()
+    segment = SealedSegment(catalog, store.segments_path, recording, REWRITE)
+    sealing = False
+    try:
+        run.write_events(segment, events)
+        for number in numbers:
+            run.write_unit(segment, number)
+        run.write_tombstones(segment, events)
+        sealing = True
+        # What waits for its removal must not count again in a catalog that is built from the segments.
+        waiting = catalog.replaced(recording_id)
+        replaces = [*(held.row.name for held in sources), *waiting]
+        segment.seal(replaces=replaces, kv_from_unit=run.kv_from_unit())
+    except (OSError, MemdbError):
+        if not sealing:  # it never counted: its room is free at once
+            with suppress(OSError):
+                unlink(store.segments_path / segment.name)
+        raise
+    finally:
+        segment.close()
+    logger.info("%s: %s replaces %d files", recording.name, segment.name, len(sources))
+    return Written(segment.name, len(numbers), run.changed)
+
+
+class _Rewrite:
+    def __init__(
+        self,
+        store: Store,
+        catalog: Catalog,
+        recording: RecordingRow,
+        sources: Sequence[Held],
+        change: Change | None,
+        told: Callable[[int], None],
+    ) -> None:
+        self._store, self._catalog, self._row = store, catalog, recording
+        self._sources, self._change, self._told = sources, change, told
+        self.changed = 0
+        self._first_kv: int | None = None  # the first unit here that has KV afterwards
+        self._last_without: int | None = None  # the last one that has lost it to ageing
+
+    def look_through(self) -> tuple[list[Record], list[int]]:
+        """The events of the sources, each once, and the numbers of the units that count, both in order."""
+        events: dict[tuple[int, int], Record] = {}
+        numbers: list[int] = []
+        for held in self._sources:
+            before = len(numbers)
+            with reading(self._store.segments_path, held.row.name) as segment:
+                for record in self._records(segment, held.row.end_bytes):
+                    if record.kind is Kind.UNIT:
+                        if self._counts(held.row.name, record.number, record.offset):
+                            numbers.append(record.number)
+                    elif record.kind in EVENTS:
+                        events[record.kind, record.number] = record
+                    elif record.kind not in (Kind.HEADER, Kind.SEAL):
+                        raise CorruptionError(f"{segment.file}: {record.kind.name} cannot be carried over")
+            if len(numbers) - before != held.units:
+                raise CorruptionError(
+                    f"segments/{held.row.name} holds {len(numbers) - before} of {held.units} units",
+                    file=f"segments/{held.row.name}",
+                )
+        return [events[key] for key in sorted(events)], sorted(numbers)
+
+    def write_events(self, segment: SealedSegment, events: Sequence[Record]) -> None:
+        for record in events:
+            segment.carry(record)
+
+    def write_tombstones(self, segment: SealedSegment, events: Sequence[Record]) -> None:
+        """Once more, so that no single flip brings back what they mean."""
+        for record in events:
+            if record.kind is Kind.TOMBSTONE:
+                segment.carry(record)
+
+    def write_unit(self, segment: SealedSegment, number: int) -> None:
+        row = self._catalog.unit(self._row.id, number)
+        changed = self._change(row) if self._change is not None else None
+        if changed is None:
+            unit = read_unit(self._store.segments_path, self._row, row)
+            check_digest(row, digests_of(unit))
+            segment.unit(unit, row)
+        else:
+            unit = changed.unit
+            segment.unit(unit, row, codec=changed.codec, kept_ppm=changed.kept_ppm)
+            self.changed += 1
+            if unit.kv is None and len(row.slices):
+                self._last_without = number
+        if unit.kv is not None and self._first_kv is None:
+            self._first_kv = number
+        self._told(row.length)
+
+    def kv_from_unit(self) -> int:
+        """The first unit below which none has KV once this is committed, as far as ageing came."""
+        known = self._row.kv_from_unit
+        if self._last_without is None:
+            return known
+        own = {held.row.name for held in self._sources}
+        elsewhere = [
+            int(first or 0)
+            for name, first in self._catalog.database.execute(
+                "SELECT segment, min(number) FROM units WHERE recording = ? AND number BETWEEN ? AND ? "
+                "AND length(slices) > 0 GROUP BY segment",
+                (self._row.id, known, self._last_without),
+            )
+            if name not in own
+        ]
+        here = [self._first_kv] if self._first_kv is not None else []
+        return max(known, min([self._last_without + 1, *elsewhere, *here]))
+
+    def _counts(self, name: str, number: int, offset: int) -> bool:
+        """Whether this record is the current revision of its unit."""
+        if number >= self._row.units:
+            return False
+        row = self._catalog.unit(self._row.id, number)
+        return (row.segment, row.offset) == (name, offset)
+
+    def _records(self, segment: OpenSegment, end: int) -> Iterator[Record]:
+        """The records up to the catalog's end, bodies unread; dead ones that are damaged are passed over."""
+        offset, previous = 0, ""
+        while offset < end:
+            try:
+                record = read_record(segment.fd, offset, segment.size_bytes, file=segment.file)
+            except CorruptionError:
+                prologue = read_prologue(segment.fd, offset, segment.size_bytes, file=segment.file)
+                name = segment.file.removeprefix("segments/")
+                if prologue.kind != Kind.UNIT or self._counts(name, prologue.number, offset):
+                    raise
+                offset, previous = offset + prologue.length, ""
+                continue
+            if previous and record.meta.get("previous") != previous:
+                raise CorruptionError(
+                    f"{segment.file}: the record at byte {offset} does not follow the one before it",
+                    file=segment.file,
+                )
+            yield record
+            offset, previous = record.end, record.footer_hash.hex()
