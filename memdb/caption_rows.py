@@ -17,6 +17,7 @@ from memdb.schemas.errors import CorruptionError, UnknownRecording, UsageError
 if TYPE_CHECKING:
     from memdb.schemas.recording import Tombstone
     from memdb.schemas.rows import RecordingRow, UnitRow
+    from memdb.schemas.units import Caption
     from memdb.store import Store
 
 Place = tuple[str, int]  # recording id and unit number: a unit keeps them for ever
@@ -52,23 +53,31 @@ def captions_between(
             start = last + 1
 
 
-def read_said(store: Store, row: UnitRow, *, moved: bool = False) -> Said | None:
-    """A caption's words and vector from its segment.
+def read_said(store: Store, row: UnitRow) -> Said | None:
+    """A caption's words and vector from its segment; None where it was forgotten meanwhile, or is damaged."""
+    try:
+        caption = caption_now(store, row)
+    except CorruptionError as error:
+        _log.warning("a caption is left out: %s", error)
+        return None
+    return (words_of(caption.text), np.asarray(caption.vector, np.float32)) if caption is not None else None
 
-    None where it was forgotten meanwhile, or is damaged. A compaction may have moved it: the catalog is asked
-    once more then.
+
+def caption_now(store: Store, row: UnitRow) -> Caption | None:
+    """The caption of a row that was looked up a while ago; None where it was forgotten since.
+
+    A compaction may have moved it: where it cannot be read, the catalog is asked once more. Raises
+    CorruptionError.
     """
     try:
-        caption = store.read_caption(row)
-    except CorruptionError as error:
+        return store.read_caption(row)
+    except CorruptionError:
         now = unit_now(store, (row.recording_id, row.number))
         if now is None:
             return None
-        if not moved and (now.segment, now.offset) != (row.segment, row.offset):
-            return read_said(store, now, moved=True)
-        _log.warning("a caption is left out: %s", error)
-        return None
-    return words_of(caption.text), np.asarray(caption.vector, np.float32)
+        if (now.segment, now.offset) == (row.segment, row.offset):
+            raise
+        return store.read_caption(now)
 
 
 def unit_now(store: Store, place: Place) -> UnitRow | None:

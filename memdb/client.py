@@ -25,6 +25,7 @@ from memdb.schemas.times import parse_time, parse_wall_clock, to_ns, to_s
 from memdb.store import Store, recording_digest
 
 if TYPE_CHECKING:
+    from memdb.captions import CaptionIndex
     from memdb.ingest.run import IngestReport, Progress
     from memdb.ladder import LadderReport
     from memdb.models.caption_vectors import CaptionVectors
@@ -79,6 +80,7 @@ class Client:
         self._key_index = key_index
         self._model: VideoModel | None = None
         self._engine: Engine | None = None
+        self._captions: CaptionIndex | None = None
         self._encoders: dict[str, CaptionVectors] = {}
         self._lock = threading.RLock()
 
@@ -304,6 +306,7 @@ class Client:
         Recordings whose caption vectors only their Video-LLM can make (rlivs) are searched by words.
         Raises UsageError, BudgetError, UnknownRecording.
         """
+        from memdb.captions import CaptionIndex
         from memdb.query.search import search
 
         if not text.strip():
@@ -317,10 +320,12 @@ class Client:
             raise UsageError(f"the span from {start:g} s to {end:g} s is empty: let it end after it starts")
         rows = [self.store.recording(recording)] if recording is not None else self.store.recordings()
         with self._lock:
+            self._captions = self._captions or CaptionIndex(self.store.path)
             return search(
                 self.store,
                 rows,
                 text,
+                index=self._captions,
                 vectors=self._search_vectors,
                 start_ns=to_ns(start) if start is not None else None,
                 end_ns=to_ns(end) if end is not None else None,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from memdb.caption_rows import caption_now, unit_now
 from memdb.captions import CaptionIndex
 from memdb.models.caption_vectors import CaptionVectors
 from memdb.query.rebuild.text import CaptionAt
@@ -182,11 +183,14 @@ def read(
         opened = scope[item.candidate.opened]
         row = opened.row
         try:
-            caption = store.read_caption(store.unit(row.id, item.candidate.unit))
+            unit = unit_now(store, (row.id, item.candidate.unit))
+            caption = caption_now(store, unit) if unit is not None else None
         except CorruptionError as error:
             start = format_time(to_s(item.candidate.start_ns))
             warnings.append(f"the caption of {row.name} at {start} is damaged and was left out: {error}")
             continue
+        if caption is None:
+            continue  # it was forgotten since it was ranked
         same = row.spec.model.fingerprint == model_fingerprint
         end_ns = opened.clipped(item.candidate.end_ns)
         at = CaptionAt(caption, item.candidate.start_ns, end_ns, row.name, same)

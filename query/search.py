@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
+from memdb.caption_rows import caption_now, unit_now
 from memdb.captions import CaptionIndex
 from memdb.fusion import reciprocal_rank
 from memdb.models.caption_vectors import CaptionVectors
@@ -23,13 +24,13 @@ def search(
     rows: Sequence[RecordingRow],
     text: str,
     *,
+    index: CaptionIndex,
     vectors: Callable[[str], CaptionVectors | None],
     start_ns: int | None,
     end_ns: int | None,
     limit: int,
 ) -> list[SearchHit]:
     """The captions that match best. Recordings of several caption encoders are searched apart and fused by rank."""
-    index = CaptionIndex(store.path)
     limit = min(limit, max(1, sum(row.units for row in rows)))
     names = {row.id: row.name for row in rows}
     lists: list[list[CaptionHit]] = []
@@ -60,8 +61,11 @@ def search(
 
 
 def _text(store: Store, hit: CaptionHit) -> str | None:
+    """None where the caption is damaged, or was forgotten since it was found."""
     try:
-        return store.read_caption(store.unit(hit.recording_id, hit.unit)).text
+        row = unit_now(store, (hit.recording_id, hit.unit))
+        caption = caption_now(store, row) if row is not None else None
     except CorruptionError as error:
         log.warning("a caption was found and is left out: %s; run memdb verify", error)
         return None
+    return caption.text if caption is not None else None
