@@ -102,7 +102,7 @@ class FakeStore:
     def recording_by_id(self, recording_id: str) -> Any:
         """As much of its row as the key tables ask for."""
         tombstones = tuple(self.tombstones.get(recording_id, ()))
-        return SimpleNamespace(id=recording_id, tombstones=tombstones, kv_from_unit=0)
+        return SimpleNamespace(id=recording_id, tombstones=tombstones, generation=0, kv_from_unit=0)
 
     def forget(self, recording_id: str, first: int, last: int) -> None:
         """The captions of units `first` to `last`: the units stay, as husks."""

@@ -59,6 +59,7 @@ class KeySearch:
         self._sim: Sim = sim
         self._bytes_max = bytes_max
         self._indexes: OrderedDict[int, KeyIndex] = OrderedDict()
+        self._generation = table.generation
 
     def search(
         self,
@@ -86,6 +87,9 @@ class KeySearch:
         return index.search(query, k, allowed)
 
     def _index(self, layer: int) -> KeyIndex:
+        if self._generation != self.table.generation:  # other rows: see KeyTable
+            self._generation = self.table.generation
+            self._indexes.clear()
         index = self._indexes.pop(layer, None)
         if index is None:
             # Layers are asked for in order: while one is indexed, the disk reads the next.

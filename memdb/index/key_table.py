@@ -40,7 +40,8 @@ class KeyTable:
 
     Opening reads the tables of the pages and the catalog rows of the tail; keys and vectors are read when
     they are asked for. Damaged keys in a page are taken from the segments; damaged ones there are zero and
-    count as held by no layer. `problems` names both. A refresh only ever adds rows at the end of `blocks`.
+    count as held by no layer. `problems` names both. A refresh only ever adds rows at the end of `blocks`,
+    unless the pages were made anew: then `generation` is another one.
 
     What is forgotten keeps its row, of 0 tokens, and no layer holds it: pages have it still, until they are made
     anew. Its caption has 0 tokens and a zero vector, or no row any more.
@@ -50,6 +51,7 @@ class KeyTable:
         self._store = store
         self._cache_bytes_max = cache_bytes_max
         self.recording_id = recording_id
+        self.generation = 0  # of the pages: with another one all rows are others
         self.problems: list[PageProblem] = []
         self.blocks: Table = np.zeros(0, PAGE_BLOCK_DTYPE)
         self.captions: Table = np.zeros(0, PAGE_CAPTION_DTYPE)
@@ -75,6 +77,9 @@ class KeyTable:
     def refresh(self) -> bool:
         """See units and pages that were committed since. True where there are new rows."""
         before = len(self.blocks), len(self.captions)
+        generation = self._store.recording_by_id(self.recording_id).generation
+        if generation != self.generation:
+            self._start_over(generation)
         self._refresh_pages()
         next_unit = self._last_paged_unit + 1
         # Asked after the pages were scanned, so that what lies in neither is newer than this refresh.
@@ -86,7 +91,7 @@ class KeyTable:
         return (len(self.blocks), len(self.captions)) > before
 
     def _refresh_pages(self) -> None:
-        path = page_path(self._store, self.recording_id)
+        path = page_path(self._store, self.recording_id, self.generation)
         end = self._pages[-1].end if self._pages else 0
         try:
             status = os.stat(path)
@@ -112,6 +117,14 @@ class KeyTable:
     def _drop_pages(self) -> None:
         self._pages = []
         self.close()
+
+    def _start_over(self, generation: int) -> None:
+        """Pages were made anew with other rows: nothing that is known of rows holds any more."""
+        self._drop_pages()
+        self.generation = generation
+        self._lost.clear()
+        self._layers.clear()
+        self._vectors = self._vectors_of = None
 
     def _build_tables(self) -> None:
         blocks = [page.blocks for page in self._pages]
@@ -219,7 +232,8 @@ class KeyTable:
         ):
             keys = self._segment_keys(row)
             if keys is not None:
-                out[page.blocks["unit"] == row.number] = keys[layer]
+                own = page.blocks["unit"] == row.number
+                out[own] = keys[layer][page.blocks["block"][own]]
                 missing.discard(row.number)
         for number in missing:
             self._lost.setdefault(number, set()).add(layer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 import numpy.typing as npt
 
+from memdb.files import File, make_folder
 from memdb.index.pages import (
     HEADER_BYTES,
     PAGE_BLOCKS,
@@ -28,13 +29,15 @@ from memdb.index.pages import (
     page_path,
     scan_pages,
 )
-from memdb.schemas.errors import CorruptionError, LockedError
+from memdb.room import RESERVE_BYTES, require
+from memdb.schemas.errors import CorruptionError, LockedError, StoreFull
 
 if TYPE_CHECKING:
     from memdb.schemas.rows import UnitRow
     from memdb.store import Store
 
 _log = logging.getLogger(__name__)
+_PAGE_UNITS_MAX = 4096  # of units without keys or captions, which fill no page
 
 
 class PageWriter:
@@ -44,30 +47,33 @@ class PageWriter:
     read and checked as well and the file is cut before the first bad page. `dropped` says what was found.
     """
 
-    def __init__(self, path: Path, recording_id: str, *, thorough: bool = False) -> None:
-        path.parent.mkdir(exist_ok=True)
+    def __init__(
+        self, path: Path, recording_id: str, *, thorough: bool = False, reserve_bytes: int = RESERVE_BYTES
+    ) -> None:
+        make_folder(path.parent)
         self.recording_id = recording_id
         self.dropped: PageProblem | None = None
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._reserve_bytes = reserve_bytes
+        self._file = File(path, new=False)
         try:
             self._lock(path)
             self._open(path, thorough)
         except BaseException:
-            os.close(self._fd)
+            self._file.close()
             raise
 
     def _lock(self, path: Path) -> None:
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise LockedError(f"another process writes {path}: try again when it is done") from None
 
     def _open(self, path: Path, thorough: bool) -> None:
-        scan = scan_pages(self._fd, self.recording_id)
+        scan = scan_pages(self._file.fd, self.recording_id)
         pages, self._end, self.dropped = scan.pages, scan.end, scan.problem
         if thorough:
             for index, page in enumerate(pages):
-                if found := damage(self._fd, page):
+                if found := damage(self._file.fd, page):
                     pages, self._end, self.dropped = pages[:index], page.offset, found[0]
                     break
         self.last_unit = pages[-1].header.last_unit if pages else -1
@@ -75,10 +81,14 @@ class PageWriter:
             _log.warning(
                 "%s: %s; it is written anew from unit %d on", path, self.dropped.what, self.last_unit + 1
             )
-        os.ftruncate(self._fd, self._end)
+        if os.fstat(self._file.fd).st_size > self._end:
+            self._file.truncate(self._end)
 
     def append(self, units: Sequence[PageUnit]) -> int:
-        """Write one page of the units that are not yet in the file, in order; returns how many those were."""
+        """Write one page of the units that are not yet in the file, in order; returns how many those were.
+
+        Raises StoreFull where the disk has no room for it, before a byte is written.
+        """
         units = [unit for unit in units if unit.number > self.last_unit]
         if not units:
             return 0
@@ -97,12 +107,15 @@ class PageWriter:
             sum(len(unit.blocks) for unit in keyed),
             len(vectors),
         )
+        require(
+            self._file.path.parent, header.page_bytes, reserve_bytes=self._reserve_bytes, what="key pages"
+        )
         sums = self._write_keys(header, keyed)
-        _write(self._fd, vectors, self._end + header.vectors_offset)
+        self._write(vectors, self._end + header.vectors_offset)
         tables = _tables(header, units, keyed, sums)
-        _write(self._fd, tables, self._end + HEADER_BYTES)
+        self._write(tables, self._end + HEADER_BYTES)
         head = replace(header, tables_xxh3=checksum(tables), vectors_xxh3=checksum(vectors))
-        _write(self._fd, np.frombuffer(head.pack(), np.uint8), self._end)
+        self._write(np.frombuffer(head.pack(), np.uint8), self._end)
         self._end += head.page_bytes
         self.last_unit = head.last_unit
         return len(units)
@@ -115,14 +128,15 @@ class PageWriter:
             )  # (blocks, H*D)
             assert keys.shape == (header.blocks, header.key_size)
             sums[layer] = checksum(keys)
-            _write(self._fd, keys, self._end + header.keys_offset + layer * header.layer_bytes)
+            self._write(keys, self._end + header.keys_offset + layer * header.layer_bytes)
         return sums
+
+    def _write(self, data: npt.NDArray[np.generic], offset: int) -> None:
+        self._file.write([np.ascontiguousarray(data).reshape(-1).view(np.uint8).data], offset)
 
     def close(self) -> None:
         """Release the file. The writer is of no use afterwards."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -136,28 +150,35 @@ def index_recording(store: Store, recording_id: str, *, flush: bool = False, tho
 
     What is left over stays in the tail unless `flush`. Returns the units written; 0 at once where another
     process is at it. Only the writer of the recording calls it. A unit whose keys are damaged stops it
-    there: from that unit on, searches read the segments.
+    there, as does a disk without room: from that unit on, searches read the segments.
     """
     try:
-        writer = PageWriter(page_path(store, recording_id), recording_id, thorough=thorough)
+        with PageWriter(page_path(store, recording_id), recording_id, thorough=thorough) as writer:
+            rows = store.units(recording_id, first=writer.last_unit + 1)
+            return write_pages(writer, (page_unit(store, row) for row in rows), flush=flush)
     except LockedError:
         return 0
-    written, waiting, entries = 0, [], 0
-    with writer:
-        for row in store.units(recording_id, first=writer.last_unit + 1):
-            try:
-                unit = page_unit(store, row)
-            except CorruptionError as error:
-                _log.warning("pages of %s end before unit %d: %s", recording_id, row.number, error)
-                break
-            waiting.append(unit)
-            entries += max(len(unit.blocks), unit.vector is not None)
-            if entries >= PAGE_BLOCKS:
-                written += writer.append(waiting)
-                waiting, entries = [], 0
-        if flush:
+    except (StoreFull, OSError) as error:
+        _log.warning("%s: its key pages wait: %s", recording_id, error)
+        return 0
+
+
+def write_pages(writer: PageWriter, units: Iterator[PageUnit], *, flush: bool) -> int:
+    """Write units page by page; how many. What is left over for a full page waits, unless `flush`."""
+    written, waiting, entries = 0, list[PageUnit](), 0
+    while True:
+        try:
+            unit = next(units, None)
+        except CorruptionError as error:
+            _log.warning("pages of %s end early: %s", writer.recording_id, error)
+            unit = None
+        if unit is None:
+            return written + (writer.append(waiting) if flush else 0)
+        waiting.append(unit)
+        entries += max(len(unit.blocks), unit.vector is not None)
+        if entries >= PAGE_BLOCKS or len(waiting) >= _PAGE_UNITS_MAX:
             written += writer.append(waiting)
-    return written
+            waiting, entries = [], 0
 
 
 def page_unit(store: Store, row: UnitRow) -> PageUnit:
@@ -190,7 +211,7 @@ def _vectors(units: Sequence[PageUnit]) -> npt.NDArray[np.float32]:
 def _tables(
     header: PageHeader, units: Sequence[PageUnit], keyed: list[PageUnit], sums: npt.NDArray[np.uint64]
 ) -> npt.NDArray[np.uint8]:
-    parts = [block_rows(unit.number, unit.blocks).tobytes() for unit in keyed]
+    parts = [block_rows(unit.number, unit.blocks, unit.places).tobytes() for unit in keyed]
     if keyed:
         parts.append(np.packbits(np.concatenate([unit.holds for unit in keyed], axis=1), axis=1).tobytes())
     captioned = [unit for unit in units if unit.vector is not None]
@@ -200,10 +221,3 @@ def _tables(
     joined = np.frombuffer(b"".join(parts), np.uint8)
     tables[: len(joined)] = joined
     return tables
-
-
-def _write(fd: int, data: npt.NDArray[np.generic], offset: int) -> None:
-    view = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
-    while view:
-        put = os.pwrite(fd, view, offset)
-        view, offset = view[put:], offset + put

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,6 +78,7 @@ class PageUnit:
     keys: npt.NDArray[np.float16] | None  # (L, blocks, H*D), None without KV
     caption_tokens: int
     vector: npt.NDArray[np.float32] | None  # (E,), None without a caption
+    places: npt.NDArray[np.intp] | None = None  # (blocks,): their numbers in the unit, None: 0, 1, ...
 
 
 @dataclass(frozen=True)
@@ -202,15 +203,21 @@ class Scan:
     problem: PageProblem | None
 
 
-def page_name(recording_id: str) -> str:
-    """The file of a recording's pages, relative to the store."""
+def page_name(recording_id: str, generation: int = 0) -> str:
+    """The file of a recording's pages, relative to the store.
+
+    A generation is pages that were made anew without what was forgotten: with other rows, in another file.
+    """
     assert len(recording_id) == 32
     assert not set(recording_id) - set("0123456789abcdef"), recording_id
-    return f"{FOLDER}/{recording_id}.pages"
+    return f"{FOLDER}/{recording_id}{f'-{generation}' if generation else ''}.pages"
 
 
-def page_path(store: Store, recording_id: str) -> Path:
-    return Path(store.path) / page_name(recording_id)
+def page_path(store: Store, recording_id: str, generation: int | None = None) -> Path:
+    """The file itself: of the generation that counts, unless one is named."""
+    if generation is None:
+        generation = store.recording_by_id(recording_id).generation
+    return Path(store.path) / page_name(recording_id, generation)
 
 
 def checksum(array: npt.NDArray[np.generic]) -> int:
@@ -278,14 +285,14 @@ def _read_page(fd: int, raw: bytes, offset: int, file_bytes: int) -> Page | str:
 
 def verify_pages(path: Path) -> list[PageProblem]:
     """Read every byte of a pages file and say what is wrong. An unfinished last page is not wrong."""
-    recording_id = path.name.partition(".")[0]
     fd = os.open(path, os.O_RDONLY)
     try:
-        scan = scan_pages(fd, recording_id)
+        scan = scan_pages(fd, path.name[:32])
         problems = [problem for page in scan.pages for problem in damage(fd, page)]
     finally:
         os.close(fd)
-    return problems + ([scan.problem] if scan.problem else [])
+    problems += [scan.problem] if scan.problem else []
+    return [replace(problem, file=f"{FOLDER}/{path.name}") for problem in problems]
 
 
 def damage(fd: int, page: Page) -> list[PageProblem]:
@@ -307,10 +314,10 @@ def held_by(slices: Table, layers: int, blocks: int) -> npt.NDArray[np.bool_]:
     return holds
 
 
-def block_rows(unit: int, blocks: Table) -> Table:
-    """A unit's blocks as rows of PAGE_BLOCK_DTYPE."""
+def block_rows(unit: int, blocks: Table, places: npt.NDArray[np.intp] | None = None) -> Table:
+    """A unit's blocks as rows of PAGE_BLOCK_DTYPE; `places` are their numbers in it, by default 0, 1, ..."""
     rows = np.zeros(len(blocks), PAGE_BLOCK_DTYPE)
-    rows["unit"], rows["block"] = unit, np.arange(len(blocks))
+    rows["unit"], rows["block"] = unit, np.arange(len(blocks)) if places is None else places
     for name in ("kind", "tokens", "start_ns", "end_ns"):
         rows[name] = blocks[name]
     return rows
