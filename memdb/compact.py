@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 
 from memdb.catalog import Catalog
 from memdb.database import CATALOG
+from memdb.index.pages import page_path
+from memdb.index.rebuild import is_due, rebuild
 from memdb.locks import FileLock, commit_lock, rewrite_lock
 from memdb.rewrite import rewrite
 from memdb.roll_forward import roll_forward
@@ -25,6 +27,7 @@ from memdb.survey import Held, groups, survey
 from memdb.sweep import (
     remove_forgotten,
     remove_invalid_states,
+    remove_pages,
     remove_replaced,
     remove_strangers,
     remove_unfinished,
@@ -130,6 +133,7 @@ class _Compaction:
         row = catalog.by_id(recording_id)
         done.recording = row.name
         remove_invalid_states(store, row)
+        self._remove_old_pages(recording_id)
         done.left += remove_unfinished(store, catalog, recording_id)
         left = remove_replaced(store, catalog, recording_id)
         found = survey(store, catalog, recording_id, {})
@@ -141,6 +145,7 @@ class _Compaction:
             left = self._rewrite(recording_id, row.name, group, done, at, sum(sizes)) or left
             at += size
         done.left += left
+        self._pages(recording_id, done)
         if found.open_segment is not None and found.open_segment.has_dead_bytes:
             done.left.append(
                 f"segments/{found.open_segment.row.name} is being written: run it again after the next batch"
@@ -174,6 +179,20 @@ class _Compaction:
         done.segments += 1
         done.aged_units += result.changed
         return remove_replaced(store, catalog, recording_id)
+
+    def _pages(self, recording_id: str, done: RecordingCompacted) -> None:
+        row = self._catalog.by_id(recording_id)
+        try:
+            if is_due(self._store, self._catalog, row):
+                rebuild(self._store, self._catalog, row)
+                self._remove_old_pages(recording_id)
+        except StoreFull as error:
+            done.left.append(str(error))
+
+    def _remove_old_pages(self, recording_id: str) -> None:
+        """Those of other generations than the one that counts."""
+        counting = page_path(self._store, recording_id, self._catalog.by_id(recording_id).generation).name
+        remove_pages(self._store, lambda owner, name: owner == recording_id and name != counting)
 
     def _tell(self, name: str, done_bytes: int, total_bytes: int) -> None:
         if self._progress is not None:
