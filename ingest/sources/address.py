@@ -50,6 +50,7 @@ class VideoAddress(Video):
             self._advice += " (an mp4 needs its index in front, or a server that knows ranges)"
         name = f"{parts.hostname}-{Path(parts.path).stem}" if parts.path.strip("/") else parts.hostname
         self.lost_by: str | None = None
+        self._called_ns = time.time_ns()
         super().__init__(url, _redacted(url), name, track=track)
 
     @property
@@ -89,11 +90,8 @@ class VideoAddress(Video):
         return UNKNOWN if live else address_identity(self._address, video.READ_TIMEOUT_S)
 
     def _started_at_ns(self, decoder: Decoder, live: bool) -> int | None:
-        """What is seen live begins now, if this machine knows what time it is."""
-        now_ns = time.time_ns()
-        if live and now_ns > _YEAR_2020_NS:
-            return now_ns
-        return decoder.started_at_ns
+        """What is seen live begins with the call, if this machine knows what time it is."""
+        return self._called_ns if live and self._called_ns > _YEAR_2020_NS else decoder.started_at_ns
 
     def _clock(self) -> Callable[[], int] | None:
         return clock_ns if self.info.live else None

@@ -232,6 +232,9 @@ class _Clock:
         time_base = frame.time_base or self._time_base
         duration_ns = max(0, _scaled(frame.duration or 0, time_base)) if time_base else 0
         if frame.pts is None or not time_base:
+            if self._since_anchor < 0 and self._start_ns is not None:
+                # The first picture of a camera has no time yet, and the start is that of the second.
+                self._start_ns -= round(self.period_s * NS_PER_S)
             self._since_anchor += 1
         else:
             pts_ns = _scaled(frame.pts, time_base)

@@ -26,9 +26,10 @@ class Reconnecting(Source):
     """Connections to one camera, one after another, as one source.
 
     The times of each begin anew. They go on behind the last frame of the one before, by as much as passed between
-    that frame and the next, on a clock that no one sets: the wall clock takes no part. When a connection is lost
-    a Gap without an end says so at once, so that what was seen before is kept before anything else happens; its
-    whole length follows with the next frame. Given up for good where nobody was there for `patience_s`.
+    that frame and the call that found the camera again, on a clock that no one sets: the wall clock takes no part.
+    When a connection is lost a Gap without an end says so at once, so that what was seen before is kept before
+    anything else happens; its whole length follows with the next frame. Given up for good where nobody was there
+    for `patience_s`.
     """
 
     def __init__(self, first: VideoAddress, patience_s: float, now_ns: Callable[[], int] = clock_ns) -> None:
@@ -37,6 +38,7 @@ class Reconnecting(Source):
         self._now: VideoAddress = first
         self._wait_s = RETRY_S_MIN
         self._seen_ns = self._end_ns = 0  # of the last frame: when it came, and where it ends in media time
+        self._called_ns = 0  # when the connection that is there was asked for: its time 0
         self._lost = self._missed_ns = 0
         self.info = first.info
         self.warnings: list[str] = []
@@ -92,13 +94,14 @@ class Reconnecting(Source):
             if left_s <= 0 or self._closed.wait(min(self._wait_s, left_s)):
                 return None
             self._wait_s = min(2 * self._wait_s, RETRY_S_MAX)
+            self._called_ns = self._now_ns()
             try:
                 return lost.again()
             except SourceError as error:
                 log.info("%s", error)
 
     def _gap(self, connection: VideoAddress) -> Gap:
-        passed_ns = max(1, self._now_ns() - self._seen_ns)
+        passed_ns = max(1, self._called_ns - self._seen_ns)
         gap = Gap(self._end_ns, self._end_ns + passed_ns, "the source was not connected")
         self._missed_ns += passed_ns
         log.warning("%s is back: nothing was seen from %s", connection.label, told(gap))
@@ -106,10 +109,11 @@ class Reconnecting(Source):
 
     def _warn(self, connection: VideoAddress | None) -> None:
         label = self._first.label
-        if self._missed_ns:
+        found = self._lost - (connection is None)
+        if found:
             self.warnings.append(
-                f"{label} was lost and found {self._lost - (connection is None)} times: nothing was seen for "
-                f"{told_time(self._missed_ns)}, which is on record as gaps"
+                f"{label}: connections lost and found again: {found}; nothing was seen for "
+                f"{told_time(self._missed_ns)} in all, which is on record as gaps"
             )
         if connection is None and not self._closed.is_set():
             self.warnings.append(

@@ -55,6 +55,7 @@ class MediaTimes:
         self._now_ns = now_ns
         self._period_ns = self._step_ns = period_ns
         self._offset_ns = 0  # from the source's times to media time
+        self._apart_ns: tuple[int, ...] = ()  # the last two distances between frames, gaps or not
         self._stuck_ns = 0  # frames left out since the last one that was taken, as time
         self._taken = 0
         self._last_ns = self._end_ns = self._arrived_ns = self._lead_ns = 0
@@ -92,8 +93,7 @@ class MediaTimes:
         return not self._taken or (at_ns > self._last_ns - _BACK_NS and not self._leaves_gap(at_ns))
 
     def _leaves_gap(self, at_ns: int) -> bool:
-        usual_ns = _STEPS * self._step_ns if self._taken > 1 else 0
-        return at_ns - self._end_ns >= max(GAP_NS_MIN, usual_ns)
+        return at_ns - self._end_ns >= max(GAP_NS_MIN, _STEPS * min(self._apart_ns, default=0))
 
     def _take(self, picture: Picture, arrived_ns: int) -> Iterator[Picture | Gap]:
         at_ns = picture.pts_ns + self._offset_ns
@@ -111,11 +111,13 @@ class MediaTimes:
         elif self._is_beyond_belief(at_ns - self._last_ns, waited_ns):
             at_ns = self._other_clock(picture, self._after(waited_ns))
         if self._taken:
+            apart_ns = at_ns - self._last_ns
             if self._leaves_gap(at_ns):
                 yield self._gap(at_ns)
             else:
-                self._step_ns = at_ns - self._last_ns
-            self._keep_pace(at_ns - self._last_ns, waited_ns)
+                self._step_ns = apart_ns
+            self._apart_ns = (*self._apart_ns[-1:], apart_ns)
+            self._keep_pace(apart_ns, waited_ns)
         self._taken += 1
         self._stuck_ns = 0
         self._last_ns, self._arrived_ns = at_ns, arrived_ns
@@ -124,7 +126,8 @@ class MediaTimes:
 
     def _after(self, waited_ns: int) -> int:
         """Where a frame stands whose own time says nothing."""
-        return self._last_ns + max(min(self._step_ns, GAP_NS_MIN), self._stuck_ns, waited_ns)
+        usual_ns = min(self._apart_ns, default=self._step_ns)
+        return self._last_ns + max(usual_ns, self._stuck_ns, waited_ns)
 
     def _is_beyond_belief(self, step_ns: int, waited_ns: int) -> bool:
         if step_ns > _AHEAD_NS_MAX:
