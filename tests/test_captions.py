@@ -2,45 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 import store_cases
+from caption_cases import VECTOR, E, by_cosine, captioned, digest, filled, indexed_to, live, places
 from fake_store import ENCODER, OTHER, RECORDING, SECOND_NS, FakeStore
 
 from memdb import caption_indexer, caption_table
 from memdb.bm25 import words_of
 from memdb.captions import CaptionIndex
-from memdb.live_table import LiveTables
 from memdb.locks import FileLock
 from memdb.schemas.errors import ModelMismatch, UsageError
 from memdb.store import Store
-
-E = 8
-COLOURS = ["red", "blue", "green"]
-SHAPES = ["star", "circle", "square", "triangle"]
-
-
-def filled(path: Path, captions: int = 60) -> FakeStore:
-    """Captions of two recordings in turn; some said twice, some units without."""
-    (path / "locks").mkdir()
-    store, rng = FakeStore(path), np.random.default_rng(0)
-    for at in range(captions):
-        name = RECORDING if at % 3 else OTHER
-        if at % 7 == 5:
-            store.add(recording_id=name)  # nothing was said
-        elif at % 10 == 9:
-            said = store.captions[RECORDING, 0]
-            store.add(recording_id=name, text=said.text, vector=said.vector)
-        else:
-            text = f"a {COLOURS[at % 3]} {SHAPES[at % 4]} passes" + " slowly" * (at % 5)
-            store.add(recording_id=name, text=text, vector=rng.standard_normal(E))
-    return store
 
 
 @pytest.fixture
@@ -48,46 +25,6 @@ def store(tmp_path):
     return filled(tmp_path)
 
 
-def indexed_to(store: FakeStore, commit_id: int) -> CaptionIndex:
-    """An index whose table holds the captions up to a commit."""
-    rows, later = store.rows, []
-    store.rows, later = [row for row in rows if row.commit_id <= commit_id], rows
-    index = CaptionIndex(store.path)
-    index.index_captions(store, ENCODER, flush=True)
-    store.rows = later
-    return index
-
-
-def captioned(store: FakeStore, take=lambda row: True) -> list:
-    return [row for row in store.rows if row.has_caption and take(row)]
-
-
-def by_cosine(store: FakeStore, vector, rows) -> list[tuple[str, int]]:
-    """The definition: every cosine in fp64, best first, of equals the one committed first."""
-
-    def score(row) -> float:
-        v = np.asarray(store.captions[row.recording_id, row.number].vector, np.float64)
-        q = vector.astype(np.float64)
-        return float((v * q).sum()) / float(np.sqrt((v * v).sum() * (q * q).sum()))
-
-    ranked = sorted(rows, key=lambda row: (-score(row), row.commit_id))
-    return [(row.recording_id, row.number) for row in ranked]
-
-
-def places(hits) -> list[tuple[str, int]]:
-    return [(hit.recording_id, hit.unit) for hit in hits]
-
-
-def digest(path: Path) -> str:
-    total = hashlib.sha256()
-    for file in sorted(path.rglob("*")):
-        total.update(str(file).encode())
-        if file.is_file():
-            total.update(file.read_bytes())
-    return total.hexdigest()
-
-
-VECTOR = np.random.default_rng(1).standard_normal(E).astype(np.float32)
 LAGS = [0, 1, 20, 33, 60]
 
 
@@ -258,12 +195,9 @@ def test_many_appends_are_merged_and_indexes_kept_up(tmp_path, monkeypatch):
         whole.rows.append(row)
         if row.has_caption and row.commit_id % 4 == 0:
             index.index_captions(whole, ENCODER, flush=True)
-    live = LiveTables(tmp_path).get(ENCODER)
-    assert live.manifest.fragments == live.table._table.stats()["fragment_stats"]["num_fragments"] < 5
-    assert {column for kept in live.table._table.list_indices() for column in kept.columns} == {
-        "words",
-        "start_ns",
-    }
+    manifest, table = live(tmp_path).manifest, live(tmp_path).table._table
+    assert manifest.fragments == table.stats()["fragment_stats"]["num_fragments"] < 5
+    assert {column for kept in table.list_indices() for column in kept.columns} == {"words", "start_ns"}
     assert len(list((tmp_path / "captions.lance").iterdir())) == 2  # the manifest, and one folder
     hits = index.search(whole, ENCODER, vector=VECTOR, limit=100, start_ns=10 * SECOND_NS)
     assert places(hits) == by_cosine(whole, VECTOR, captioned(whole, lambda r: r.end_ns > 10 * SECOND_NS))
