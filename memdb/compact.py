@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from memdb.captions import CaptionIndex
 from memdb.catalog import Catalog
 from memdb.database import CATALOG
 from memdb.index.pages import page_path
@@ -80,6 +81,7 @@ def compact(
         for recording_id in sorted({*segment_files(store.segments_path), *_known(catalog)}):
             run.recording(recording_id)
         remove_strangers(store, catalog)
+        run.captions()
         run.scrub()
     except OSError as error:
         raise refused(error, "cannot compact") from error
@@ -202,6 +204,13 @@ class _Compaction:
         """Note, before anything is removed, that the catalog's file is to be written anew: a kill forgets nothing."""
         with self._catalog.database.writing():
             self._catalog.database.upsert("meta", (_SCRUB, 1))
+
+    def captions(self) -> None:
+        """Rid captions.lance of captions that there are not any more."""
+        captions = CaptionIndex(self._store.path)
+        if captions.holds_forgotten(self._store):
+            with FileLock(self._store.path / "locks" / "derived.lock", wait=True):
+                captions.purge(self._store)
 
     def scrub(self) -> None:
         """Rid the catalog's own file of removed rows."""
