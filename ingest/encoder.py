@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -17,24 +18,32 @@ from memdb.codecs.pack import pack_unit
 from memdb.ingest.encode.base import ClipSeen, no_kv
 from memdb.ingest.encode.window import SlidingWindow
 from memdb.ingest.frames import ReadyFrame, SeenFrame
+from memdb.ingest.held import Held, Timed, is_meant, newest
 from memdb.ingest.stages import IngestStages
 from memdb.models.caption_vectors import CaptionVectors
 from memdb.models.protocol import VideoModel
 from memdb.models.window import LayerKV, WindowContext
 from memdb.schemas.errors import CorruptionError
+from memdb.schemas.recording import Tombstone
 from memdb.schemas.units import BLOCK_DTYPE, BlockKind, Caption, Table, Unit, no_blocks
 from memdb.timing import Laps
 
 
 @dataclass
 class Counters:
-    """Where the encoder stands. `taken_ns` is the start of the last frame taken; -1 before the first."""
+    """Where the encoder stands. `taken_ns` is the start of the last frame taken; -1 before the first.
+
+    `tombstones`: how many spans of the recording had been forgotten when it last took note. It holds nothing of
+    what they forgot.
+    """
 
     unit: int = 0  # number of the next unit
     frame: int = 0  # number of the next frame
     taken_ns: int = -1
+    until_ns: int = 0  # end of that frame
     position: int = 0  # stream position of the next token
     epoch: int = 0
+    tombstones: int = 0
     widths: dict[int, int] = field(default_factory=dict)  # scale width by layer
 
 
@@ -65,8 +74,42 @@ class StreamEncoder:
         if isinstance(self._stages.encode, SlidingWindow):
             self._window = self._stages.encode.open(self._model, self._init_ids, profile=self._stages.profile)
             counters.position = max(counters.position, len(self._init_ids))
+        self._in_window: list[Held] = []  # frames, oldest first
         self._opened: list[SeenFrame] = []
         self._queue: list[Tensor] = []
+        self._queued: list[Held] = []  # the clip of each entry of the queue
+
+    @property
+    def reach_ns(self) -> int:
+        """It holds nothing of the stream from before this media time."""
+        starts = [held[0].start_ns for held in (self._in_window, self._queued, self._opened) if held]
+        return min(starts, default=self.counters.until_ns)
+
+    def holds(self, tombstones: Sequence[Tombstone]) -> bool:
+        """Whether a span overlaps something that it holds: a frame in the window, a queued clip, an open frame."""
+        held: list[Timed] = [*self._in_window, *self._queued, *self._opened]
+        return any(is_meant(item, tombstones) for item in held)
+
+    def forget(self, tombstones: Sequence[Tombstone]) -> list[Unit]:
+        """Let go of what overlaps these spans, and of all that was computed beside it: a new epoch begins.
+
+        Open frames that do not overlap stay. No unit spans what was between them: returns the units that close.
+        """
+        opened = self._opened
+        self.counters.epoch += 1
+        self.start_fresh(self.counters)
+        runs = [
+            list(frames) for gone, frames in groupby(opened, lambda x: is_meant(x, tombstones)) if not gone
+        ]
+        if runs and runs[-1][-1] is opened[-1]:
+            self._opened = runs.pop()
+        return self._close(runs)
+
+    def pass_over(self, frames: Sequence[ReadyFrame]) -> list[Unit]:
+        """Frames that were forgotten before they came here: no unit spans them."""
+        units = self.finish()
+        self._took(frames[-1])
+        return units
 
     def step(self, frames: Sequence[ReadyFrame]) -> list[Unit]:
         """One batch: see, cut units, encode, caption, pack."""
@@ -78,8 +121,7 @@ class StreamEncoder:
                 self._opened, SeenFrame(frame.number, frame.start_ns, frame.end_ns, seen, frame.picture)
             )
             closed += done
-        self.counters.frame = frames[-1].number + 1
-        self.counters.taken_ns = frames[-1].start_ns
+        self._took(frames[-1])
         return self._close(closed)
 
     def finish(self) -> list[Unit]:
@@ -87,10 +129,14 @@ class StreamEncoder:
         opened, self._opened = self._opened, []
         return self._close([opened]) if opened else []
 
+    def _took(self, last: ReadyFrame) -> None:
+        self.counters.frame = last.number + 1
+        self.counters.taken_ns, self.counters.until_ns = last.start_ns, last.end_ns
+
     def _close(self, groups: Sequence[Sequence[SeenFrame]]) -> list[Unit]:
         if not groups:
             return []
-        kv = self._encode([frame.tokens for group in groups for frame in group])
+        kv = self._encode([frame for group in groups for frame in group])
         units, at = [], 0
         for group in groups:
             T = sum(len(frame.tokens) for frame in group)
@@ -99,12 +145,15 @@ class StreamEncoder:
             at += T
         return units
 
-    def _encode(self, frames: Sequence[Tensor]) -> list[LayerKV] | None:
-        encode = self._stages.encode
-        if self._window is None or not isinstance(encode, SlidingWindow):
+    def _encode(self, frames: Sequence[SeenFrame]) -> list[LayerKV] | None:
+        encode, window = self._stages.encode, self._window
+        if window is None or not isinstance(encode, SlidingWindow):
             return None
         with self.laps("encode"):
-            return encode.encode(self._model, self._window, frames)
+            kv = encode.encode(self._model, window, [frame.tokens for frame in frames])
+        came = [Held(frame.start_ns, frame.end_ns, len(frame.tokens)) for frame in frames]
+        self._in_window = newest([*self._in_window, *came], window.local[0].tokens)
+        return kv
 
     def _unit(self, group: Sequence[SeenFrame], kv: Sequence[LayerKV] | None) -> Unit:
         caption = self._caption(group, kv)
@@ -156,6 +205,8 @@ class StreamEncoder:
             if stages.recurrent is not None and said.attention is not None:
                 chosen = stages.recurrent.select(tokens, said.attention)
                 self._queue = stages.recurrent.remember(self._queue, chosen)
+                came = Held(group[0].start_ns, group[-1].end_ns, len(chosen))
+                self._queued = [*self._queued, came][len(self._queued) + 1 - len(self._queue) :]
             return Caption(said.text, said.ids, self._vectors.of_caption(said.text, said.ids))
 
     # The exact byte form of everything above that outlives a batch.
@@ -173,7 +224,8 @@ class StreamEncoder:
         meta = {
             "counters": asdict(self.counters),
             "seen": window.seen if window is not None else 0,
-            "queue": len(self._queue),
+            "window": [astuple(held) for held in self._in_window],
+            "queue": [astuple(held) for held in self._queued],
             "open": [[frame.number, frame.start_ns, frame.end_ns] for frame in self._opened],
         }
         tensors["meta"] = _bytes_tensor(json.dumps(meta).encode())
@@ -195,7 +247,9 @@ class StreamEncoder:
                 pairs = zip(tensors["window.k"].to(device), tensors["window.v"].to(device), strict=True)
                 self._window.local = [LayerKV(k, v) for k, v in pairs]
                 self._window.seen = int(meta["seen"])
-            self._queue = [tensors[f"queue.{index}"].to(device) for index in range(int(meta["queue"]))]
+            self._in_window = _held(meta["window"])
+            self._queued = _held(meta["queue"])
+            self._queue = [tensors[f"queue.{index}"].to(device) for index in range(len(self._queued))]
             jpeg = bytes(tensors["jpeg"].numpy()) if "jpeg" in tensors else b""
             self._opened = [
                 SeenFrame(int(number), int(start), int(end), tensors[f"open.{index}"].to(device), jpeg)
@@ -216,6 +270,10 @@ class StreamEncoder:
 def _split(kv: LayerKV, sizes: Sequence[int]) -> list[LayerKV]:
     ks, vs = torch.split(kv.k, list(sizes), 1), torch.split(kv.v, list(sizes), 1)
     return [LayerKV(k, v) for k, v in zip(ks, vs, strict=True)]
+
+
+def _held(rows: Sequence[Sequence[int]]) -> list[Held]:
+    return [Held(int(start), int(end), int(tokens)) for start, end, tokens in rows]
 
 
 def _bytes_tensor(data: bytes) -> Tensor:

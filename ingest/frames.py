@@ -25,6 +25,7 @@ class ReadyFrame:
     end_ns: int
     pixels: Pixels
     picture: Image
+    tombstones: int = 0  # how many spans had been forgotten when it was taken in
 
 
 @dataclass(frozen=True, eq=False)

@@ -55,6 +55,9 @@ def ingest(
     A live source has no beginning to go back to: connected again it goes on behind what was seen, after a gap.
     Where a source gives a gap itself, the batch in hand is encoded and the open unit closes there. A file that is
     still being written ends like a stopped ingest, so that a later one goes on as if it had been whole.
+
+    What is forgotten meanwhile goes before the next batch, from the encoder and from the frames in hand (see
+    memdb/forget.py). StoreError where all of the recording was forgotten.
     """
     live = source.info.live
     laps = Laps(torch.cuda.synchronize if model.device.type == "cuda" else None)
@@ -73,7 +76,10 @@ def ingest(
         decoded = later(source.frames(), gap.end_ns) if gap is not None else source.frames()
         items = sample_with_gaps(decoded, spec.sample_fps, after_ns=counters.taken_ns, number=counters.frame)
         ready = Stream(
-            (_ready(item, model) for item in items), ahead=2 * size, name="memdb-decode", stop=stop
+            (_ready(item, model, run.forgotten()) for item in items),
+            ahead=2 * size,
+            name="memdb-decode",
+            stop=stop,
         )
         sink = Sink(run.commit, ahead=BATCHES_AHEAD, name="memdb-write")
         waiting = 0
@@ -125,10 +131,11 @@ def ingest(
         return report
 
 
-def _ready(item: Frame | Gap, model: VideoModel) -> ReadyFrame | Gap:
+def _ready(item: Frame | Gap, model: VideoModel, tombstones: int = 0) -> ReadyFrame | Gap:
     if isinstance(item, Gap):
         return item
-    return ReadyFrame(item.number, item.start_ns, item.end_ns, model.prepare(item.image), thumbnail(item))
+    pixels, picture = model.prepare(item.image), thumbnail(item)
+    return ReadyFrame(item.number, item.start_ns, item.end_ns, pixels, picture, tombstones)
 
 
 def _batches(items: Iterator[ReadyFrame | Gap], size: int) -> Iterator[tuple[list[ReadyFrame], Gap | None]]:

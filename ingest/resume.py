@@ -29,7 +29,8 @@ def resume(
 ) -> int | None:
     """Bring the encoder to the last whole state; the unit from which it goes on, None at the very start.
 
-    Without a state a file is encoded again from its beginning; what cannot be replayed goes on as a new epoch.
+    Without a state a file is encoded again from its beginning; what cannot be replayed goes on as a new epoch. So
+    does what was forgotten in part: a replay would see it again.
     """
     row = writer.recording
     if writer.next_unit == 0:
@@ -49,14 +50,16 @@ def resume(
                 return found.unit
             except CorruptionError as error:
                 log.warning("%s", error)
-        if row.spec.source.digest and len(row.epochs) < 2 and not live:
+        if row.spec.source.digest and len(row.epochs) < 2 and not live and not row.tombstones:
             encoder.start_fresh(Counters())
             return 0
         new_epoch = "no encoder state was left, and the stretch before cannot be encoded again"
+        if row.tombstones:
+            new_epoch = "something was forgotten, and no encoder state was left that lies behind it"
     if writer.next_unit == 0:
         encoder.start_fresh(Counters())
         return None
-    _start_epoch(store, writer, encoder, new_epoch)
+    start_epoch(store, writer, encoder, new_epoch)
     return writer.next_unit
 
 
@@ -95,18 +98,22 @@ def _last_ingest_ns(store: Store, row: RecordingRow) -> int:
     return found
 
 
-def _start_epoch(store: Store, writer: RecordingWriter, encoder: StreamEncoder, reason: str) -> None:
+def start_epoch(store: Store, writer: RecordingWriter, encoder: StreamEncoder, reason: str) -> None:
     """Go on behind the watermark from a fresh window, and put that on record."""
-    row = writer.recording
-    last = store.unit(row.id, writer.next_unit - 1)
-    position = int(last.blocks[-1]["position"] + last.blocks[-1]["tokens"]) if len(last.blocks) else 0
-    number = last.epoch + 1
+    tombstones = writer.tombstones()
+    row = store.recording_by_id(writer.recording.id)
+    number = store.unit(row.id, writer.next_unit - 1).epoch + 1
+    if row.epochs:  # the newest may have no unit yet: then this is that one
+        newest = row.epochs[-1]
+        number = max(number, newest.number + (newest.first_unit < writer.next_unit))
     encoder.start_fresh(
         Counters(
             unit=writer.next_unit,
             taken_ns=writer.watermark_ns - 1,  # inside the slot of the last frame
-            position=position,
+            until_ns=writer.watermark_ns,
+            position=_next_position(store, row),
             epoch=number,
+            tombstones=len(tombstones),
             widths=writer.scale_widths(),
         )
     )
@@ -118,3 +125,13 @@ def _start_epoch(store: Store, writer: RecordingWriter, encoder: StreamEncoder, 
         number,
         reason,
     )
+
+
+def _next_position(store: Store, row: RecordingRow) -> int:
+    """Behind every token so far. What is forgotten keeps its position and had a frame's tokens at most."""
+    if row.spec.recipe.keeps_kv:
+        for number in range(row.units - 1, -1, -1):
+            if len(blocks := store.unit(row.id, number).blocks):
+                tokens = max(int(blocks[-1]["tokens"]), row.spec.model.shape.frame_tokens)
+                return int(blocks[-1]["position"]) + tokens
+    return 0

@@ -513,7 +513,7 @@ def test_decoding_stays_a_few_batches_ahead_and_so_does_encoding(
     frames = Counted(60, monkeypatch)
     append, written, ahead = RecordingWriter.append, [0], []
 
-    def slow(self: RecordingWriter, units: Sequence[Unit]) -> int:
+    def slow(self: RecordingWriter, units: Sequence[Unit], **more: Any) -> int:
         # as slow as it can be: nothing is written before the encoder has come as far as it may
         limit = min(frames.count, written[0] + CHUNK * (BATCHES_AHEAD + 2))
         waited = threading.Event()
@@ -523,7 +523,7 @@ def test_decoding_stays_a_few_batches_ahead_and_so_does_encoding(
             waited.wait(0.002)
         ahead.append(frames.taken - written[0])
         written[0] += len(units)
-        return append(self, units)
+        return append(self, units, **more)
 
     monkeypatch.setattr(RecordingWriter, "append", slow)
     ingested(tmp_path / "s.memdb", bench.model, frames, "rekv")
