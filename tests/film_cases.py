@@ -14,6 +14,7 @@ from typing import Any
 
 import av
 import numpy as np
+import numpy.typing as npt
 
 from memdb.schemas.frames import Image
 
@@ -85,6 +86,56 @@ def write_film(
         container.mux(stream.encode(None))
         if tone is not None:
             _mux_tone(container, tone, audio_ms)
+    return path
+
+
+def write_pictures(
+    path: Path,
+    pictures: Sequence[npt.NDArray[Any]],
+    codec: str,
+    pix_fmt: str,
+    *,
+    layout: str = "rgb24",
+    options: dict[str, str] | None = None,
+    colorspace: int | None = None,
+    color_range: int | None = None,
+) -> Path:
+    """A film of these arrays, 25 a second, in any codec and layout of pixels. `layout` is that of the arrays."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options=options or {})
+        stream.height, stream.width = pictures[0].shape[:2]
+        stream.pix_fmt = pix_fmt
+        for number, picture in enumerate(pictures):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format=layout)
+            if colorspace is not None:
+                frame = frame.reformat(format=pix_fmt, dst_colorspace=colorspace, dst_color_range=color_range)
+                frame.colorspace, frame.color_range = colorspace, color_range
+                stream.codec_context.colorspace, stream.codec_context.color_range = colorspace, color_range
+            frame.pts, frame.time_base = number, Fraction(1, 25)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def write_tracks(path: Path, sizes: Sequence[tuple[int, int]], *, default: int | None = None) -> Path:
+    """A film with a video track of ten grey frames for each (width, height); track i is of grey 40 * (i + 1)."""
+    with av.open(str(path), "w") as container:
+        streams = []
+        for number, (width, height) in enumerate(sizes):
+            stream = container.add_stream("libx264", rate=25, options={"preset": "ultrafast", "crf": "10"})
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            if default is not None:
+                kind = av.stream.Disposition
+                stream.disposition = kind.default if number == default else kind.original
+            streams.append(stream)
+        for tick in range(10):
+            for number, stream in enumerate(streams):
+                grey = np.full((stream.height, stream.width, 3), 40 * (number + 1), np.uint8)
+                frame = av.VideoFrame.from_ndarray(grey, format="rgb24")
+                frame.pts, frame.time_base = tick, Fraction(1, 25)
+                container.mux(stream.encode(frame))
+        for stream in streams:
+            container.mux(stream.encode(None))
     return path
 
 

@@ -144,6 +144,7 @@ def _read(path: Path) -> Image:
     import PIL.Image
     from PIL.ImageOps import exif_transpose
 
+    bombs = (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning)
     try:
         with PIL.Image.open(path, formats=_FORMATS) as picture:
             check_size(*picture.size, path.name)
@@ -157,7 +158,7 @@ def _read(path: Path) -> Image:
         raise
     except PIL.UnidentifiedImageError as error:
         raise SourceError(f"{path.name} is not a picture") from error
-    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, *bombs) as error:
         raise SourceError(f"{path.name} cannot be read ({error})") from error
 
 
