@@ -149,17 +149,24 @@ class CaptionIndex:
     def _run(self, encoder: str, make: Callable[[], CaptionSearch]) -> CaptionHits:
         """With the table; with what is there now, where it changed under the search; else without."""
         try:
-            return make().run(self._tables.get(encoder))
+            return self._with_table(encoder, make())
         except (CorruptionError, MissingDependency, OSError):
             # Another process may have put a new table in its place just then.
             self._tables.forget(encoder)
         try:
-            return make().run(self._tables.get(encoder))
+            return self._with_table(encoder, make())
         except (CorruptionError, MissingDependency, OSError) as error:
             self._tables.forget(encoder)
             search = make()
             search.warn(f"captions were searched one by one: {error}")
             return search.run(None)
+
+    def _with_table(self, encoder: str, search: CaptionSearch) -> CaptionHits:
+        live = self._tables.get(encoder)
+        found = search.run(live)
+        if live is not None:
+            self._tables.confirm(encoder, live)
+        return found
 
 
 def _is_derived(error: CorruptionError) -> bool:

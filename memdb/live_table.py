@@ -51,6 +51,17 @@ class LiveTables:
             self._open[encoder] = live
             return live
 
+    def confirm(self, encoder: str, live: LiveTable) -> None:
+        """Called after a search: its files were there all the while. Raises CorruptionError.
+
+        An indexer may have put another table in its place meanwhile and be removing this one, and what LanceDB
+        makes of a folder that misses some files nobody has promised. Files go only after the manifest changed.
+        """
+        file = manifest_file(encoder)
+        if read_manifest(self._path / file, file=file) != live.packed:
+            with self._lock:
+                live.files.check(live.manifest)
+
     def forget(self, encoder: str) -> None:
         """Begin anew with this table: nothing that is known of it is believed."""
         with self._lock:
