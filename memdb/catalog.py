@@ -16,10 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from memdb.applying import RecordingState, SegmentRow, apply
+from memdb.applying import RecordingState, SegmentRow, apply, spec_of
 from memdb.database import CATALOG, Database, Value
 from memdb.migrate import migrate
-from memdb.records import Record, canonical_ascii
+from memdb.records import Kind, Record, canonical_ascii
 from memdb.schemas.errors import (
     CorruptionError,
     FormatVersionError,
@@ -202,6 +202,10 @@ class Catalog:
 
     def apply(self, recording_id: str, segment: SegmentRow, records: Sequence[Record]) -> RecordingRow:
         """Commit records that lie safely in `segment`; the recording afterwards. See `applying.apply`."""
+        if records and records[0].kind is Kind.HEADER and self._meta("model", None) is None:
+            self.bind_model(
+                spec_of(records[0]).model
+            )  # it was bound when the file was made, and lost with a WAL
         apply(self, recording_id, segment, records)
         return self.by_id(recording_id)
 

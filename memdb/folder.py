@@ -9,7 +9,7 @@ from pathlib import Path
 
 from memdb.catalog import Catalog
 from memdb.database import CATALOG
-from memdb.files import make_folder, sync_folder
+from memdb.files import File, make_folder, sync_folder
 from memdb.network import check_locks_hold
 from memdb.schemas.errors import CorruptionError, NotAStore, StoreError
 
@@ -17,6 +17,7 @@ POLICY = "policy.json"
 TRUTH = ("segments", "state", "locks")
 FOLDERS = (*TRUTH, "keys", "captions.lance")
 FILES = (CATALOG, POLICY)
+_PAGE_BYTES = 4096  # of SQLite
 
 
 def open_folder(path: str | os.PathLike[str], *, create: bool) -> Path:
@@ -36,19 +37,24 @@ def open_folder(path: str | os.PathLike[str], *, create: bool) -> Path:
 
 
 def has_catalog(folder: Path) -> bool:
-    """Whether a directory holds a store. Raises CorruptionError where only its catalog is gone."""
+    """Whether a directory holds a store. Raises CorruptionError where only its catalog is gone.
+
+    A catalog of one page has no tables: whoever made it died. (By its size, for nobody may open the file beside
+    SQLite: at the close, the system would drop the locks that this process has on it.)
+    """
     try:
-        return (folder / CATALOG).stat().st_size > 0
+        size_bytes = (folder / CATALOG).stat().st_size
     except FileNotFoundError:
-        if has_segments(folder):
-            raise CorruptionError(
-                f"{folder}: its {CATALOG} is missing: run memdb repair --store {folder}", file=CATALOG
-            ) from None
-        return False
+        size_bytes = 0
     except NotADirectoryError:
         return False
     except OSError as error:
         raise NotAStore(f"{folder} cannot be opened: {error.strerror}") from None
+    if size_bytes <= _PAGE_BYTES and has_segments(folder):
+        raise CorruptionError(
+            f"{folder}: its {CATALOG} is missing: run memdb repair --store {folder}", file=CATALOG
+        )
+    return size_bytes > _PAGE_BYTES
 
 
 def has_segments(folder: Path) -> bool:
@@ -64,9 +70,12 @@ def _how_to_get_a_store(folder: Path) -> str:
 
 
 def _create(folder: Path) -> None:
-    """Make an empty store. Taken up again where a process died in between; refused beside foreign files."""
+    """Make an empty store. Taken up again where a process died in between; refused beside foreign files.
+
+    All names are safe before the catalog holds anything, so that whoever finds a store need not see to them.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        _make_folders(folder)
         foreign = sorted(
             name
             for name in os.listdir(folder)
@@ -79,8 +88,18 @@ def _create(folder: Path) -> None:
         for name in TRUTH:
             make_folder(folder / name)
         check_locks_hold(folder)
-        Catalog.create(folder / CATALOG, store_id=uuid.uuid4().hex, created_ns=time.time_ns())
+        if not (folder / CATALOG).exists():
+            File(folder / CATALOG, new=False).close()
         sync_folder(folder, "the names of a new store's catalog and folders")
         sync_folder(folder.parent, "the name of a new store")
+        Catalog.create(folder / CATALOG, store_id=uuid.uuid4().hex, created_ns=time.time_ns())
     except OSError as error:
         raise StoreError(f"cannot make a store at {folder}: {error.strerror}") from error
+
+
+def _make_folders(folder: Path) -> None:
+    """Make a folder, and those above it that are not there: their names are safe when this returns."""
+    if not folder.parent.is_dir():
+        _make_folders(folder.parent)
+        sync_folder(folder.parent.parent, "the name of a folder above a new store")
+    make_folder(folder)

@@ -19,7 +19,7 @@ from memdb.contents import husk, overlapping, stored_element_bytes
 from memdb.database import CATALOG
 from memdb.locks import FileLock, commit_lock, rewrite_lock
 from memdb.records import Kind
-from memdb.roll_forward import roll_forward
+from memdb.roll_forward import lost_recording, roll_forward
 from memdb.schemas.errors import CorruptionError, StoreFull, UsageError
 from memdb.schemas.rows import RecordingRow, UnitRow
 from memdb.schemas.times import to_s
@@ -61,9 +61,12 @@ def forget(
         raise UsageError(
             f"the span from {to_s(start_ns):g} s to {to_s(end_ns):g} s is empty: let it end after it starts"
         )
-    recording_id = store.recording(name).id
     catalog = Catalog(store.path / CATALOG, write=True)
     try:
+        known = catalog.find(name)
+        recording_id = known.id if known else lost_recording(catalog, store.segments_path, name)
+        if recording_id is None:
+            recording_id = store.recording(name).id  # raises, and lists the names that there are
         with (
             FileLock(rewrite_lock(store.path, recording_id), wait=True),
             FileLock(commit_lock(store.path, recording_id), wait=True),

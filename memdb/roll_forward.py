@@ -9,7 +9,7 @@ forgetting or a compaction has sealed may be committed by both at once: the seco
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,8 @@ from memdb.catalog import Catalog
 from memdb.files import sync_folder, sync_open
 from memdb.locks import is_held, writer_lock
 from memdb.records import Kind, Record, meta_int, meta_str
-from memdb.schemas.errors import CorruptionError
+from memdb.schemas.errors import CorruptionError, FormatVersionError
+from memdb.schemas.format import FORMAT_VERSION
 from memdb.segments import OpenSegment, SegmentGone, reading, scan, segment_files
 
 logger = logging.getLogger(__name__)
@@ -60,12 +61,16 @@ def see_beyond(catalog: Catalog, store_path: Path) -> None:
     """For a reader: take what no living writer is about to commit into its own copy of the catalog."""
     folder = store_path / "segments"
     forgotten = set(catalog.forgotten())
+    behind = {}
     for recording_id in segment_files(folder):
         if recording_id in forgotten or is_held(writer_lock(store_path, recording_id)):
             continue
-        if any(True for _ in beyond(catalog, folder, recording_id)):
-            catalog.database.into_memory()
-            roll_forward(catalog, folder, recording_id)
+        if found := list(beyond(catalog, folder, recording_id)):
+            behind[recording_id] = any(part.forgets_all for part in found)
+    # A recording that was forgotten goes first: another one may have its name since.
+    for recording_id in sorted(behind, key=lambda recording_id: not behind[recording_id]):
+        catalog.database.into_memory()
+        roll_forward(catalog, folder, recording_id)
 
 
 def beyond(catalog: Catalog, folder: Path, recording_id: str) -> Iterator[Beyond]:
@@ -99,9 +104,9 @@ def beyond(catalog: Catalog, folder: Path, recording_id: str) -> Iterator[Beyond
             )
 
 
-def lost_recording(catalog: Catalog, folder: Path, name: str) -> str | None:
+def lost_recording(catalog: Catalog, folder: Path, name: str, without: Collection[str] = ()) -> str | None:
     """The id of a recording of this name that segments hold and the catalog does not know, or None."""
-    known = {row.id for row in catalog.recordings()} | set(catalog.forgotten())
+    known = {row.id for row in catalog.recordings()} | set(catalog.forgotten()) | set(without)
     for recording_id, files in sorted(segment_files(folder).items()):
         if recording_id in known:
             continue
@@ -118,6 +123,7 @@ def header_role(records: tuple[Record, ...], store_id: str, recording_id: str) -
     if not records or records[0].kind is not Kind.HEADER:
         return None
     header = records[0]
+    check_format(header)
     own = (meta_str(header, "recording_id"), meta_str(header, "store_id")) == (recording_id, store_id)
     return role_of(header) if own else None
 
@@ -127,10 +133,20 @@ def first_header(segment: OpenSegment, store_id: str) -> Record | None:
     try:
         first = scan(segment, 0, previous=b"", bodies=True, limit=1).records
         if first and first[0].kind is Kind.HEADER and meta_str(first[0], "store_id") == store_id:
+            check_format(first[0])
             return first[0]
     except CorruptionError:
         pass
     return None
+
+
+def check_format(header: Record) -> None:
+    """Raises FormatVersionError for a segment that a newer memdb wrote: nobody may guess what is in it."""
+    found = header.meta.get("format")
+    if isinstance(found, int) and found > FORMAT_VERSION:
+        raise FormatVersionError(
+            f"a segment has format {found}, this memdb reads up to {FORMAT_VERSION}: install a newer memdb-video"
+        )
 
 
 def is_whole_tombstone(record: Record) -> bool:

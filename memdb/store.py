@@ -258,24 +258,10 @@ class Store:
         try:
             # Names are looked up and made under one lock, held for a moment.
             with FileLock(self.path / "locks" / "names.lock", wait=True):
-                found = catalog.find(spec.name)
-                recording_id = found.id if found else lost_recording(catalog, self.segments_path, spec.name)
-                recording_id = recording_id or uuid.uuid4().hex
-                held = f"another process writes {spec.name!r}: wait for it, or name another recording"
-                lock = FileLock(writer_lock(self.path, recording_id), held_message=held)
-                roll_forward(catalog, self.segments_path, recording_id)
-                found = catalog.find(spec.name)
-                if found is not None and not found.units and found.spec != spec:
-                    # Begun and never filled, perhaps with a slip in the settings: nothing is lost, the name is free.
-                    _forget_empty(catalog, self.segments_path, found)
-                    found = None
+                recording_id, found, lock = self._take(catalog, spec)
                 first: OwnSegment | None = None
                 if found is None:
                     created_ns = time.time_ns() if now_ns is None else now_ns
-                    if catalog.is_forgotten(recording_id):
-                        recording_id = uuid.uuid4().hex
-                        lock.close()
-                        lock = FileLock(writer_lock(self.path, recording_id), held_message=held)
                     begun = RecordingRow.begun(recording_id, spec, created_ns)
                     first = begin_segment(catalog, self.segments_path, begun)
                     found = catalog.by_id(recording_id)
@@ -288,6 +274,30 @@ class Store:
                 lock.close()
             catalog.close()
             raise
+
+    def _take(self, catalog: Catalog, spec: RecordingSpec) -> tuple[str, RecordingRow | None, FileLock]:
+        """The recording of this name under its lock, brought up to its segments; None and a new id where it is free."""
+        tried: set[str] = set()
+        while True:
+            found = catalog.find(spec.name)
+            known_id = found.id if found else lost_recording(catalog, self.segments_path, spec.name, tried)
+            recording_id = known_id or uuid.uuid4().hex
+            held = f"another process writes {spec.name!r}: wait for it, or name another recording"
+            lock = FileLock(writer_lock(self.path, recording_id), held_message=held)
+            try:
+                roll_forward(catalog, self.segments_path, recording_id)
+                found = catalog.find(spec.name)
+                if found is not None and not found.units and found.spec != spec:
+                    # Begun and never filled, perhaps with a slip in the settings: nothing is lost, the name is free.
+                    _forget_empty(catalog, self.segments_path, found)
+                    found = None
+            except BaseException:
+                lock.close()
+                raise
+            if found is not None or known_id is None:
+                return recording_id, found, lock
+            lock.close()  # what had the name is gone: it is another's by now, or free
+            tried.add(known_id)
 
 
 def recording_digest(store: Store, name: str, tier: str = "all") -> str:
@@ -329,6 +339,7 @@ def _check_same(found: RecordingRow, spec: RecordingSpec) -> None:
 def _forget_empty(catalog: Catalog, folder: Path, found: RecordingRow) -> None:
     """Drop a recording without units: its rows, then its files, which without rows would only bring it back."""
     drop_empty(catalog, found.id)
+    catalog.database.checkpoint()  # a lost WAL must not bring back rows whose files are gone
     for _, name in segment_files(folder).get(found.id, []):
         unlink(folder / name)
     sync_folder(folder, "the removal of a recording that held nothing")

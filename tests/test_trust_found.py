@@ -1,0 +1,135 @@
+"""What the campaigns of tools/trust found in the store, one by one, so that it does not come back."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+
+from memdb.client import Client
+from memdb.database import CATALOG
+from memdb.files import Step, watched
+from memdb.forget import forget
+from memdb.schemas.errors import CorruptionError, NotAStore
+from memdb.schemas.frames import SourceIdentity
+from memdb.store import Store
+from tests.store_cases import MODEL, UNIT_NS, fill, new_store, spec, unit
+
+WAL = f"{CATALOG}-wal"
+
+
+class Died(Exception):
+    pass
+
+
+class Steps:
+    """Lists every step; raises at the one that is told."""
+
+    def __init__(self, dies_at: str = "") -> None:
+        self.steps: list[Step] = []
+        self._dies_at = dies_at
+
+    def before(self, step: Step) -> None:
+        if self._dies_at and step.name == self._dies_at:
+            raise Died(step.name)
+
+    def after(self, step: Step) -> None:
+        self.steps.append(step)
+
+
+def without_wal(folder: Path, target: Path) -> Path:
+    """A copy of an open store as it is when the WAL, and with it all since the last checkpoint, is lost."""
+    shutil.copytree(folder, target)
+    for name in (WAL, f"{CATALOG}-shm"):
+        (target / name).unlink(missing_ok=True)
+    return target
+
+
+def test_all_names_above_a_new_store_are_safe_before_it_holds_anything(tmp_path: Path) -> None:
+    steps = Steps()
+    path = tmp_path / "a" / "b" / "lobby.memdb"
+    with watched(steps):
+        Store.open(path, create=True, write=True).close()
+    synced = [step.path for step in steps.steps if step.what == "sync_folder"]
+    assert synced == [tmp_path, tmp_path / "a", path, path.parent]
+    commits = [at for at, step in enumerate(steps.steps) if step.name == "catalog before commit"]
+    assert max(at for at, step in enumerate(steps.steps) if step.what == "sync_folder") < min(commits)
+
+
+@pytest.mark.parametrize("moment", ["catalog before commit", "catalog committed", "catalog checkpointed"])
+def test_a_store_whose_maker_died_is_made_by_the_next(tmp_path: Path, moment: str) -> None:
+    with watched(Steps(moment)), pytest.raises(Died):
+        new_store(tmp_path)
+    with new_store(tmp_path) as store:
+        fill(store, 1)
+        assert Client(store).verify().ok
+
+
+def test_a_catalog_that_is_cut_to_nothing_is_damage_where_there_are_segments(tmp_path: Path) -> None:
+    """And never taken for a store that is still to be made: its segments would be foreign to it."""
+    with new_store(tmp_path) as store:
+        fill(store, 1)
+    (store.path / CATALOG).write_bytes(b"")
+    for create in (False, True):
+        with pytest.raises(CorruptionError, match="missing"):
+            Store.open(store.path, create=create, write=create)
+    shutil.rmtree(store.path / "segments")
+    with pytest.raises(NotAStore):
+        Store.open(store.path)
+
+
+def test_the_model_comes_back_from_the_segments(tmp_path: Path) -> None:
+    with new_store(tmp_path) as store, store.writer(spec()) as writer:
+        writer.append([unit(0)])
+        lost = without_wal(store.path, tmp_path / "lost.memdb")
+        with Store.open(lost) as found:
+            assert found.model == MODEL
+            assert Client(found).verify().ok
+
+
+def test_a_recording_begun_anew_stays_when_the_wal_is_lost(tmp_path: Path) -> None:
+    other = dataclasses.replace(spec("r"), source=SourceIdentity("file", 7, "77"))
+    with new_store(tmp_path) as store:
+        with store.writer(spec("r")) as writer:
+            writer.epoch(0, 0, "the beginning")
+        with store.writer(other) as writer:
+            writer.append([unit(0)])
+            lost = without_wal(store.path, tmp_path / "lost.memdb")
+    for write in (False, True):
+        with Store.open(lost, write=write) as found:
+            if write:
+                with found.writer(other) as writer:
+                    assert writer.next_unit == 1
+            row = found.recording("r")
+            assert (row.units, row.epochs, row.spec) == (1, (), other)
+            assert Client(found).verify().ok
+
+
+def test_a_name_given_anew_after_forgetting_stays_when_the_wal_is_lost(tmp_path: Path) -> None:
+    """Also where the forgetting itself is known from its segment alone."""
+    with new_store(tmp_path) as store:
+        fill(store, 2)
+        with watched(Steps("catalog committed")), pytest.raises(Died):
+            forget(store, "lobby")
+        with store.writer(spec()) as writer:
+            writer.append([unit(0), unit(1), unit(2)])
+            lost = without_wal(store.path, tmp_path / "lost.memdb")
+    with Store.open(lost) as found:
+        assert found.recording("lobby").units == 3
+    with Store.open(lost, write=True) as found, found.writer(spec()) as writer:
+        assert writer.next_unit == 3
+
+
+def test_what_only_segments_know_can_be_forgotten(tmp_path: Path) -> None:
+    with new_store(tmp_path) as store, store.writer(spec()) as writer:
+        writer.append([unit(0), unit(1)])
+        lost = without_wal(store.path, tmp_path / "lost.memdb")
+        second = without_wal(store.path, tmp_path / "second.memdb")
+    with Store.open(lost, write=True) as found:
+        assert forget(found, "lobby", start_ns=0, end_ns=UNIT_NS).units == 1
+    with Store.open(second, write=True) as found:
+        assert forget(found, "lobby").whole
+    with Store.open(second) as found:
+        assert found.recordings() == []
