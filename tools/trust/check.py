@@ -1,0 +1,146 @@
+"""Holds a store to the account of what was acknowledged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from memdb.schemas.errors import MemdbError, NotAStore
+from memdb.store import Store
+from tools.trust.look import Seen, files_of, is_derived, look, problems
+from tools.trust.model import Kept, Model, running_hash
+from tools.trust.questions import ask_all
+from tools.trust.runner import Runner
+from tools.trust.script import Op
+from tools.trust.units import UNIT_NS, make_unit, marks
+
+
+@dataclass
+class Findings:
+    lost: list[str] = field(default_factory=list)
+    silent: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not (self.lost or self.silent)
+
+    def __str__(self) -> str:
+        return "; ".join([*self.lost, *self.silent][:4])
+
+
+def check(
+    path: Path, models: Iterable[Model], *, may_be_new: bool = False, derived_may_be_damaged: bool = False
+) -> tuple[Findings, Model]:
+    """Whether the store is as one of the models says, and which it is: that with the fewest differences.
+
+    `may_be_new`: the store was still being made. `derived_may_be_damaged`: a power cut may leave key pages and
+    caption tables torn, which is reported and mended; what is found must be right all the same.
+    """
+    models = list(models)
+    found = Findings()
+    try:
+        with Store.open(path) as store:
+            seen = look(store)
+            model = min(models, key=lambda model: len(differences(model, seen)))
+            found.lost += differences(model, seen)
+            for file, what in problems(store):
+                if not (derived_may_be_damaged and is_derived(file)):
+                    found.lost.append(f"verify: {file}: {what}")
+            found.silent += ask_all(store, model)
+    except NotAStore as error:
+        if not may_be_new:
+            found.lost.append(f"it is no store any more: {error}")
+        return found, models[0]
+    except MemdbError as error:
+        found.lost.append(f"it does not open: {type(error).__name__}: {error}")
+        return found, models[0]
+    if model.bare:
+        found.lost += remains(path, model)
+    return found, model
+
+
+def differences(model: Model, seen: dict[str, Seen]) -> list[str]:
+    """What of the model is missing or different in a store, and what is there that must not be."""
+    found = [f"{name}: is back" for name in seen if name not in model.kept]
+    for name, kept in model.kept.items():
+        if name in seen:
+            found += [f"{name}: {what}" for what in _differences(kept, seen[name])]
+        elif kept.units or kept.gaps or kept.epochs:
+            found.append(f"{name}: is missing")
+    return found
+
+
+def _differences(kept: Kept, seen: Seen) -> list[str]:
+    found = []
+    if len(seen.units) != kept.units:
+        found.append(f"{len(seen.units)} units instead of {kept.units}")
+    for number, digest in enumerate(seen.units[: kept.units]):
+        if digest != kept.digest_of(number):
+            found.append(f"unit {number}: {_why_other(kept, number, digest)}")
+    if not found and seen.digest != kept.digest:
+        found.append(f"its digest is {seen.digest}")
+    if seen.gaps != [units * UNIT_NS for units in kept.gaps]:
+        found.append(f"gaps {seen.gaps} instead of {kept.gaps}")
+    if seen.epochs != kept.epochs:
+        found.append(f"epochs {seen.epochs} instead of {kept.epochs}")
+    end_ns = kept.units * UNIT_NS if kept.end_units == kept.units else None
+    if seen.end_ns != end_ns:
+        found.append(f"end {seen.end_ns} instead of {end_ns}")
+    newest = max(kept.states_left(), default=None)
+    if seen.state != newest:
+        found.append(f"the state of unit {seen.state} instead of {newest}")
+    elif newest is not None and seen.state_hash != running_hash(kept.stream, newest):
+        found.append(f"the state of unit {newest} holds something else")
+    return found
+
+
+def _why_other(kept: Kept, number: int, digest: bytes | str) -> str:
+    if isinstance(digest, str):
+        return digest
+    for spans in range(len(kept.spans)):
+        older = Kept(kept.stream, kept.units, kept.spans[:spans])
+        if older.digest_of(number) == digest:
+            return "what was forgotten of it is back"
+    return "is another"
+
+
+def remains(path: Path, model: Model) -> list[str]:
+    """Files that still hold the bytes of something that was forgotten, after a compaction."""
+    forgotten: dict[bytes, str] = {}
+    for kept in model.gone:
+        for number in range(kept.units):
+            for what, mark in marks(make_unit(kept.stream, number), kept.stream).items():
+                forgotten[mark] = f"{what} of unit {number} of {kept.stream.name}, forgotten as a whole"
+    for kept in model.kept.values():
+        for number in range(kept.units):
+            if spans := kept.spans_of(number):
+                before = marks(make_unit(kept.stream, number), kept.stream)
+                left = marks(kept.unit(number), kept.stream)
+                for what in before.keys() - left.keys():
+                    forgotten[before[what]] = f"{what} of unit {number} of {kept.stream.name}, {spans}"
+    if not forgotten:
+        return []
+    found = []
+    for file in files_of(path):
+        data = file.read_bytes()
+        found += [
+            f"{file.relative_to(path)} still holds the {what}"
+            for mark, what in forgotten.items()
+            if mark in data
+        ]
+    return found
+
+
+def finish(
+    path: Path, model: Model, ops: Sequence[Op], start: int, *, derived_may_be_damaged: bool = False
+) -> Findings:
+    """Run the rest of a script, from the operation that was under way, and hold the end to the model."""
+    for op in ops[start:]:
+        model = model.after(op)
+    try:
+        with Runner(path) as runner:
+            runner.run(ops, start)
+    except Exception as error:
+        return Findings([f"it does not go on: {type(error).__name__}: {error}"])
+    return check(path, [model], derived_may_be_damaged=derived_may_be_damaged)[0]

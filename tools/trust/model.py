@@ -1,0 +1,158 @@
+"""What must be in a store: a plain account of what was acknowledged, kept apart from memdb's code."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from memdb.digest import recording_hash, unit_digest
+from memdb.schemas.units import Unit
+from tools.trust.script import OPEN_END, Op
+from tools.trust.units import UNIT_NS, Stream, forgotten_from, make_unit
+
+STATES_KEPT = 2
+WINDOW_UNITS = 2  # of the stub's encoder: what its state holds of the stream
+_FOREVER_NS = (1 << 63) - 1
+
+
+@dataclass(frozen=True)
+class Span:
+    start_ns: int
+    end_ns: int
+    below_unit: int  # units at the time
+
+
+@dataclass
+class Kept:
+    """A recording as it must be."""
+
+    stream: Stream
+    units: int = 0
+    spans: list[Span] = field(default_factory=list)  # forgotten
+    gaps: list[int] = field(default_factory=list)
+    epochs: list[int] = field(default_factory=list)  # first units
+    end_units: int | None = None  # units by the last end
+    states: dict[int, int] = field(default_factory=dict)  # unit to spans seen
+
+    def spans_of(self, number: int) -> tuple[Span, ...]:
+        return tuple(
+            span
+            for span in self.spans
+            if number < span.below_unit
+            and number * UNIT_NS < span.end_ns
+            and (number + 1) * UNIT_NS > span.start_ns
+        )
+
+    def unit(self, number: int) -> Unit:
+        return _unit_left(self.stream, number, self.spans_of(number))
+
+    def digest_of(self, number: int) -> bytes:
+        return _digest_left(self.stream, number, self.spans_of(number))
+
+    @property
+    def digest(self) -> str:
+        return recording_hash([self.digest_of(number) for number in range(self.units)])
+
+    def states_left(self) -> dict[int, int]:
+        """Those that hold nothing forgotten."""
+        return {
+            unit: seen
+            for unit, seen in self.states.items()
+            if all(reach_ns(unit) >= span.end_ns for span in self.spans[seen:])
+        }
+
+
+@lru_cache(maxsize=4096)
+def _unit_left(stream: Stream, number: int, spans: tuple[Span, ...]) -> Unit:
+    unit = make_unit(stream, number)
+    for span in spans:
+        unit = forgotten_from(stream, unit, span.start_ns, span.end_ns)
+    return unit
+
+
+@lru_cache(maxsize=65536)
+def _digest_left(stream: Stream, number: int, spans: tuple[Span, ...]) -> bytes:
+    return unit_digest(_unit_left(stream, number, spans))
+
+
+def reach_ns(unit: int) -> int:
+    """How far back the state that belongs to a unit number reaches."""
+    return max(0, unit - WINDOW_UNITS) * UNIT_NS
+
+
+@lru_cache(maxsize=65536)
+def running_hash(stream: Stream, units: int) -> bytes:
+    """Of the first digests of all units before `units`: what a state of the stub holds."""
+    if units == 0:
+        return hashlib.blake2b(str(stream).encode(), digest_size=16).digest()
+    first = _digest_left(stream, units - 1, ())
+    return hashlib.blake2b(running_hash(stream, units - 1) + first, digest_size=16).digest()
+
+
+@dataclass
+class Model:
+    """All recordings that must be there, by name; `bare`: compacted since the last forgetting."""
+
+    kept: dict[str, Kept] = field(default_factory=dict)
+    gone: list[Kept] = field(default_factory=list)  # recordings that were forgotten as a whole
+    bare: bool = True
+
+    def after(self, op: Op) -> Model:
+        """The model once the operation was acknowledged."""
+        copy = deepcopy(self)
+        copy._apply(op, op.count)
+        return copy
+
+    def outcomes(self, op: Op | None) -> Iterator[Model]:
+        """What may be there while an operation is under way. Units of one append come back as a row of records."""
+        yield self
+        if op is None:
+            return
+        if op.kind in ("append", "die"):
+            assert op.stream is not None
+            known = self.kept.get(op.stream.name)
+            before = known.units if known else 0
+            if known and known.stream != op.stream:  # that held nothing, is dropped and begun anew
+                copy = deepcopy(self)
+                del copy.kept[op.stream.name]
+                yield copy
+            for count in range(max(0, before - op.first) + 1, op.count + 1):
+                copy = deepcopy(self)
+                copy._apply(op, count)
+                yield copy
+        else:
+            yield self.after(op)
+
+    def _apply(self, op: Op, count: int) -> None:
+        if op.kind == "compact":
+            self.bare = True
+        if op.stream is None:
+            return
+        name = op.stream.name
+        if op.kind == "forget_all":
+            if name in self.kept:
+                self.gone.append(self.kept.pop(name))
+                self.bare = False
+            return
+        if name not in self.kept or (self.kept[name].stream != op.stream and not self.kept[name].units):
+            self.kept[name] = Kept(op.stream)
+        kept = self.kept[name]
+        if op.kind in ("append", "die"):
+            kept.units = max(kept.units, op.first + count)
+        elif op.kind == "state":
+            kept.states[kept.units] = len(kept.spans)
+            kept.states = {unit: kept.states[unit] for unit in sorted(kept.states)[-STATES_KEPT:]}
+        elif op.kind == "gap" and kept.units not in kept.gaps:
+            kept.gaps.append(kept.units)
+        elif op.kind in ("begin", "epoch") and kept.units not in kept.epochs:
+            kept.epochs.append(kept.units)
+        elif op.kind == "end":
+            kept.end_units = kept.units
+        elif op.kind == "forget":
+            self.bare = False
+            end_ns = _FOREVER_NS if op.end_ns == OPEN_END else op.end_ns
+            kept.spans.append(Span(op.start_ns, end_ns, kept.units))
+            kept.states = kept.states_left()

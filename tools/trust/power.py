@@ -1,0 +1,94 @@
+"""Power cuts after every step of every protocol: what was acknowledged is there, whatever the file system chose.
+
+The script is run once; each directory that a cut could have left is made from its trace, opened, held to the
+account of what was acknowledged before that step, and gone on with to the end of the script.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tools.trust.check import Findings, check, finish
+from tools.trust.model import Model
+from tools.trust.outcome import Outcome
+from tools.trust.script import Op, protocols
+from tools.trust.shadow import CUTS
+from tools.trust.trace import Player, record
+
+
+class Campaign:
+    """A trace, and the directories that are made of it."""
+
+    def __init__(self, seed: int, folder: Path, ops: Sequence[Op] | None = None) -> None:
+        self._folder = folder / f"power-{seed}"
+        self._seed = seed
+        home = self._folder / "home"
+        home.mkdir(parents=True)
+        self.trace = record(home / "s.memdb", protocols(seed) if ops is None else ops)
+        shutil.rmtree(home)
+        self._models = [Model()]
+        for op in self.trace.ops:
+            self._models.append(self._models[-1].after(op))
+
+    @property
+    def events(self) -> int:
+        return len(self.trace.events)
+
+    def crashes(self, wanted: Sequence[tuple[int, str, int]], ignored: str = "") -> Iterator[Findings]:
+        """What is found after power cuts: each behind an event, of a kind, with a seed. Events in order."""
+        player = Player(self.trace, ignored)
+        for at, cut, seed in sorted(wanted):
+            while player.at <= at:
+                player.step()
+            yield self._crash(player, at, cut, seed)
+
+    def _crash(self, player: Player, at: int, cut: str, seed: int) -> Findings:
+        done, under_way = self.trace.acknowledged(at + 1)
+        model = self._models[done]
+        target = self._folder / "crash"
+        player.crash(target, cut, f"{self._seed} {at} {cut} {seed}")
+        path = target / self.trace.store
+        is_new = done == 0
+        findings, model = check(
+            path, model.outcomes(under_way), may_be_new=is_new, derived_may_be_damaged=True
+        )
+        if findings.ok:
+            ending = finish(path, model, self.trace.ops, done, derived_may_be_damaged=True)
+            findings.lost += [f"at the end: {what}" for what in ending.lost]
+            findings.silent += [f"at the end: {what}" for what in ending.silent]
+        shutil.rmtree(target)
+        return findings
+
+    def close(self) -> None:
+        shutil.rmtree(self._folder)
+
+    def where(self, at: int) -> str:
+        """An event in words."""
+        event = self.trace.events[at]
+        _, op = self.trace.acknowledged(at + 1)
+        step = event.step
+        what = event.said if step is None else f"{step.what} {step.name} {step.path.name[-12:]}"
+        return f"in {op}: after {what}"
+
+
+def run(seed: int, trials: int, folder: Path) -> Outcome:
+    """`trials` power cuts spread over the script; 0: all kinds of cut after every step."""
+    outcome = Outcome("power cut after each step")
+    with outcome.timed():
+        campaign = Campaign(seed, folder)
+        every = [(at, cut, 0) for at in range(campaign.events) for cut in CUTS]
+        chance = random.Random(f"{seed} cuts")
+        wanted = sorted(chance.sample(every, min(trials, len(every))) if trials else every)
+        for (at, cut, _), found in zip(wanted, campaign.crashes(wanted), strict=True):
+            outcome.trials += 1
+            what = f"seed {seed}, {campaign.where(at)}, {cut}"
+            for lost in found.lost:
+                outcome.loses(f"{what}: {lost}")
+            for silent in found.silent:
+                outcome.is_silent(f"{what}: {silent}")
+        campaign.close()
+        outcome.tell(f"{campaign.events} steps of {len(campaign.trace.ops)} operations")
+    return outcome

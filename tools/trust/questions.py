@@ -1,0 +1,137 @@
+"""Questions to a store whose right answers the model knows: captions by text and vector, keys, slices.
+
+What is not answered with a report (an error, a warning) must be right; without damage there is no report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from memdb.captions import CaptionIndex
+from memdb.index.key_search import KeySearch
+from memdb.index.key_table import KeyTable
+from memdb.reader import SliceReader
+from memdb.schemas.rows import RecordingRow
+from memdb.schemas.search import CaptionHits
+from memdb.schemas.units import Unit
+from memdb.store import Store
+from tools.trust.model import Kept, Model
+from tools.trust.units import ENCODER, KEY_SIZE, LAYERS, VECTOR_SIZE, make_unit, raw_slices
+
+_WORDS_ASKED = 4  # recordings are asked for the words of so many units, old and new
+_TOLERANCE = 1e-4
+Row = npt.NDArray[np.float32]
+
+
+def ask_all(store: Store, model: Model) -> list[str]:
+    """Answers that are wrong and come without a report. For a store that is as the model says."""
+    rows = {row.name: row for row in store.recordings()}
+    known = {
+        name: kept for name, kept in model.kept.items() if name in rows and rows[name].units == kept.units
+    }
+    wrong = list(_captions(store, known, rows, model))
+    for name, kept in known.items():
+        wrong += _keys(store, kept, rows[name])
+        wrong += _slices(store, kept, rows[name])
+    return wrong
+
+
+def _captions(
+    store: Store, known: dict[str, Kept], rows: dict[str, RecordingRow], model: Model
+) -> Iterator[str]:
+    index = CaptionIndex(store.path)
+    units = {
+        (rows[name].id, number): kept.unit(number)
+        for name, kept in known.items()
+        for number in range(kept.units)
+    }
+    said = {key: unit for key, unit in units.items() if unit.caption is not None}
+    for name, kept in known.items():
+        step = max(1, kept.units // _WORDS_ASKED)
+        for number in [*range(0, kept.units, step), kept.units - 1]:
+            if number >= 0:
+                key = (rows[name].id, number)
+                hits = index.search(store, ENCODER, text=kept.stream.word(number))
+                yield from _compare(f"text of unit {number} of {name}", hits, [key] if key in said else [])
+    for kept in model.gone:
+        hits = index.search(store, ENCODER, text=kept.stream.word(0))
+        yield from _compare(f"text of a forgotten {kept.stream.name}", hits, [])
+    hits = index.search(store, ENCODER, text="star", limit=len(units) + 8)
+    if not hits.warnings and {(hit.recording_id, hit.unit) for hit in hits} != set(said):
+        yield f"text 'star' finds {len(hits)} captions instead of {len(said)}"
+    query = np.random.default_rng(len(units)).normal(size=VECTOR_SIZE).astype(np.float32)
+    ranked = sorted(said, key=lambda key: -_cosine(said[key], query))
+    hits = index.search(store, ENCODER, vector=query, limit=5)
+    yield from _compare("vector", hits, ranked[:5])
+    for hit in hits:
+        key = (hit.recording_id, hit.unit)
+        if key in said and abs(hit.score - _cosine(said[key], query)) > _TOLERANCE:
+            yield f"vector: unit {hit.unit} has the score {hit.score}"
+
+
+def _cosine(unit: Unit, query: Row) -> float:
+    assert unit.caption is not None
+    vector = np.asarray(unit.caption.vector, np.float64)
+    return float(vector @ query) / float(np.linalg.norm(vector) * np.linalg.norm(query.astype(np.float64)))
+
+
+def _compare(what: str, hits: CaptionHits, wanted: list[tuple[str, int]]) -> Iterator[str]:
+    found = [(hit.recording_id, hit.unit) for hit in hits]
+    if found != wanted and not hits.warnings:
+        yield f"{what}: finds {[number for _, number in found]} instead of {[number for _, number in wanted]}"
+
+
+def _keys(store: Store, kept: Kept, row: RecordingRow) -> Iterator[str]:
+    units = [kept.unit(number) for number in range(kept.units)]
+    held = [
+        (unit.number, block)
+        for unit in units
+        if unit.keys is not None
+        for block in range(len(unit.blocks))
+        if unit.blocks[block]["tokens"]
+    ]
+    if not held:
+        return
+    query = np.random.default_rng(kept.units).normal(size=KEY_SIZE).astype(np.float32)
+    with KeyTable.open(store, row.id) as table:
+        search = KeySearch(table, backend="exact")
+        for layer in range(LAYERS):
+            hits = search.search(layer, query, 4)
+            found = [(int(table.blocks[at]["unit"]), int(table.blocks[at]["block"])) for at in hits.rows]
+            scores = {key: float(_key(units, layer, *key) @ query) for key in held}
+            best = sorted(scores.values(), reverse=True)[: len(found)]
+            if table.problems:
+                continue
+            if len(found) != min(4, len(held)) or any(key not in scores for key in found):
+                yield f"keys of {row.name}, layer {layer}: finds {found}"
+            elif not np.allclose([scores[key] for key in found], best, atol=1e-3):
+                yield f"keys of {row.name}, layer {layer}: finds {found}, which are not the best"
+
+
+def _key(units: list[Unit], layer: int, number: int, block: int) -> Row:
+    keys = units[number].keys
+    assert keys is not None
+    return keys[layer, block].astype(np.float32)
+
+
+def _slices(store: Store, kept: Kept, row: RecordingRow) -> Iterator[str]:
+    rows = store.units(row.id)
+    wanted = [(unit, np.arange(len(unit.slices))) for unit in rows if len(unit.slices)]
+    expected = [data for unit, _ in wanted for data in raw_slices(kept.stream, kept.unit(unit.number))]
+    with SliceReader(store, threads=1) as reader:
+        batch = reader.read(wanted)
+        for index, whole in enumerate(batch.whole):
+            if whole and not np.array_equal(batch.raw(index), expected[index]):
+                yield f"slice {index} of {row.name} is another"
+
+
+def first_words(kept: Kept) -> list[str]:
+    """Words of the captions that were there at first, forgotten or not."""
+    return [
+        kept.stream.word(number)
+        for number in range(kept.units)
+        if make_unit(kept.stream, number).caption is not None
+    ]

@@ -1,0 +1,237 @@
+"""Runs operations against a real store, and says what was acknowledged once the call returned.
+
+It stands for an ingest without a model: it appends units that follow from a seed and their number, saves
+states that hold a running hash of everything so far, and when it goes on after a death it replays from the
+last whole state and compares with the digests of first writing, as `ingest/run.py` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+
+from memdb import files
+from memdb.digest import unit_digest
+from memdb.files import Step, Watch, watched
+from memdb.forget import forget
+from memdb.index.page_writer import index_recording
+from memdb.schemas.errors import UnknownRecording
+from memdb.schemas.recording import Tombstone
+from memdb.sealed import FORGOTTEN_DIGEST
+from memdb.store import Store
+from memdb.writer import RecordingWriter
+from tools.trust.model import WINDOW_UNITS, reach_ns, running_hash
+from tools.trust.script import OPEN_END, Op
+from tools.trust.units import ENCODER, UNIT_NS, Stream, make_unit, marks, spec
+
+Say = Callable[[str], None]
+SEGMENT_BYTES_MAX = 12_000  # some four units: scripts roll over into the next segment often
+
+
+class Diverged(Exception):
+    """What was written first is not what comes out now."""
+
+
+class _Death(Exception):
+    """Stands for kill -9 of a writer in this process."""
+
+
+class _DiesAt:
+    """A Watch that raises before a sync, after another Watch had its turn."""
+
+    def __init__(self, why: str) -> None:
+        self._why = why
+
+    def before(self, step: Step) -> None:
+        if step.name == self._why:
+            raise _Death(self._why)
+
+    def after(self, step: Step) -> None:
+        pass
+
+
+@contextmanager
+def also_watched(watch: Watch) -> Iterator[None]:
+    """Let `watch` see every step besides the Watch that looks on already."""
+    first = files._watch
+    with watched(_Both(first, watch) if first is not None else watch):
+        yield
+
+
+class _Both:
+    def __init__(self, first: Watch, second: Watch) -> None:
+        self._watches = (first, second)
+
+    def before(self, step: Step) -> None:
+        for watch in self._watches:
+            watch.before(step)
+
+    def after(self, step: Step) -> None:
+        for watch in self._watches:
+            watch.after(step)
+
+
+class Runner:
+    """A store and its writers, kept open from one operation to the next as a long ingest does."""
+
+    def __init__(self, path: Path, say: Say = lambda line: None) -> None:
+        self.path = path
+        self._say = say
+        self._store: Store | None = None
+        self._writers: dict[str, RecordingWriter] = {}
+        self._graves: list[object] = []  # their connections stay open: closing would empty the WAL
+
+    def run(self, ops: Sequence[Op], start: int = 0) -> None:
+        """`begin I` before an operation, `done I` after it, `unit NAME LIFE NUMBER DIGEST` for each unit."""
+        for index in range(start, len(ops)):
+            self._say(f"begin {index}")
+            self.do(ops[index])
+            self._say(f"done {index}")
+
+    def do(self, op: Op) -> None:
+        method: Callable[[Op], None] = getattr(self, f"_{op.kind}")
+        method(op)
+
+    @property
+    def store(self) -> Store:
+        if self._store is None:
+            self._store = Store.open(self.path, create=True, write=True)
+        return self._store
+
+    def close(self) -> None:
+        for name in list(self._writers):
+            self._writers.pop(name).close()
+        if self._store is not None:
+            self._store.close()
+            self._store = None
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+
+    # One method an operation
+
+    def _append(self, op: Op) -> None:
+        stream = _stream(op)
+        writer = self._writer(stream)
+        seen = len(writer.tombstones())
+        units = [make_unit(stream, number) for number in range(writer.next_unit, op.first + op.count)]
+        if units:
+            writer.append(units, tombstones_seen=seen)
+        for unit in units:
+            self._say(f"unit {stream.name} {stream.life} {unit.number} {unit_digest(unit).hex()}")
+
+    def _die(self, op: Op) -> None:
+        """An append in which the writer dies before a sync: what it wrote stays with the system, unsafe."""
+        try:
+            with also_watched(_DiesAt(op.why)):
+                self._append(op)
+        except _Death:
+            self._abandon()
+        self._append(op)
+
+    def _abandon(self) -> None:
+        """As a killed process leaves its files: locks are free, SQLite's WAL stays as it is."""
+        for writer in self._writers.values():
+            writer._file_lock.close()
+            if writer._segment is not None:
+                writer._segment.close()
+        self._graves += [*self._writers.values(), self._store]
+        self._writers, self._store = {}, None
+
+    def _begin(self, op: Op) -> None:
+        self._epoch(op)
+
+    def _state(self, op: Op) -> None:
+        stream = _stream(op)
+        writer = self._writer(stream)
+        tombstones = writer.tombstones()
+        units = writer.next_unit
+        payload = running_hash(stream, units) + _window(stream, units, tombstones)
+        states = self.store.state(writer.recording.id)
+        states.save(units, payload, reach_ns=reach_ns(units), tombstones=len(tombstones))
+
+    def _gap(self, op: Op) -> None:
+        writer = self._writer(_stream(op))
+        start_ns = writer.next_unit * UNIT_NS
+        writer.gap(start_ns, start_ns + 1000, "dark")
+
+    def _epoch(self, op: Op) -> None:
+        writer = self._writer(_stream(op))
+        row = self.store.recording_by_id(writer.recording.id)
+        if all(epoch.first_unit != writer.next_unit for epoch in row.epochs):
+            writer.epoch(len(row.epochs), writer.next_unit, "a fresh window")
+
+    def _end(self, op: Op) -> None:
+        writer = self._writer(_stream(op))
+        writer.end(writer.next_unit * UNIT_NS)
+
+    def _close(self, op: Op) -> None:
+        writer = self._writers.pop(_stream(op).name, None)
+        if writer is not None:
+            writer.close()
+
+    def _reopen(self, op: Op) -> None:
+        self.close()
+        _ = self.store
+
+    def _pages(self, op: Op) -> None:
+        writer = self._writer(_stream(op))
+        index_recording(self.store, writer.recording.id, flush=True)
+
+    def _captions(self, op: Op) -> None:
+        from memdb.captions import CaptionIndex
+
+        CaptionIndex(self.store.path).index_captions(self.store, ENCODER, flush=True)
+
+    def _forget(self, op: Op) -> None:
+        end_ns = None if op.end_ns == OPEN_END else op.end_ns
+        forget(self.store, _stream(op).name, start_ns=op.start_ns, end_ns=end_ns, now_ns=1)
+
+    def _forget_all(self, op: Op) -> None:
+        self._close(op)
+        with suppress(UnknownRecording):  # it was under way when the process died, and had come through
+            forget(self.store, _stream(op).name, now_ns=1)
+
+    def _writer(self, stream: Stream) -> RecordingWriter:
+        writer = self._writers.get(stream.name)
+        if writer is None:
+            writer = self.store.writer(spec(stream), segment_bytes_max=SEGMENT_BYTES_MAX)
+            self._writers[stream.name] = writer
+            self._replay(stream, writer)
+        return writer
+
+    def _replay(self, stream: Stream, writer: RecordingWriter) -> None:
+        """From the last whole state to the watermark: everything must come out as it was first written."""
+        row = writer.recording
+        found = self.store.state(row.id).load_latest(
+            row.spec.encoding_fingerprint, writer.next_unit, row.tombstones
+        )
+        if found is not None and found.payload[:16] != running_hash(stream, found.unit):
+            raise Diverged(f"the state of unit {found.unit} of {row.name} is another")
+        for number in range(found.unit if found else 0, writer.next_unit):
+            first = self.store.unit(row.id, number).first_digest
+            if first not in (FORGOTTEN_DIGEST, unit_digest(make_unit(stream, number))):
+                raise Diverged(f"unit {number} of {row.name} came out otherwise than at first")
+
+
+def _stream(op: Op) -> Stream:
+    assert op.stream is not None, op
+    return op.stream
+
+
+def _window(stream: Stream, units: int, tombstones: Sequence[Tombstone]) -> bytes:
+    """The marks of the last units: what an encoder's window holds of them, without what was forgotten."""
+    whole = [
+        make_unit(stream, number)
+        for number in range(max(0, units - WINDOW_UNITS), units)
+        if not any(dead.covers(number, number * UNIT_NS, (number + 1) * UNIT_NS) for dead in tombstones)
+    ]
+    return b"".join(mark for unit in whole for mark in marks(unit, stream).values())
