@@ -14,8 +14,8 @@ from memdb.store import Store
 def save_frames(store: Store, answer: Answer, folder: Path) -> Answer:
     """Write `<recording>-<HH.MM.SS>.jpg` into `folder` for each unit of the evidence.
 
-    Returns the answer with the paths in its evidence; a key frame that is damaged becomes a warning. Raises
-    UsageError where the folder cannot be written.
+    Returns the answer with the paths in its evidence; a key frame that is damaged becomes a warning, and one that
+    was forgotten since the answer is none. Raises UsageError where the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -29,7 +29,11 @@ def save_frames(store: Store, answer: Answer, folder: Path) -> Answer:
 def _save(store: Store, answer: Answer, folder: Path) -> Answer:
     evidence, warnings = [], list(answer.warnings)
     for item in answer.evidence:
-        row = store.unit(store.recording(item.recording).id, item.unit)
+        try:
+            row = store.unit(store.recording(item.recording).id, item.unit)
+        except UsageError:  # the recording was forgotten as a whole, and perhaps begun anew
+            evidence.append(item)
+            continue
         path = folder / f"{item.recording}-{format_time(row.start_ns / 1e9).replace(':', '.')}.jpg"
         try:
             jpeg = store.read_keyframe(row)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from memdb.caption_rows import caption_now, unit_now
 from memdb.query.captions import Picked
 from memdb.query.rebuild.text import CaptionAt
 from memdb.query.retrieve.topk import Rows
@@ -66,10 +67,9 @@ def of_blocks(store: Store, opened: Opened, rows: Sequence[Rows]) -> list[Eviden
 
 
 def _caption(store: Store, opened: Opened, unit: int) -> str | None:
-    row = store.unit(opened.row.id, unit)
-    if not row.has_caption:
-        return None
+    row = unit_now(store, (opened.row.id, unit))
     try:
-        return store.read_caption(row).text
+        caption = caption_now(store, row) if row is not None else None
     except CorruptionError:
         return None
+    return caption.text if caption is not None else None

@@ -40,6 +40,11 @@ class Opened:
         return end_ns if self.row.end_ns is None else min(end_ns, self.row.end_ns)
 
     @property
+    def is_empty(self) -> bool:
+        """Whether nothing is there that an answer could come from."""
+        return not self.blocks.any() and not (self.usable_captions["tokens"] > 0).any()
+
+    @property
     def usable_blocks(self) -> Table:
         found: Table = self.kv.table.blocks[self.blocks]
         return found
@@ -61,13 +66,15 @@ def recordings_of(store: Store, question: Question) -> list[RecordingRow]:
 
 
 def open_scope(kv: StoredKV, at_ns: int | None) -> Opened:
+    """What is there at a moment. Blocks of which no token is left, and captions that were forgotten, are not."""
     blocks, captions = kv.table.blocks, kv.table.captions
-    if at_ns is None:
-        return Opened(kv.row, kv, np.ones(len(blocks), bool), np.ones(len(captions), bool))
-    # The last slot may reach beyond the film: as of its end, everything of it was seen.
-    end_ns = kv.row.end_ns if kv.row.end_ns is not None else np.iinfo(np.int64).max
-    ended = [np.minimum(table["end_ns"], end_ns) <= at_ns for table in (blocks, captions)]
-    return Opened(kv.row, kv, *ended)
+    there = [blocks["tokens"] > 0, ~kv.table.captions_gone]
+    if at_ns is not None:
+        # The last slot may reach beyond the film: as of its end, everything of it was seen.
+        end_ns = kv.row.end_ns if kv.row.end_ns is not None else np.iinfo(np.int64).max
+        there[0] &= np.minimum(blocks["end_ns"], end_ns) <= at_ns
+        there[1] &= np.minimum(captions["end_ns"], end_ns) <= at_ns
+    return Opened(kv.row, kv, *there)
 
 
 def holdings(
@@ -102,7 +109,8 @@ def holdings(
 def _slice_bytes(opened: Opened) -> float:
     """Bytes of one layer of one block before compression, which makes them fewer: a budget is a bound."""
     row, shape = opened.row, opened.row.spec.model.shape
-    mean = row.tier_bytes.kv / max(1, len(opened.kv.table.blocks) * shape.layers)
+    blocks = int((opened.kv.table.blocks["tokens"] > 0).sum())
+    mean = row.tier_bytes.kv / max(1, blocks * shape.layers)
     longest = int(opened.usable_blocks["tokens"].max())
     codec, dtype = codecs.codec(row.spec.recipe.codec), DTYPES[row.spec.dtype]
     widths = (codec.layout(dtype, width, shape.kv_heads, longest, shape.head_size) for width in (2, 4))

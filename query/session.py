@@ -21,6 +21,7 @@ from memdb.query.scope import Opened
 from memdb.query.stages import compose
 from memdb.query.stored import StoredKV
 from memdb.reader import SliceReader
+from memdb.schemas.errors import QuestionError
 from memdb.schemas.question import Question
 from memdb.schemas.rows import RecordingRow
 from memdb.store import Store
@@ -60,10 +61,16 @@ class Session:
         return self.model.shape.kv_bytes(1, self.model.dtype.itemsize)
 
     def open(self, question: Question) -> list[Opened]:
-        """The recordings in question, with everything that is committed by now."""
+        """The recordings in question, with everything that is committed by now. Raises QuestionError for none."""
         with self.store.snapshot():  # rows, tables and what was forgotten: all of one moment
             rows = scope.recordings_of(self.store, question)
-            return [scope.open_scope(self._stored(row), question.at_ns) for row in rows]
+            opened = [scope.open_scope(self._stored(row), question.at_ns) for row in rows]
+        if question.at_ns is None and all(one.is_empty and one.row.tombstones for one in opened):
+            names = ", ".join(repr(row.name) for row in rows)
+            raise QuestionError(
+                f"everything that was kept of {names} is forgotten: ask about another recording"
+            )
+        return opened
 
     def _stored(self, row: RecordingRow) -> StoredKV:
         """The KV tier of a recording: kept open, and opened anew where its key pages were made anew."""
@@ -74,11 +81,17 @@ class Session:
             return known
         if known is not None:
             known.close()
+        self._close_forgotten()
         stages = compose(row.spec.recipe)
         sim = stages.retrieve.sim if isinstance(stages.retrieve, BlockTopK) else "dot"
         opened = StoredKV(self.store, row, self._reader, backend=self._key_index, sim=sim)
         self._opened[row.id] = opened
         return opened
+
+    def _close_forgotten(self) -> None:
+        """Let go of recordings that are gone as a whole: their keys are in memory still."""
+        for recording_id in self._opened.keys() - {row.id for row in self.store.recordings()}:
+            self._opened.pop(recording_id).close()
 
     def init(self, ids: tuple[int, ...]) -> list[LayerKV]:
         """Keys and values of an init prompt, computed once: it is in the recording as token ids."""
