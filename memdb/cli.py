@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -10,20 +9,23 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from memdb import __version__
+from memdb import __version__, cli_keep
+from memdb.cli_shared import json_option as _json
+from memdb.cli_shared import opened as _open
+from memdb.cli_shared import print_json as _print_json
+from memdb.cli_shared import store_option as _store
 from memdb.schemas.errors import CorruptionError, MemdbError
 from memdb.schemas.question import MODES
 from memdb.schemas.recipe import PROFILES, STAGES
 from memdb.schemas.times import format_time, format_wall_clock
 
 if TYPE_CHECKING:
-    from memdb.client import Client
     from memdb.schemas.answer import Answer
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -61,14 +63,6 @@ def _one_line(error: object) -> str:
     return " ".join(str(error).split())
 
 
-def _store(command: F) -> F:
-    return click.option("--store", required=True, type=click.Path(), help="The store's directory.")(command)
-
-
-def _json(command: F) -> F:
-    return click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")(command)
-
-
 def _model(command: F) -> F:
     for option in (
         click.option("--dtype", help="float32, bfloat16 or float16."),
@@ -81,35 +75,14 @@ def _model(command: F) -> F:
     return command
 
 
-@contextmanager
-def _open(
-    store: str,
-    *,
-    create: bool = False,
-    model: str | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
-) -> Iterator[Client]:
-    from memdb.client import connect
-
-    with connect(store, model=model, device=device, dtype=dtype, create=create) as client:
-        yield client
-
-
-def _print_json(data: object) -> None:
-    click.echo(json.dumps(data, ensure_ascii=False, default=_plain))
-
-
-def _plain(value: object) -> object:
-    if is_dataclass(value) and not isinstance(value, type):
-        return asdict(value)
-    raise TypeError(f"{value!r} is not for JSON")
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, message="memdb %(version)s")
 def cli() -> None:
     """A memory database for streaming Video-LLMs: ingest long recordings, ask about them hours later."""
+
+
+for _command in (cli_keep.forget, cli_keep.compact):
+    cli.add_command(_command)
 
 
 @cli.command()

@@ -26,6 +26,8 @@ from memdb.store import Store, recording_digest
 
 if TYPE_CHECKING:
     from memdb.captions import CaptionIndex
+    from memdb.compact import CompactProgress, CompactReport
+    from memdb.forget import ForgetReport
     from memdb.ingest.run import IngestReport, Progress
     from memdb.ladder import LadderReport
     from memdb.models.caption_vectors import CaptionVectors
@@ -368,6 +370,33 @@ class Client:
         from memdb.export import export
 
         return export(self.store, recording, Path(out), format)
+
+    def forget(
+        self, recording: str, *, start_s: float | str | None = None, end_s: float | str | None = None
+    ) -> ForgetReport:
+        """Forget a span of a recording in all tiers, or all of it where no span is given.
+
+        Gone from every answer when this returns; the bytes go with `compact`. Raises UsageError, BudgetError,
+        UnknownRecording, StoreError.
+        """
+        from memdb.forget import forget
+
+        start = self._time(start_s, recording) if start_s is not None else None
+        end = self._time(end_s, recording) if end_s is not None else None
+        with Store.open(self.store.path, write=True) as store:
+            return forget(
+                store,
+                recording,
+                start_ns=to_ns(start) if start is not None else None,
+                end_ns=to_ns(end) if end is not None else None,
+            )
+
+    def compact(self, *, progress: Callable[[CompactProgress], None] | None = None) -> CompactReport:
+        """Remove from the disk what was forgotten, replaced or left half done. Raises StoreError."""
+        from memdb.compact import compact
+
+        with Store.open(self.store.path, write=True) as store:
+            return compact(store, progress=progress)
 
     def compare_uncut(
         self,

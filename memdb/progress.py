@@ -1,4 +1,4 @@
-"""The progress line of an ingest on a terminal."""
+"""Progress lines on a terminal: of an ingest, and of work on a store."""
 
 from __future__ import annotations
 
@@ -24,6 +24,33 @@ class Progress(Protocol):
     def units(self) -> int: ...
     @property
     def written_bytes(self) -> int: ...
+
+
+class BytesBar:
+    """What is in hand, its share and the time left, on stderr: for work of which the bytes are known."""
+
+    def __init__(self) -> None:
+        self._live = Live(console=Console(stderr=True), refresh_per_second=4, transient=True)
+        self._began: tuple[str, float] | None = None
+
+    def update(self, name: str, done_bytes: int, total_bytes: int) -> None:
+        now = time.monotonic()
+        if self._began is None or self._began[0] != name:
+            self._began = name, now
+        line = f"{name}: {done_bytes / 2**20:.1f} of {total_bytes / 2**20:.1f} MiB"
+        if done_bytes and now > self._began[1]:
+            left = (total_bytes - done_bytes) * (now - self._began[1]) / done_bytes
+            line += f", {format_time(round(left))} left"
+        self._live.update(Text(line))
+
+    def __enter__(self) -> BytesBar:
+        self._live.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.__exit__(kind, error, trace)
 
 
 class IngestBar:

@@ -268,10 +268,12 @@ def test_help_names_every_command_and_option(run: Run) -> None:
     assert sorted(cli.commands) == sorted(
         [
             "ask",
+            "compact",
             "demo",
             "digest",
             "doctor",
             "export",
+            "forget",
             "ingest",
             "recipes",
             "recordings",
