@@ -4,6 +4,9 @@ A tombstone goes into a segment of its own, with the units that it touches as la
 without their caption and key frame, and without the blocks that overlap the span. So a catalog that is built
 anew from the segments finds nothing of it either. The bytes themselves stay until `compact`.
 
+What was taken in before the tombstone and overlaps the span goes, also from the hands of a writer: from units on
+their way, from its encoder, from frames that are sampled and wait. What is taken in later stays, whatever its times.
+
 What later frames took from the span while it was in the window, in their hidden states, cannot be taken back.
 """
 
@@ -134,7 +137,7 @@ class _Forgetting:
         self._count(row)
         kept = (row.blocks["tokens"] > 0) & ~overlapping(row.blocks, start_ns, end_ns)
         if not kept.any():
-            return empty_husk(row)  # as nearly always: only at the edges of the span is there something to keep
+            return empty_husk(row)  # as nearly always: only at the span's edges is something kept
         try:
             unit = read_unit(self._folder, self._row, row)
             unit = husk(unit, start_ns, end_ns, stored_element_bytes(self._row.spec, row))

@@ -21,6 +21,8 @@ from memdb.schemas.rows import RecordingRow
 from memdb.schemas.units import Table, Unit
 from memdb.segments import SEGMENT_BYTES_MAX, SegmentWriter, segment_files, segment_name
 
+_WIDTHS_UNITS_MAX = 1024  # that are looked through for the last scale widths
+
 # Makes the buffers of a record and the record, given where it begins and the footer hash before it.
 _Encode = Callable[[int, bytes], tuple[list[Buffer], Record]]
 
@@ -294,8 +296,13 @@ def _scale_widths(slices: Table) -> dict[int, int]:
 
 
 def _last_scale_widths(catalog: Catalog, recording: RecordingRow) -> dict[int, int]:
-    for number in range(recording.units - 1, -1, -1):
-        widths = _scale_widths(catalog.unit(recording.id, number).slices)
-        if widths:
-            return widths
+    """Those of the last unit that has any: not of one that is forgotten, or that ageing gave another codec.
+
+    Where there is none for long, widths begin anew: each unit says its own.
+    """
+    last = recording.units - 1
+    for number in range(last, max(-1, recording.kv_from_unit - 1, last - _WIDTHS_UNITS_MAX), -1):
+        row = catalog.unit(recording.id, number)
+        if len(row.slices) and row.codec in ("", recording.spec.recipe.codec):
+            return _scale_widths(row.slices)
     return {}
