@@ -29,6 +29,7 @@ from memdb.schemas.units import Bytes, Table
 Preadv = Callable[[int, Sequence[memoryview], int], int]
 # Small enough that a run is still in the cache of the core that read it when it is hashed.
 RUN_BYTES_MAX = 512 << 10
+_SMALL = 32 << 10  # bytes that are copied as fast as they are asked for apart
 RWF_NOWAIT = getattr(os, "RWF_NOWAIT", 0)  # read what lies in the page cache, or fail at once
 
 
@@ -41,8 +42,8 @@ Run = tuple[int, int, int, int, int, int, int]
 class Runs:
     """Slices in the order of the files, and the runs that they make. Lists, as they are walked one by one.
 
-    Where slices lie in the buffer as they lie in the file, runs are read straight to their places. Elsewhere
-    (compressed slices, another order) each goes through a scratch of its own.
+    Where slices lie in the buffer as they lie in the file, a run is read straight to its place. Elsewhere (compressed
+    slices, small ones in another order) it goes through a scratch of its own.
     """
 
     runs: list[Run]
@@ -77,63 +78,65 @@ def plan_runs(
     indices = readable
     if indices is not None:
         table, starts = table[indices], starts[indices]
-    # The ordinary case: the order asked for is the order of the files, and nothing is compressed.
-    offsets, sizes, places = table["offset"].tolist(), table["stored_bytes"].tolist(), starts.tolist()
-    runs = None
-    if sizes == table["raw_bytes"].tolist():
-        runs = _walk(table["file"].tolist(), offsets, sizes, places, fds, straight=True)
+    places = (
+        starts if (table["stored_bytes"] == table["raw_bytes"]).all() else _straight_places(table, starts)
+    )
+    runs = _walk(table, places, fds)
     if runs is None:
         order = np.lexsort((table["offset"], table["file"]))
-        table, indices = table[order], order if indices is None else indices[order]
-        offsets, sizes, places = (
-            table["offset"].tolist(),
-            table["stored_bytes"].tolist(),
-            starts[order].tolist(),
-        )
-        runs = _walk(table["file"].tolist(), offsets, sizes, places, fds, straight=False)
+        table, starts, places = table[order], starts[order], places[order]
+        indices = order if indices is None else indices[order]
+        runs = _walk(table, places, fds, ordered=True)
         assert runs is not None
     return Runs(
         runs,
-        offsets,
-        sizes,
+        table["offset"].tolist(),
+        table["stored_bytes"].tolist(),
         table["xxh3"].tolist(),
-        places,
+        starts.tolist(),
         table["raw_bytes"],
         table["element_bytes"],
         indices,
     )
 
 
+def _straight_places(table: Table, starts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """(n,) where each slice goes as it is read; -1 for one that is compressed."""
+    return np.where(table["stored_bytes"] == table["raw_bytes"], starts, -1)
+
+
 def _walk(
-    files: list[int],
-    offsets: list[int],
-    sizes: list[int],
-    places: list[int],
-    fds: Mapping[int, int],
-    *,
-    straight: bool,
+    table: Table, places: npt.NDArray[np.int64], fds: Mapping[int, int], *, ordered: bool = False
 ) -> list[Run] | None:
-    """The runs of slices in the order of the files. None where `straight` and they come in another order."""
+    """The runs of slices in the order of the files. None where they come in another order, unless `ordered`."""
+    files, offsets, sizes = table["file"].tolist(), table["offset"].tolist(), table["stored_bytes"].tolist()
     runs: list[Run] = []
-    first, held, shift, begin, end = 0, -1, 0, 0, 0
-    for index, (file, offset, size, place) in enumerate(zip(files, offsets, sizes, places, strict=True)):
+    held, first, begin, end, target, shift = -1, 0, 0, 0, 0, 0
+    for index, (file, offset, size, place) in enumerate(
+        zip(files, offsets, sizes, places.tolist(), strict=True)
+    ):
         if file == held:
+            # Straight to their places, both through a scratch, or too little to be worth a read of its own.
             if (
                 0 <= offset - end < ALIGNMENT_BYTES
-                and offset + size - begin <= RUN_BYTES_MAX
-                and (place - offset == shift or not straight)
+                and (length := offset + size - begin) <= RUN_BYTES_MAX
+                and (
+                    (target == place < 0)
+                    or (place >= 0 <= target and place - offset == shift)
+                    or length <= _SMALL
+                )
             ):
+                if place - offset != shift:
+                    target = -1
                 end = offset + size
                 continue
-            if straight and offset < end:
+            if not ordered and offset < end:
                 return None
-        elif straight and file < held:
+        elif not ordered and file < held:
             return None
         if held >= 0:
-            target = shift + begin if straight else -1
             runs.append((len(runs), fds[held], begin, end - begin, target, first, index))
-        first, held, shift, begin, end = index, file, place - offset, offset, offset + size
-    target = shift + begin if straight else -1
+        held, first, begin, end, target, shift = file, index, offset, offset + size, place, place - offset
     runs.append((len(runs), fds[held], begin, end - begin, target, first, len(sizes)))
     return runs
 
@@ -161,7 +164,8 @@ class Job:
 
     @property
     def complete(self) -> bool:
-        return 0 not in self.finished
+        """Whether every run is finished, or nobody goes on after an error."""
+        return 0 not in self.finished or self.error is not None
 
     @property
     def bytes_read(self) -> int:
@@ -192,50 +196,60 @@ class Job:
 
         `shared`: threads take runs of this job at the same time.
         """
-        view, preadv, finished, xxh3 = self._view, os.preadv, self.finished, self.runs.xxh3
-        missed = -1
-        for run in self._popped() if shared else self.runs.runs:
-            number, fd, offset, length, place, first, last = run
-            target = view[place : place + length] if place >= 0 else memoryview(bytearray(length))
-            try:
-                done = preadv(fd, (target,), offset, RWF_NOWAIT)
-            except OSError:  # not there, or a file system that cannot say: a thread will see
-                done = -1
-            if done != length:
-                missed = number
-                break
-            # The ordinary case of `_settle`, without the call.
-            if place < 0 or last - first > 1 or xxh3_64_intdigest(target) != xxh3[first]:
-                self._settle(run, target, first, last, length)
-            finished[number] = 1
+        missed = self._take(self._popped() if shared else iter(self.runs.runs), RWF_NOWAIT)
         if not shared:
-            self._todo = deque(self.runs.runs[missed:] if missed >= 0 else ())
-        elif missed >= 0:
-            self._todo.appendleft(self.runs.runs[missed])
-
-    def _popped(self) -> Iterator[Run]:
-        while True:
-            try:
-                yield self._todo.popleft()
-            except IndexError:
-                return
+            self._todo = deque() if missed is None else deque(self.runs.runs[missed[0] :])
+        elif missed is not None:
+            self._todo.appendleft(missed)
 
     def take(self) -> None:
         """Take runs until none is left, waiting for the disk. For threads."""
+        try:
+            if self._preadv is os.preadv and not self._delay_s:
+                self._take(self._popped(), 0)
+            else:
+                for run in self._popped():
+                    self._read(run, self._target(run), run[5], run[6])
+                    self.finished[run[0]] = 1
+        except Left:
+            pass
+        except BaseException as error:
+            self.error = error
+        self.idle.put(None)
+
+    def _popped(self) -> Iterator[Run]:
+        """Runs that nobody else takes."""
         while not self.left:
             try:
                 run = self._todo.popleft()
             except IndexError:
-                break
-            number, _, _, length, place, first, last = run
-            self._taken[number] = 1
+                return
+            self._taken[run[0]] = 1
+            yield run
+
+    def _take(self, order: Iterator[Run], flags: int) -> Run | None:
+        """Read runs and verify them. With `flags`, up to one that is not read at once, which is returned."""
+        view, preadv, finished, xxh3 = self._view, os.preadv, self.finished, self.runs.xxh3
+        for run in order:
+            number, fd, offset, length, place, first, last = run
+            target = view[place : place + length] if place >= 0 else memoryview(bytearray(length))
             try:
-                target = self._view[place : place + length] if place >= 0 else memoryview(bytearray(length))
+                done = preadv(fd, (target,), offset, flags)
+            except OSError:  # an error, nothing in the page cache, or a file system that does not look there
+                done = -1
+            if done != length:
+                if flags:
+                    return run
                 self._read(run, target, first, last)
-            except BaseException as error:
-                self.error = error
-            self.finished[number] = 1
-        self.idle.put(None)
+            # The ordinary case of `_settle`, without the call.
+            elif place < 0 or last - first > 1 or xxh3_64_intdigest(target) != xxh3[first]:
+                self._settle(run, target, first, last, length)
+            finished[number] = 1
+        return None
+
+    def _target(self, run: Run) -> memoryview:
+        _, _, _, length, place, _, _ = run
+        return self._view[place : place + length] if place >= 0 else memoryview(bytearray(length))
 
     def _read(self, run: Run, target: memoryview, first: int, last: int) -> None:
         """Read and settle some slices of a run into their part of its target."""

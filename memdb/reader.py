@@ -215,11 +215,11 @@ class SliceReader:
                 self._threads.put(job, min(self._threads.count, job.todo))
             if not job.todo or len(self._stuck) < _STUCK_MAX:
                 job.wait(began_s + deadline_s)
+            if job.error is not None:
+                raise job.error
         except BaseException:
             self._leave(job)
             raise
-        if job.error is not None:
-            raise job.error
         if job.complete:
             failed += job.failed
         else:

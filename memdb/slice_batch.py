@@ -36,7 +36,7 @@ class SliceBatch:
     """
 
     pieces: (
-        Pieces  # as they were found: of another file or codec than asked for where a unit was rewritten since
+        Pieces  # as they were found: where a unit was rewritten since, another file or codec than asked for
     )
     buffer: Bytes
     starts: npt.NDArray[np.int64]  # (n,) bytes into the buffer, aligned to 64
@@ -44,9 +44,7 @@ class SliceBatch:
     bad: list[BadSlice]
     bytes_read: int  # from files
     read_s: float
-    renewed: list[UnitRow] = field(
-        default_factory=list
-    )  # rows that a fresh snapshot gave for files that are gone
+    renewed: list[UnitRow] = field(default_factory=list)  # by a fresh snapshot, where a file was gone
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -69,32 +67,34 @@ class SliceBatch:
     def stacked(self, first: int = 0, last: int | None = None) -> Bytes:
         """(n, raw_bytes) view of all slices, or of those from `first` to before `last`; no copy.
 
-        They must be of one size. Rows of bad slices are zero: leave them out by `whole`.
+        They must be of one kind, and so of one size. Rows of bad slices are zero: leave them out by `whole`.
         """
-        starts, sizes = self.starts[first:last], self.raw_bytes[first:last]
-        if not len(starts):
-            return np.zeros((0, 0), np.uint8)
-        if (sizes != sizes[0]).any():
+        found = self.kinds(first, last)
+        if len(found) > 1:
             raise ValueError("slices of different sizes cannot be stacked")
-        return self._rows(int(starts[0]), len(starts), int(sizes[0]))
+        return found[0][2] if found else np.zeros((0, 0), np.uint8)
 
-    def kinds(self) -> list[tuple[Kind, npt.NDArray[np.intp], Bytes]]:
-        """Each kind with the slices of it, by their place in the order asked for, and their bytes (m, raw_bytes).
+    def kinds(
+        self, first: int = 0, last: int | None = None
+    ) -> list[tuple[Kind, npt.NDArray[np.intp], Bytes]]:
+        """Each kind among the slices from `first` to before `last`, which of them are of it, and their bytes.
 
-        The bytes are a view. Rows of bad slices are zero: leave them out by `whole`.
+        The bytes (m, raw_bytes) are a view. Rows of bad slices are zero: leave them out by `whole`.
         """
-        numbers = self.pieces.table["kind"]
-        if len(numbers) and (numbers == numbers[0]).all():
-            return [(self.pieces.kind(0), np.arange(len(numbers)), self.stacked())]
+        numbers = self.pieces.table["kind"][first:last]
+        if not len(numbers):
+            return []
+        if int(numbers.min()) == int(numbers.max()):
+            return [(self.pieces.kind(first), np.arange(len(numbers)), self._rows(first, len(numbers)))]
         found = []
-        for number in np.unique(numbers):
+        for number in np.unique(numbers).tolist():
             own = np.flatnonzero(numbers == number)
-            first = int(own[0])
-            rows = self._rows(int(self.starts[first]), len(own), int(self.raw_bytes[first]))
-            found.append((self.pieces.names.kinds[int(number)], own, rows))
+            found.append((self.pieces.names.kinds[number], own, self._rows(first + int(own[0]), len(own))))
         return found
 
-    def _rows(self, start: int, count: int, size: int) -> Bytes:
+    def _rows(self, index: int, count: int) -> Bytes:
+        """So many slices of one kind from one on: they lie one after another."""
+        start, size = int(self.starts[index]), int(self.raw_bytes[index])
         stride = aligned(size)
         return self.buffer[start : start + count * stride].reshape(count, stride)[:, :size]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,6 +22,8 @@ from memdb.schemas.times import format_time, to_s
 from memdb.schemas.units import Table
 from memdb.slice_batch import SliceBatch
 from memdb.store import Store
+
+TOGETHER_BYTES = 8 << 20
 
 
 @dataclass
@@ -56,6 +59,9 @@ class StoredKV:
         self.search = KeySearch(self.table, backend=backend, sim=cast(Sim, sim))
         self._pieces = PieceTable(store, row.id)
         self._unpacker = Unpacker(row.spec)
+        self._known: Sequence[Rows] = ()  # see `knowing`
+        self._groups: Iterator[tuple[range, SliceBatch]] = iter(())
+        self._group: tuple[range, SliceBatch] | None = None
         self._keyed: Table | None = None  # the table of blocks whose keys these are
         self._keys = np.zeros(0, np.int64)
 
@@ -68,9 +74,10 @@ class StoredKV:
         """
         if not len(rows):
             return None, rows
-        batch = self.fetch([layer], [rows], readings)
-        whole = batch.whole
-        return self._unpacker.join(batch, whole, device, dtype), rows if whole.all() else rows[whole]
+        batch, first = self._batch(layer, rows, readings)
+        whole = batch.whole[first : first + len(rows)]
+        found = self._unpacker.join(batch, whole, device, dtype, first)
+        return found, rows if whole.all() else rows[whole]
 
     def fetch(self, layers: Sequence[int], rows: Sequence[Rows], readings: Readings) -> SliceBatch:
         """One verified read of each layer's blocks, layer after layer, not yet unpacked."""
@@ -84,6 +91,36 @@ class StoredKV:
             start = format_time(to_s(int(self.table.blocks["start_ns"][at])))
             readings.bad.append(f"{self.row.name} at {start}, layer {bad.layer}: {bad.reason} ({bad.file})")
         return batch
+
+    @contextmanager
+    def knowing(self, rows: Sequence[Rows], readings: Readings) -> Iterator[None]:
+        """The blocks of every layer are known beforehand: inside, `read` takes them several layers at a time."""
+        self._known, self._groups = rows, self.fetch_together(rows, readings)
+        try:
+            yield
+        finally:
+            self._known, self._groups, self._group = (), iter(()), None
+
+    def fetch_together(self, rows: Sequence[Rows], readings: Readings) -> Iterator[tuple[range, SliceBatch]]:
+        """`fetch` of every layer, of so many at a time as stay in the processor's cache."""
+        layer = 0
+        while layer < len(rows):
+            own_bytes = int(self.pieces([layer], [rows[layer]]).table["raw_bytes"].sum())
+            layers = range(layer, min(len(rows), layer + max(1, TOGETHER_BYTES // max(1, own_bytes))))
+            yield layers, self.fetch(layers, rows[layers.start : layers.stop], readings)
+            layer = layers.stop
+
+    def _batch(self, layer: int, rows: Rows, readings: Readings) -> tuple[SliceBatch, int]:
+        """A batch with these blocks of a layer, and from which slice on they lie in it."""
+        if layer < len(self._known) and self._known[layer] is rows:
+            while self._group is None or layer not in self._group[0]:
+                if (group := next(self._groups, None)) is None:
+                    break
+                self._group = group
+            else:
+                layers, batch = self._group
+                return batch, sum(len(self._known[before]) for before in range(layers.start, layer))
+        return self.fetch([layer], [rows], readings), 0
 
     def pieces(self, layers: Sequence[int], rows: Sequence[Rows]) -> Pieces:
         """Where the slices of each layer's blocks lie. Raises CorruptionError where a unit's row is lost."""

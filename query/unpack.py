@@ -27,10 +27,18 @@ class Unpacker:
         self._codecs: dict[str, Codec] = {}
 
     def join(
-        self, batch: SliceBatch, whole: npt.NDArray[np.bool_], device: torch.device, dtype: torch.dtype
+        self,
+        batch: SliceBatch,
+        whole: npt.NDArray[np.bool_],
+        device: torch.device,
+        dtype: torch.dtype,
+        first: int = 0,
     ) -> LayerKV | None:
-        """The slices in `whole` (n,) one after another, (H, tokens, D), in the order asked for. None without any."""
-        kinds = batch.kinds()
+        """The slices in `whole` (n,) one after another, (H, tokens, D), in the order asked for. None without any.
+
+        They are those of the batch from `first` on.
+        """
+        kinds = batch.kinds(first, first + len(whole))
         if len(kinds) == 1 and whole.all():  # the ordinary case
             k, v = self._unpack(kinds[0][0], kinds[0][2], device, dtype)
             return LayerKV(_joined(k), _joined(v))
@@ -48,8 +56,8 @@ class Unpacker:
             if not good.any():
                 continue
             k, v = self._unpack(kind, raw if good.all() else raw[good], device, dtype)
-            first = ends[own[good]] - kind.tokens
-            places = torch.from_numpy((first[:, None] + np.arange(kind.tokens)).ravel()).to(device)
+            begins = ends[own[good]] - kind.tokens
+            places = torch.from_numpy((begins[:, None] + np.arange(kind.tokens)).ravel()).to(device)
             K.index_copy_(1, places, _joined(k))
             V.index_copy_(1, places, _joined(v))
         return LayerKV(K, V)
