@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -68,7 +68,7 @@ class VideoAddress(Video):
             whole = (self.media_end_ns or 0) + NS_PER_S >= decoder.duration_ns
         self.lost_by = None if whole else decoder.stopped_by or "it hung up"
 
-    def _opening(self) -> Opening:
+    def _openings(self) -> Sequence[Opening]:
         from memdb.ingest.sources.decoder import Opening
 
         options = {"protocol_whitelist": _PROTOCOLS[self._kind]}
@@ -76,12 +76,8 @@ class VideoAddress(Video):
             self._kind == "rtsp"
         ):  # over UDP, the default, lost datagrams are lost pictures, and firewalls drop all
             options["rtsp_transport"] = "tcp"
-        return Opening(
-            options,
-            timeout_s=(video.OPEN_TIMEOUT_S, video.READ_TIMEOUT_S),
-            track=self._track,
-            silence_s=video.READ_TIMEOUT_S,
-        )
+        timeout_s = (video.OPEN_TIMEOUT_S, video.READ_TIMEOUT_S)
+        return [Opening(options, timeout_s=timeout_s, track=self._track, silence_s=video.READ_TIMEOUT_S)]
 
     def _is_live(self, decoder: Decoder) -> bool:
         return self._kind in _CAMERAS or decoder.duration_ns is None

@@ -26,6 +26,8 @@ _US_PER_S = 1_000_000
 _RATE_UNKNOWN_FPS = Fraction(25)
 # These say in their header how long the film is; of the others ffmpeg estimates it from what is there.
 _DECLARES_LENGTH = {"avi", "matroska", "mov"}
+# How far a transport stream is searched for its next packet: by default what lies behind 64 KiB of zeros is lost.
+_RESYNC_BYTES = 1 << 30
 _YEAR_1990_NS = 631_152_000 * NS_PER_S
 _DAY_NS = 86_400 * NS_PER_S
 
@@ -38,6 +40,7 @@ class Opening:
     """
 
     options: dict[str, str]
+    format: str | None = None  # where its first bytes are not to be asked
     timeout_s: tuple[float, float] | None = None
     track: int | None = None
     has_grown: Callable[[], bool] | None = None
@@ -56,7 +59,11 @@ class Decoder:
         # Sizes in headers are bounded here, too: to know a film, ffmpeg decodes its first pictures on opening it.
         sizes = {"max_pixels": str(PICTURE_PX_MAX)}
         self._container = av.open(
-            address, options=opening.options | sizes, timeout=opening.timeout_s, metadata_errors="replace"
+            address,
+            format=opening.format,
+            options=opening.options | sizes | {"resync_size": str(_RESYNC_BYTES)},
+            timeout=opening.timeout_s,
+            metadata_errors="replace",
         )
         try:
             self.track = pick_track(self._container, label, opening.track)

@@ -21,6 +21,7 @@ _BACK_NS = NS_PER_S
 _AHEAD_NS_MAX = 86_400 * NS_PER_S  # a longer jump within a film is no time but damage
 _LEAD_NS = 5 * NS_PER_S  # how far a camera's buffers may run ahead of what happens
 _PACE_NS = 60 * NS_PER_S  # over how long the pace of a source is judged: clocks drift apart over days
+NO_FRAMES = "the source has no frames there"
 _SHOWN = 3  # jumps and gaps that a warning names one by one
 
 
@@ -49,9 +50,8 @@ class MediaTimes:
 
     def __init__(self, period_ns: int, now_ns: Callable[[], int] | None = None) -> None:
         self.left_out = 0
-        self.clock_count = self.gap_count = self.gap_ns = 0
-        self._clocks: list[int] = []  # where another clock began, and the gaps: the first few
-        self._gaps: list[Gap] = []
+        self.clock_count = 0
+        self._clocks: list[int] = []  # where another clock began: the first few
         self._now_ns = now_ns
         self._period_ns = self._step_ns = period_ns
         self._offset_ns = 0  # from the source's times to media time
@@ -113,7 +113,7 @@ class MediaTimes:
         if self._taken:
             apart_ns = at_ns - self._last_ns
             if self._leaves_gap(at_ns):
-                yield self._gap(at_ns)
+                yield Gap(self._end_ns, at_ns, NO_FRAMES)
             else:
                 self._step_ns = apart_ns
             self._apart_ns = (*self._apart_ns[-1:], apart_ns)
@@ -146,14 +146,6 @@ class MediaTimes:
             self._clocks.append(at_ns)
         return at_ns
 
-    def _gap(self, at_ns: int) -> Gap:
-        gap = Gap(self._end_ns, at_ns, "the source has no frames there")
-        self.gap_count += 1
-        self.gap_ns += gap.end_ns - gap.start_ns
-        if len(self._gaps) < _SHOWN:
-            self._gaps.append(gap)
-        return gap
-
     def warnings(self, label: str) -> list[str]:
         found = []
         if self.left_out:
@@ -163,10 +155,28 @@ class MediaTimes:
         if self.clock_count:
             places = _listed([told_time(at_ns) for at_ns in self._clocks], self.clock_count)
             found.append(f"{label}: its clock jumps at {places}: media time goes on from there")
-        if self.gap_count:
-            places = _listed([told(gap) for gap in self._gaps], self.gap_count)
-            found.append(f"{label}: nothing to see from {places}, in all {told_time(self.gap_ns)}")
         return found
+
+
+class GapsSeen:
+    """The gaps of one pass, for its warning."""
+
+    def __init__(self) -> None:
+        self._count = self._all_ns = 0
+        self._first: list[Gap] = []
+
+    def add(self, gap: Gap) -> Gap:
+        self._count += 1
+        self._all_ns += gap.end_ns - gap.start_ns
+        if len(self._first) < _SHOWN:
+            self._first.append(gap)
+        return gap
+
+    def warnings(self, label: str) -> list[str]:
+        if not self._count:
+            return []
+        places = _listed([told(gap) for gap in self._first], self._count)
+        return [f"{label}: nothing to see from {places}, in all {told_time(self._all_ns)}"]
 
 
 def later(items: Iterator[DecodedFrame | Gap], by_ns: int) -> Iterator[DecodedFrame | Gap]:

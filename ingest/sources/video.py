@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 from memdb.ingest.sources.base import Source, suggested_name
 from memdb.ingest.sources.identity import file_identity
-from memdb.ingest.sources.times import MediaTimes, Picture, told_time
+from memdb.ingest.sources.times import GapsSeen, MediaTimes, Picture, told_time
 from memdb.schemas.errors import SourceError
 from memdb.schemas.frames import DecodedFrame, Image, SourceIdentity, SourceInfo
 from memdb.schemas.recording import Gap
+from memdb.schemas.times import NS_PER_S
 
 if TYPE_CHECKING:
     from memdb.ingest.sources.decoder import Decoder, Opening
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 OPEN_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 10.0  # a camera that is silent for longer has gone
 _DAMAGED = "the source is damaged there"
+_TRANSPORT = {".ts", ".m2ts", ".mts", ".m2t", ".trp"}
+# Behind damage pictures are drawn over others than were meant, without a word, until one stands for itself. Films
+# that never have one (intra refresh) are whole again after so long.
+_REFRESH_NS = 10 * NS_PER_S
 
 
 class Video(Source):
@@ -65,25 +70,39 @@ class Video(Source):
         others = decoder.track.others
         self._opened, self.media_end_ns, self._unshown = None, None, 0
         self.warnings = [f"{self._label}: {others}"] if others else []
-        times = MediaTimes(decoder.period_ns, self._clock())
-        damaged = 0
+        times, gaps = MediaTimes(decoder.period_ns, self._clock()), GapsSeen()
         try:
-            for item in times.forward(decoder.pictures()):
+            for item in self._believable(decoder, times.forward(decoder.pictures())):
                 if self._closed:
                     return
                 if isinstance(item, Gap):
-                    yield replace(item, reason=_DAMAGED) if decoder.damaged > damaged else item
+                    yield gaps.add(item)
                 else:
-                    damaged = decoder.damaged
                     yield DecodedFrame(item.pts_ns, partial(self._image, decoder, item))
             self.media_end_ns = times.end_ns
             self.growing = decoder.growing
             self._note_end(decoder)
         finally:
-            self.warnings += times.warnings(self._label)
+            self.warnings += [*times.warnings(self._label), *gaps.warnings(self._label)]
             if self._unshown > 1:
                 self.warnings.append(f"{self._label}: so were {self._unshown - 1} more")
             decoder.close()
+
+    def _believable(self, decoder: Decoder, items: Iterator[Picture | Gap]) -> Iterator[Picture | Gap]:
+        """The same, but a gap that damage made ends with the first picture that needs none from before."""
+        damaged, gap = 0, None
+        for item in items:
+            if isinstance(item, Gap):
+                gap = replace(item, reason=_DAMAGED) if decoder.damaged > damaged else item
+                continue
+            damaged = decoder.damaged
+            if gap is not None:
+                behind_ns = item.pts_ns - gap.end_ns
+                if gap.reason == _DAMAGED and not item.frame.key_frame and behind_ns < _REFRESH_NS:
+                    continue
+                yield replace(gap, end_ns=item.pts_ns)
+                gap = None
+            yield item
 
     def close(self) -> None:
         self._closed = True
@@ -96,14 +115,19 @@ class Video(Source):
             raise SourceError(f"{self._label} was closed: open it again")
         from memdb.ingest.sources.decoder import Decoder, FFmpegError
 
-        try:
-            decoder = Decoder(self._address, self._label, self._opening())
-        except FFmpegError as error:
-            raise SourceError(self._refusal(error)) from error
-        if decoder.first is None:
-            decoder.close()
-            raise SourceError(f"{self._label}: not one frame could be decoded: {self._advice}")
-        return decoder, decoder.first
+        refused: FFmpegError | None = None
+        for opening in self._openings():
+            try:
+                decoder = Decoder(self._address, self._label, opening)
+            except FFmpegError as error:
+                refused = refused or error
+                continue
+            if decoder.first is None:
+                decoder.close()
+                raise SourceError(f"{self._label}: not one frame could be decoded: {self._advice}")
+            return decoder, decoder.first
+        assert refused is not None
+        raise SourceError(self._refusal(refused)) from refused
 
     def _image(self, decoder: Decoder, picture: Picture) -> Image:
         from memdb.ingest.sources.decoder import FFmpegError, reason
@@ -143,7 +167,8 @@ class Video(Source):
     def _identity(self, live: bool) -> SourceIdentity: ...
 
     @abstractmethod
-    def _opening(self) -> Opening: ...
+    def _openings(self) -> Sequence[Opening]:
+        """How to try to open it, one after another."""
 
     @abstractmethod
     def _refusal(self, error: Exception) -> str:
@@ -172,11 +197,17 @@ class VideoFile(Video):
     def _identity(self, live: bool) -> SourceIdentity:
         return self._found
 
-    def _opening(self) -> Opening:
+    def _openings(self) -> Sequence[Opening]:
         from memdb.ingest.sources.decoder import Opening
 
         # a playlist that calls itself a film reaches no server from here
-        return Opening({"protocol_whitelist": "file"}, track=self._track, has_grown=self._has_grown)
+        usual = Opening({"protocol_whitelist": "file"}, track=self._track, has_grown=self._has_grown)
+        if self._path.suffix.lower() not in _TRANSPORT:
+            return [usual]
+        return [
+            usual,
+            replace(usual, format="mpegts"),
+        ]  # finds its way in from any place; its beginning is damaged
 
     def _has_grown(self) -> bool:
         try:
