@@ -26,6 +26,7 @@ from memdb.caption_rows import Place, captions_between, read_said, recordings_of
 from memdb.caption_table import CaptionEntry, CaptionTable, manifest_file, new_folder, table_name
 from memdb.files import make_folder, point
 from memdb.live_table import manifest_of
+from memdb.room import RESERVE_BYTES, require
 from memdb.schemas.errors import CorruptionError
 from memdb.table_files import FOLDER, CheckedFiles, remove_tree
 from memdb.table_manifest import MANIFEST_BYTES_MAX, TableManifest, read_manifest, write_manifest
@@ -39,6 +40,8 @@ TAIL_UNITS_MAX = 512  # the writer keeps the tail below; more is worth a warning
 
 _ADD_ROWS_MAX = 4096  # of one version
 _FRAGMENTS_MAX = 50  # each version lists every fragment: unbounded, appends grow quadratic
+
+_WHAT = "the table of captions"  # that asks for room
 
 _log = logging.getLogger(__name__)
 
@@ -89,7 +92,7 @@ class CaptionIndexer:
     """Writes the tables of a store. Every call is made by who holds the lock of derived data.
 
     Calls raise CorruptionError whose `file` lies in captions.lance for a table that cannot be used, OSError
-    where the disk refuses, MissingDependency.
+    where the disk refuses, StoreFull where what it would leave is too little, MissingDependency.
     """
 
     def __init__(self, store_path: Path) -> None:
@@ -116,10 +119,10 @@ class CaptionIndexer:
         self.drop(encoder)
         return self.rebuild(store, encoder)
 
-    def rebuild(self, store: Store, encoder: str) -> int:
+    def rebuild(self, store: Store, encoder: str, *, reserve_bytes: int = RESERVE_BYTES) -> int:
         """Make a table from the segments, put it in the place of whatever there is, and remove that."""
         backlog = self._backlog(store, encoder, None, flush=True)
-        return self._make(encoder, backlog) if backlog is not None else 0
+        return self._make(encoder, backlog, reserve_bytes) if backlog is not None else 0
 
     def drop(self, encoder: str) -> None:
         """Remove a table with everything of it; first what vouches for it."""
@@ -189,6 +192,7 @@ class CaptionIndexer:
     def _add(self, encoder: str, own: _Own, backlog: _Backlog) -> int:
         """Rows as versions of the live folder."""
         before = own.manifest
+        require(self._path, 0, reserve_bytes=RESERVE_BYTES, what=_WHAT)
         self._tidy(own)
         try:
             table = own.table = own.table or self._newest(own)
@@ -226,6 +230,8 @@ class CaptionIndexer:
 
     def _merge(self, encoder: str, own: _Own) -> None:
         """The same rows in one piece. They are read once more against their checksums first."""
+        size_bytes = sum(file.size_bytes for file in own.manifest.files)
+        require(self._path, size_bytes, reserve_bytes=RESERVE_BYTES, what=_WHAT)
         own.files.check(own.manifest, anew=True)
         folder = new_folder(encoder)
         try:
@@ -236,8 +242,9 @@ class CaptionIndexer:
             self._abandon(folder)
             raise
 
-    def _make(self, encoder: str, backlog: _Backlog) -> int:
+    def _make(self, encoder: str, backlog: _Backlog, reserve_bytes: int = RESERVE_BYTES) -> int:
         """A table from the segments."""
+        require(self._path, 0, reserve_bytes=reserve_bytes, what=_WHAT)
         make_folder(self._folder)
         folder = new_folder(encoder)
         table: CaptionTable | None = None

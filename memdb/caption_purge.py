@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from memdb.caption_indexer import CaptionIndexer, orphans, tables_on_disk
 from memdb.caption_rows import captions_between, recordings_of, unit_now
 from memdb.caption_table import table_name
-from memdb.files import sync_folder
-from memdb.schemas.errors import CorruptionError, MissingDependency
+from memdb.room import UPKEEP_RESERVE_BYTES
+from memdb.schemas.errors import CorruptionError, MissingDependency, StoreFull
 from memdb.table_files import FOLDER, CheckedFiles
 from memdb.table_manifest import TableManifest, read_manifest
 
@@ -36,10 +36,12 @@ def holds_forgotten(store: Store) -> bool:
 
 
 def purge(store: Store, indexer: CaptionIndexer) -> None:
-    """Make it so that none does. Under the lock of derived data. Raises OSError."""
+    """Make it so that none does, up to a power cut (`sweep.make_removals_safe`). Under the lock of derived data.
+
+    Raises OSError.
+    """
     folder = store.path / FOLDER
-    found = tables_on_disk(folder)
-    for name in found:
+    for name in tables_on_disk(folder):
         manifest = _manifest(store.path, name)
         if manifest is None:
             indexer.remove_orphans(name, keep="")
@@ -47,16 +49,13 @@ def purge(store: Store, indexer: CaptionIndexer) -> None:
             _replace(store, indexer, manifest)
         else:
             indexer.remove_orphans(name, keep=manifest.folder)
-    if found:
-        # The one sync of captions.lance: a table may be lost to a power cut, but forgotten ones must not return.
-        sync_folder(folder, "the removal of tables that hold forgotten captions")
 
 
 def _replace(store: Store, indexer: CaptionIndexer, manifest: TableManifest) -> None:
     """Make a table anew from the segments; where that fails, be without one."""
     try:
-        indexer.rebuild(store, manifest.encoder)
-    except (CorruptionError, MissingDependency, OSError) as error:
+        indexer.rebuild(store, manifest.encoder, reserve_bytes=UPKEEP_RESERVE_BYTES)
+    except (CorruptionError, MissingDependency, OSError, StoreFull) as error:
         _log.warning("the caption table is dropped until somebody indexes: %s", error)
     rebuilt = _manifest(store.path, table_name(manifest.encoder))
     if rebuilt is None or rebuilt.folder == manifest.folder:

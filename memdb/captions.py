@@ -31,7 +31,7 @@ from memdb.caption_rows import KeptCaptions, recordings_of
 from memdb.caption_search import CaptionSearch, Filter
 from memdb.live_table import LiveTables
 from memdb.locks import FileLock
-from memdb.schemas.errors import CorruptionError, LockedError, MissingDependency, UsageError
+from memdb.schemas.errors import CorruptionError, LockedError, MissingDependency, StoreFull, UsageError
 from memdb.schemas.search import CaptionHits
 from memdb.table_files import FOLDER
 
@@ -74,7 +74,7 @@ class CaptionIndex:
         with lock:
             try:
                 return self._index(store, encoder, flush)
-            except OSError as error:
+            except (OSError, StoreFull) as error:
                 trouble: Exception = error
             except CorruptionError as error:
                 if not _is_derived(error):

@@ -36,6 +36,7 @@ from memdb.caption_check import check_captions
 from memdb.caption_table import CaptionTable, manifest_file
 from memdb.captions import CaptionIndex
 from memdb.files import Step, watched
+from memdb.room import RESERVE_BYTES
 from memdb.verify import Problem
 
 ROOT = Path(__file__).parent.parent
@@ -198,6 +199,16 @@ def test_a_manifest_that_cannot_be_written_leaves_the_old_one(store):
     with watched(Full()):
         assert index.index_captions(store, ENCODER, flush=True) == 0
     assert (store.path / manifest_file(ENCODER)).read_bytes() == before
+    is_whole(store, also=index)
+
+
+def test_the_last_of_a_disk_is_not_taken_for_a_table(store, monkeypatch, caplog):
+    index, table = indexed_to(store, 20), digest(store.path / "captions.lance")
+    with monkeypatch.context() as patch:
+        patch.setattr("memdb.room.free_bytes", lambda folder: RESERVE_BYTES - 1)
+        assert index.index_captions(store, ENCODER, flush=True) == 0
+    assert "not indexed: no room for the table of captions" in caplog.text
+    assert digest(store.path / "captions.lance") == table
     is_whole(store, also=index)
 
 
