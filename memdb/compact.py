@@ -26,6 +26,7 @@ from memdb.segments import SEGMENT_BYTES_MAX, segment_files
 from memdb.store import Store
 from memdb.survey import Held, groups, survey
 from memdb.sweep import (
+    make_removals_safe,
     remove_forgotten,
     remove_invalid_states,
     remove_pages,
@@ -83,6 +84,7 @@ def compact(
         remove_strangers(store, catalog)
         run.captions()
         run.scrub()
+        make_removals_safe(store)
     except OSError as error:
         raise refused(error, "cannot compact") from error
     finally:

@@ -26,6 +26,7 @@ from memdb.schemas.rows import RecordingRow
 from memdb.segments import next_prologue, reading, remove_segments, scan, segment_files
 from memdb.state import StateFiles, recording_of, state_files
 from memdb.store import Store
+from memdb.table_files import FOLDER as CAPTIONS
 
 logger = logging.getLogger(__name__)
 
@@ -76,10 +77,7 @@ def _unknown(store: Store, catalog: Catalog, recording_id: str) -> list[str]:
 def remove_invalid_states(store: Store, recording: RecordingRow) -> int:
     """Remove encoder states that hold what was forgotten; how many."""
     states = StateFiles(store.path / "state", recording.id, recording.spec.encoding_fingerprint)
-    count = states.remove_forgotten(recording.tombstones)
-    if count:
-        sync_folder(store.path / "state", "the removal of states that hold what was forgotten")
-    return count
+    return states.remove_forgotten(recording.tombstones)
 
 
 def remove_forgotten(store: Store, catalog: Catalog, recording_id: str) -> list[str]:
@@ -96,8 +94,7 @@ def remove_forgotten(store: Store, catalog: Catalog, recording_id: str) -> list[
         names = [name for _, name in segment_files(folder).get(recording_id, [])]
         stones = [name for name in names if _is_tombstone(store, name)]
         data = [name for name in names if name not in stones]
-        if StateFiles(store.path / "state", recording_id, "").remove_all():
-            sync_folder(store.path / "state", "the removal of a forgotten recording's states")
+        StateFiles(store.path / "state", recording_id, "").remove_all()
         remove_pages(store, lambda owner, _: owner == recording_id)
         gone = remove_segments(folder, data, "the removal of a forgotten recording's segments")
         if len(gone) < len(data):
@@ -116,15 +113,9 @@ def remove_forgotten(store: Store, catalog: Catalog, recording_id: str) -> list[
 def remove_pages(store: Store, unwanted: Callable[[str, str], bool]) -> None:
     """Remove the key pages of which `unwanted(recording id, file name)` holds."""
     folder = store.path / KEYS
-    names = [
-        path.name
-        for path in (folder.iterdir() if folder.is_dir() else ())
-        if (found := _PAGES.fullmatch(path.name)) and unwanted(found[1], path.name)
-    ]
-    for name in names:
-        unlink(folder / name)
-    if names:
-        sync_folder(folder, "the removal of key pages")
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if (found := _PAGES.fullmatch(path.name)) and unwanted(found[1], path.name):
+            unlink(path)
 
 
 def remove_strangers(store: Store, catalog: Catalog) -> None:
@@ -143,6 +134,15 @@ def remove_strangers(store: Store, catalog: Catalog) -> None:
                     unlink(path)
     with FileLock(store.path / "locks" / POLICY_LOCK, wait=True):
         unlink(store.path / f"{POLICY}.tmp")
+
+
+def make_removals_safe(store: Store) -> None:
+    """Whatever was removed stays removed, also by those before whom a kill kept from seeing to it."""
+    sync_folder(store.path / "state", "the removal of states")
+    if (store.path / KEYS).is_dir():
+        sync_folder(store.path / KEYS, "the removal of key pages")
+    if (store.path / CAPTIONS).is_dir():
+        sync_folder(store.path / CAPTIONS, "the removal of caption tables")
 
 
 @contextmanager

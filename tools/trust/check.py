@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from memdb.schemas.errors import MemdbError, NotAStore
+from memdb.repair import repair
+from memdb.schemas.errors import CorruptionError, MemdbError, NotAStore
 from memdb.store import Store
 from tools.trust.look import Seen, files_of, is_derived, look, problems
 from tools.trust.model import Kept, Model, running_hash
@@ -30,16 +31,26 @@ class Findings:
 
 
 def check(
-    path: Path, models: Iterable[Model], *, may_be_new: bool = False, derived_may_be_damaged: bool = False
+    path: Path,
+    models: Iterable[Model],
+    *,
+    may_be_new: bool = False,
+    repairing: bool = False,
+    derived_may_be_damaged: bool = False,
+    excused: str = "",
 ) -> tuple[Findings, Model]:
     """Whether the store is as one of the models says, and which it is: that with the fewest differences.
 
-    `may_be_new`: the store was still being made. `derived_may_be_damaged`: a power cut may leave key pages and
-    caption tables torn, which is reported and mended; what is found must be right all the same.
+    `may_be_new`: the store was still being made. `repairing`: its repair was under way, which may have to be
+    begun again. `derived_may_be_damaged`: a power cut may leave key pages and
+    caption tables torn, which is reported and mended; what is found must be right all the same. `excused`: see
+    `remains`.
     """
     models = list(models)
     found = Findings()
     try:
+        if repairing and must_be_repaired(path):
+            repair(path)
         with Store.open(path) as store:
             seen = look(store)
             model = min(models, key=lambda model: len(differences(model, seen)))
@@ -56,8 +67,17 @@ def check(
         found.lost.append(f"it does not open: {type(error).__name__}: {error}")
         return found, models[0]
     if model.bare:
-        found.lost += remains(path, model)
+        found.lost += remains(path, model, excused)
     return found, model
+
+
+def must_be_repaired(path: Path) -> bool:
+    """Whether the store says that it is to be repaired."""
+    try:
+        Store.open(path).close()
+    except CorruptionError as error:
+        return "memdb repair" in str(error)
+    return False
 
 
 def differences(model: Model, seen: dict[str, Seen]) -> list[str]:
@@ -105,8 +125,11 @@ def _why_other(kept: Kept, number: int, digest: bytes | str) -> str:
     return "is another"
 
 
-def remains(path: Path, model: Model) -> list[str]:
-    """Files that still hold the bytes of something that was forgotten, after a compaction."""
+def remains(path: Path, model: Model, excused: str = "") -> list[str]:
+    """Files that still hold the bytes of something that was forgotten, after a compaction.
+
+    `excused`: what the compaction itself said that it left.
+    """
     forgotten: dict[bytes, str] = {}
     for kept in model.gone:
         for number in range(kept.units):
@@ -123,7 +146,7 @@ def remains(path: Path, model: Model) -> list[str]:
         return []
     found = []
     for file in files_of(path):
-        data = file.read_bytes()
+        data = b"" if file.name in excused else file.read_bytes()
         found += [
             f"{file.relative_to(path)} still holds the {what}"
             for mark, what in forgotten.items()
@@ -143,4 +166,6 @@ def finish(
             runner.run(ops, start)
     except Exception as error:
         return Findings([f"it does not go on: {type(error).__name__}: {error}"])
-    return check(path, [model], derived_may_be_damaged=derived_may_be_damaged)[0]
+    return check(path, [model], derived_may_be_damaged=derived_may_be_damaged, excused=" ".join(runner.left))[
+        0
+    ]

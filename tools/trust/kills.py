@@ -32,15 +32,17 @@ ROOT = Path(__file__).resolve().parents[2]
 LENGTH = 14
 KILLS_A_CHAIN = 3
 PARALLEL = 2
-KINDS = (*BASIC, "captions")
+KINDS = (*BASIC, "captions", "compact", "repair")
 CLOCK = "by the clock"
 BY_CLOCK_ONLY = ("captions",)  # LanceDB writes past memdb/files.py
 # Phases in which a stub is killed; those that are named as operations need these in the script.
 PHASES = (
     *("a new store", "segment write", "between sync and commit", "after commit", CLOCK, "state", "pages"),
-    *("forget", "forget_all", "captions", "close", "gap"),
+    *("forget", "forget_all", "captions", "close", "gap", "compact", "repair"),
 )
-PER_KIND = frozenset({"state", "pages", "forget", "forget_all", "captions", "close", "gap"})
+PER_KIND = frozenset(
+    {"state", "pages", "forget", "forget_all", "captions", "close", "gap", "compact", "repair"}
+)
 _HUNG_S = 120.0
 _CLOCK_S = 0.05  # longer than most operations take
 _LANCE_S = 0.15
@@ -219,7 +221,12 @@ class _Chain:
         under_way = self._ops[account.under_way] if account.under_way >= account.acknowledged else None
         if not self._path.exists():
             return True  # it died before it made anything
-        findings, self._model = check(self._path, self._model.outcomes(under_way), may_be_new=not self._start)
+        findings, self._model = check(
+            self._path,
+            self._model.outcomes(under_way),
+            may_be_new=not self._start,
+            repairing=under_way is not None and under_way.kind == "repair",
+        )
         for found in findings.lost:
             self.outcome.loses(f"{what}: {found}")
         for found in findings.silent:

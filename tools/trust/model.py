@@ -127,7 +127,7 @@ class Model:
             yield self.after(op)
 
     def _apply(self, op: Op, count: int) -> None:
-        if op.kind == "compact":
+        if op.kind == "compact" and not op.count:
             self.bare = True
         if op.stream is None:
             return

@@ -51,9 +51,13 @@ class Campaign:
         target = self._folder / "crash"
         player.crash(target, cut, f"{self._seed} {at} {cut} {seed}")
         path = target / self.trace.store
-        is_new = done == 0
+        repairing = under_way is not None and under_way.kind == "repair"
         findings, model = check(
-            path, model.outcomes(under_way), may_be_new=is_new, derived_may_be_damaged=True
+            path,
+            model.outcomes(under_way),
+            may_be_new=done == 0,
+            repairing=repairing,
+            derived_may_be_damaged=True,
         )
         if findings.ok:
             ending = finish(path, model, self.trace.ops, done, derived_may_be_damaged=True)

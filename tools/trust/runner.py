@@ -34,6 +34,10 @@ class Diverged(Exception):
     """What was written first is not what comes out now."""
 
 
+class Failed(Exception):
+    """A call returned, and said that it did not do what it is for."""
+
+
 class _Death(Exception):
     """Stands for kill -9 of a writer in this process."""
 
@@ -81,6 +85,7 @@ class Runner:
         self._say = say
         self._store: Store | None = None
         self._writers: dict[str, RecordingWriter] = {}
+        self.left: list[str] = []  # what the last compaction could not remove, as it says
         self._graves: list[object] = []  # their connections stay open: closing would empty the WAL
 
     def run(self, ops: Sequence[Op], start: int = 0) -> None:
@@ -100,9 +105,12 @@ class Runner:
             self._store = Store.open(self.path, create=True, write=True)
         return self._store
 
-    def close(self) -> None:
+    def _close_writers(self) -> None:
         for name in list(self._writers):
             self._writers.pop(name).close()
+
+    def close(self) -> None:
+        self._close_writers()
         if self._store is not None:
             self._store.close()
             self._store = None
@@ -199,6 +207,23 @@ class Runner:
         self._close(op)
         with suppress(UnknownRecording):  # it was under way when the process died, and had come through
             forget(self.store, _stream(op).name, now_ns=1)
+
+    def _compact(self, op: Op) -> None:
+        """With `count`, beside writers that are open; else alone, so that nothing is left behind."""
+        from memdb.compact import compact
+
+        if not op.count:
+            self._close_writers()
+        report = compact(self.store, segment_bytes_max=SEGMENT_BYTES_MAX)
+        self.left = [*report.left, *(what for done in report.recordings for what in done.left)]
+
+    def _repair(self, op: Op) -> None:
+        from memdb.repair import repair
+
+        self.close()
+        report = repair(self.path)
+        if report.spans:
+            raise Failed(f"repair of a whole store found damage: {[str(span) for span in report.spans]}")
 
     def _writer(self, stream: Stream) -> RecordingWriter:
         writer = self._writers.get(stream.name)

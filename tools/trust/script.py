@@ -22,7 +22,7 @@ class Op:
     kind: str
     stream: Stream | None = None  # the recording that it is about, None: the store
     first: int = 0  # append: the first unit; state, gap, epoch, end: the number of units by then
-    count: int = 0  # append: how many units
+    count: int = 0  # append: how many units; compact: 1 beside open writers
     start_ns: int = 0  # forget
     end_ns: int = 0
     why: str = ""  # die: the sync at which the writer dies
@@ -105,6 +105,8 @@ class ScriptMaker:
             name = self._random.choice(names)
             if kind == "append":
                 return self.append(name, self._random.randint(1, 3))
+            if kind == "compact":
+                return Op(kind, count=self._random.choice([0, 0, 1]))
             if kind in PER_STORE:
                 return Op(kind)
             if not self.units(name):
@@ -149,5 +151,11 @@ def protocols(seed: int) -> list[Op]:
     ops += [maker.forget(name, *maker.span(name)) for name in chance.sample(["lobby", "door"], 2)]
     ops += [maker.dying("lobby", 1, "a unit's bytes, before it is committed"), maker.append("lobby", 1)]
     ops += [maker.about("close", "door"), maker.dying("door", 1, "the name of a new segment")]
-    ops += [maker.about("pages", "door"), maker.forget_all("door"), maker.append("door", 1)]
-    return [*ops, maker.about("state", "lobby"), maker.append("lobby", 1)]
+    ops += [maker.about("pages", "door"), Op("compact", count=1), maker.append("lobby", 1), Op("compact")]
+    ops += [maker.about("state", "door"), maker.forget_all("door"), maker.append("door", 2), Op("repair")]
+    ops += [
+        maker.about("state", "lobby"),
+        maker.append("lobby", 1),
+        maker.forget("lobby", *maker.span("lobby")),
+    ]
+    return [*ops, Op("compact"), maker.append("lobby", 1)]

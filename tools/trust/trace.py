@@ -1,11 +1,13 @@
 """A script run once, step by step: from it every directory that a power cut could have left is made.
 
 SQLite and LanceDB write past memdb/files.py. What SQLite has made safe is known at two points, after a commit
-and after a checkpoint: the files as they are then. What LanceDB wrote is never safe.
+and after a checkpoint: a database and its WAL as they are then. All of a WAL may be lost nevertheless, for the
+store promises to lose nothing by that. What LanceDB wrote is never safe.
 """
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,9 +19,9 @@ from tools.trust.runner import Runner
 from tools.trust.script import Op
 from tools.trust.shadow import CUTS, Crash, Folder, Inode, Shadow
 
-WAL = f"{CATALOG}-wal"
+DERIVED = ("keys", "captions.lance")
 _SAFE_POINTS = ("catalog committed", "catalog checkpointed")
-_LOST_SHARE, _CUT_SHARE = 0.3, 0.15  # of WALs that are lost as a whole, or from some byte on
+_WAL_LOST, _WAL_CUT = 0.3, 0.15  # shares of WALs that are lost as a whole, or from some byte on
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,8 @@ class Event:
 
     step: Step | None
     said: str = ""
-    catalog: tuple[bytes, bytes] | None = (
-        None  # the database and its WAL, where they are safe or begin to exist
-    )
-    is_safe: bool = False
+    sqlite: tuple[bytes, bytes] | None = None  # at a point: the database at the step's path, and its WAL
+    gone: tuple[Path, ...] = ()  # WALs that SQLite removed since the event before
     loose: dict[str, bytes] | None = None  # files that nobody syncs: path in the store to content
 
 
@@ -43,7 +43,6 @@ class Trace:
     start: int  # the first operation that was run
     events: list[Event] = field(default_factory=list)
     base: Folder = field(default_factory=Folder)  # as it was at first, all of it safe
-    base_catalog: tuple[bytes, bytes] | None = None
 
     def acknowledged(self, cut: int) -> tuple[int, Op | None]:
         """How many operations were acknowledged before event `cut`, and which was under way."""
@@ -66,28 +65,62 @@ class Recorder:
     def __init__(self, trace: Trace) -> None:
         self._trace = trace
         self._path = trace.root / trace.store
-        self._made: set[Path] = set()
+        self._known = set(trace.root.rglob("*"))
+        self._wals: set[Path] = set()
 
     def before(self, step: Step) -> None:
-        pass
+        if step.what in ("sync", "sync_folder", "unlink", "remove_folder", "replace"):
+            self._discover(step.path if step.what == "sync_folder" else step.path.parent)
 
     def after(self, step: Step) -> None:
-        if step.what in ("create", "replace"):
-            self._made.add(step.target or step.path)
-        catalog = None
-        if step.what == "point" and step.path.name == CATALOG:
-            catalog = (_read(self._path / CATALOG), _read(self._path / WAL))
-        self._trace.events.append(Event(step, "", catalog, step.name in _SAFE_POINTS))
+        self._keep(step)
+        sqlite = None
+        if step.what == "point" and ".sqlite" in step.path.name:
+            sqlite = (_read(step.path), _read(wal_of(step.path)))
+            self._wals.add(wal_of(step.path))
+        gone = tuple(path for path in self._wals if not path.exists())
+        self._wals -= set(gone)
+        self._trace.events.append(Event(step, "", sqlite, gone))
 
     def say(self, line: str) -> None:
         loose = self._loose() if line.startswith("done") else None
         self._trace.events.append(Event(None, line, loose=loose))
 
+    def _keep(self, step: Step) -> None:
+        """Which names were made through memdb/files.py, or were found."""
+        if step.what in ("create", "make_folder"):
+            self._known.add(step.path)
+        elif step.what in ("unlink", "remove_folder"):
+            self._known.discard(step.path)
+        elif step.what == "replace" and step.target is not None:
+            self._known.discard(step.path)
+            self._known.add(step.target)
+
+    def _discover(self, folder: Path) -> None:
+        """Names in a folder of LanceDB's that came or went past memdb/files.py, as steps that nothing made safe."""
+        derived = [self._path / name for name in DERIVED]
+        if not any(folder == top or top in folder.parents for top in derived):
+            return
+        for above in (*reversed(folder.relative_to(self._path).parents[:-1]), folder.relative_to(self._path)):
+            if self._path / above not in self._known and (self._path / above).is_dir():
+                self._made_by_others(Step("make_folder", self._path / above))
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if path.is_file() and path not in self._known:
+                self._made_by_others(Step("create", path))
+                self._made_by_others(Step("write", path, data=path.read_bytes()))
+        for path in sorted(self._known):
+            if path.parent == folder and not path.exists():
+                self._made_by_others(Step("unlink", path))
+
+    def _made_by_others(self, step: Step) -> None:
+        self._keep(step)
+        self._trace.events.append(Event(step))
+
     def _loose(self) -> dict[str, bytes]:
         found = {}
-        for folder in ("keys", "captions.lance"):
+        for folder in DERIVED:
             for path in sorted((self._path / folder).rglob("*")):
-                if path.is_file() and path not in self._made:
+                if path.is_file() and path not in self._known:
                     found[str(path.relative_to(self._path))] = path.read_bytes()
         return found
 
@@ -95,9 +128,7 @@ class Recorder:
 def record(path: Path, ops: Sequence[Op], start: int = 0) -> Trace:
     """Run a script on the store at `path`, alone in its folder, from operation `start` on."""
     trace = Trace(path.parent, path.name, ops, start)
-    trace.base = Folder.of(path.parent, without=(WAL, f"{CATALOG}-shm"))
-    if path.exists():
-        trace.base_catalog = (_read(path / CATALOG), _read(path / WAL))
+    trace.base = Folder.of(path.parent, without=(f"{CATALOG}-shm",))
     recorder = Recorder(trace)
     with watched(recorder), Runner(path, recorder.say) as runner:
         runner.run(ops, start)
@@ -111,7 +142,6 @@ class Player:
         self._trace = trace
         self._path = trace.root / trace.store
         self._shadow = Shadow(trace.root, _copy(trace.base), ignored)
-        self._catalog, self._safe = trace.base_catalog, trace.base_catalog is not None
         self._loose: dict[str, bytes] = {}
         self.at = 0  # events that were made
 
@@ -119,41 +149,57 @@ class Player:
         """Let the next event happen."""
         event = self._trace.events[self.at]
         self.at += 1
+        for path in event.gone:
+            self._remove(path)
         if event.step is not None:
             self._shadow.see(event.step)
-        if event.catalog is not None and (event.is_safe or not self._safe):
-            self._catalog, self._safe = event.catalog, event.is_safe
+            if event.sqlite is not None:
+                self._see_sqlite(event.step, *event.sqlite)
         if event.loose is not None:
             self._loose = event.loose
         return event
 
     def crash(self, target: Path, cut: str, seed: object) -> None:
-        """Write what is left into the empty folder `target`, which stands for the store's."""
+        """Write what is left into the folder `target`, which stands for the one that holds the store."""
         chance = random.Random(f"{seed}")
         Crash(CUTS[cut], chance).write(self._shadow.top, target)
         store = target / self._trace.store
-        if not store.is_dir():
-            return
-        if (store / CATALOG).exists() and self._catalog is not None:
-            self._write_catalog(store, chance)
-        for name, content in self._loose.items():
-            _write_loose(store / name, content, chance)
+        for wal in sorted(store.glob("*-wal")):
+            what = chance.random()
+            if what < _WAL_LOST:
+                wal.unlink()
+            elif what < _WAL_LOST + _WAL_CUT:
+                os.truncate(wal, chance.randint(0, wal.stat().st_size))
+        if store.is_dir():
+            for name, content in self._loose.items():
+                _write_loose(store / name, content, chance)
 
-    def _write_catalog(self, store: Path, chance: random.Random) -> None:
-        assert self._catalog is not None
-        database, wal = self._catalog
-        if not self._safe:  # it was being made: what SQLite wrote may have come through, up to some byte
-            size = chance.choice([0, len(database), chance.randint(0, len(database))])
-            (store / CATALOG).write_bytes(database[:size])
+    def _see_sqlite(self, step: Step, database: bytes, wal: bytes) -> None:
+        folder = self._shadow.folder(step.path.parent)
+        assert folder is not None
+        node = folder.current.get(step.path.name)
+        if not isinstance(node, Inode):  # SQLite made it
+            node = Inode()
+            folder.change((step.path.name, node))
+        if step.name not in _SAFE_POINTS:
+            if not node.durable:  # it is being made: what SQLite wrote may have come through, up to some byte
+                node.pending = [(0, database)]
             return
-        (store / CATALOG).write_bytes(database)
-        what = chance.random()
-        if what < _LOST_SHARE:
-            wal = b""
-        elif what < _LOST_SHARE + _CUT_SHARE:
-            wal = wal[: chance.randint(0, len(wal))]
-        if wal:
-            (store / WAL).write_bytes(wal)
+        node.durable, node.pending = database, []
+        if wal:  # SQLite makes the name of a WAL safe with its first sync
+            folder.durable[wal_of(step.path).name] = folder.current[wal_of(step.path).name] = Inode(wal)
+        else:
+            self._remove(wal_of(step.path))
+
+    def _remove(self, path: Path) -> None:
+        """SQLite removed a file, or cut it to nothing, and did not sync the folder."""
+        folder = self._shadow.folder(path.parent)
+        if folder is not None and path.name in folder.current:
+            folder.change((path.name, None))
+
+
+def wal_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}-wal")
 
 
 def _write_loose(path: Path, content: bytes, chance: random.Random) -> None:
