@@ -55,6 +55,7 @@ class RtspCamera:
         self._units, self._plays = access_units(film), iter(plays)
         self._fps, self._speed, self._user = fps, speed, user
         self._over = threading.Event()
+        self.pause = threading.Event()  # while it is set, only the first client is let in
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._clients: list[socket.socket] = []
         self.port = int(self._listener.getsockname()[1])
@@ -99,7 +100,9 @@ class RtspCamera:
                 if self._user and not self._is_known(headers):
                     _answer(client, headers, "401 Unauthorized", 'WWW-Authenticate: Basic realm="gate"')
                 elif method == "OPTIONS":
-                    _answer(client, headers, "200 OK", "Public: DESCRIBE, SETUP, PLAY, GET_PARAMETER, TEARDOWN")
+                    _answer(
+                        client, headers, "200 OK", "Public: DESCRIBE, SETUP, PLAY, GET_PARAMETER, TEARDOWN"
+                    )
                 elif method == "DESCRIBE":
                     self._describe(client, url, headers)
                 elif method == "SETUP":
@@ -123,7 +126,7 @@ class RtspCamera:
 
     def _describe(self, client: socket.socket, url: str, headers: dict[str, str]) -> None:
         self._plays, ahead = itertools.tee(self._plays)
-        if next(ahead, None) is None:
+        if next(ahead, None) is None or (self.pause.is_set() and self.played):
             return _answer(client, headers, "404 Not Found")
         sps = next(nal for nal in self._units[0] if nal[0] & 31 == _TYPE_SPS)
         pps = next(nal for nal in self._units[0] if nal[0] & 31 == _TYPE_PPS)
@@ -187,12 +190,14 @@ def _requests(lines: object) -> Iterator[tuple[str, str, dict[str, str]]]:
             continue
         method, url, _ = (first + lines.readline()).decode().split()  # type: ignore[attr-defined]
         headers: dict[str, str] = {}
-        while (line := lines.readline().decode().strip()):  # type: ignore[attr-defined]
+        while line := lines.readline().decode().strip():  # type: ignore[attr-defined]
             name, _, value = line.partition(":")
             headers[name.strip().lower()] = value.strip()
         yield method, url, headers
 
 
-def _answer(client: socket.socket, request: dict[str, str], status: str, *headers: str, body: str = "") -> None:
+def _answer(
+    client: socket.socket, request: dict[str, str], status: str, *headers: str, body: str = ""
+) -> None:
     head = [f"RTSP/1.0 {status}", f"CSeq: {request['cseq']}", f"Content-Length: {len(body)}", *headers]
     client.sendall(("\r\n".join(head) + "\r\n\r\n" + body).encode())

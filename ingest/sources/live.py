@@ -89,8 +89,9 @@ class Reconnecting(Source):
     def _connected_again(self, lost: VideoAddress) -> VideoAddress | None:
         log.warning("%s is lost at %s: trying again", lost.label, told_time(self._end_ns))
         self._lost += 1
+        lost_ns = self._now_ns()
         while True:
-            left_s = self._patience_s - (self._now_ns() - self._seen_ns) / NS_PER_S
+            left_s = self._patience_s - (self._now_ns() - lost_ns) / NS_PER_S
             if left_s <= 0 or self._closed.wait(min(self._wait_s, left_s)):
                 return None
             self._wait_s = min(2 * self._wait_s, RETRY_S_MAX)
