@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-STREAM, FORGET, REWRITE = "stream", "forget", "rewrite"  # roles of a segment: who wrote it
+# Roles of a segment: who wrote it. All but streams count once they are sealed.
+STREAM, FORGET, REWRITE, REPAIR, IMPORT = "stream", "forget", "rewrite", "repair", "import"
 _BYTES_COLUMN = {
     Part.CAPTION: "captions_bytes",
     Part.VECTOR: "captions_bytes",
@@ -153,14 +154,14 @@ class _Applying:
             if record.number == 0:
                 state.start_ns = row.start_ns
             state.units, state.watermark_ns, state.last_commit = record.number + 1, row.end_ns, row.commit_id
-            _count(state, row, 1)
+            count_bytes(state, row, 1)
         elif revision_of(record) > 0:
             known = self._catalog.unit(self._id, record.number)
             if revision_of(record) > known.revision:
                 row = self._row(record, known.commit_id)
                 self._database.upsert("units", unit_values(row))
-                _count(state, known, -1)
-                _count(state, row, 1)
+                count_bytes(state, known, -1)
+                count_bytes(state, row, 1)
 
     def _row(self, record: Record, commit_id: int) -> UnitRow:
         return unit_row(record, recording_id=self._id, segment=self._segment.name, commit_id=commit_id)
@@ -241,7 +242,8 @@ def _drop_rows(catalog: Catalog, recording_id: str) -> None:
     database.upsert("meta", ("recordings", catalog.count_of("recordings") - 1))
 
 
-def _count(state: RecordingState, row: UnitRow, sign: int) -> None:
+def count_bytes(state: RecordingState, row: UnitRow, sign: int) -> None:
+    """Add the bytes of a unit's parts to its recording's, or take them off (`sign` -1)."""
     for part, span in row.parts.items():
         column = _BYTES_COLUMN[part]
         setattr(state, column, getattr(state, column) + sign * span.length)

@@ -73,6 +73,7 @@ class Database:
         self.on_copy: Callable[[], None] | None = None  # called when a reader's copy was renewed
         with _typed():
             self._connection = self._open_plain() if write else self._open_read_only()
+        self._inode = path.stat().st_ino if write else 0
 
     @property
     def in_memory(self) -> bool:
@@ -147,6 +148,7 @@ class Database:
     def writing(self) -> Iterator[None]:
         """One write transaction: all of it or, after an exception, nothing."""
         with self._lock:
+            self._check_in_place()
             with _typed():
                 self._connection.execute("BEGIN IMMEDIATE")
             try:
@@ -158,6 +160,15 @@ class Database:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
                 raise
+
+    def _check_in_place(self) -> None:
+        """Whoever has a catalog open that a repair replaced must not commit to what nobody reads any more."""
+        try:
+            in_place = not self._inode or self._path.stat().st_ino == self._inode
+        except FileNotFoundError:
+            in_place = False
+        if not in_place:
+            raise StoreError(f"{CATALOG} was made anew by memdb repair: open the store again")
 
     def checkpoint(self) -> bool:
         """Move the WAL into the database and empty it. False where a reader stood in the way all the time."""
@@ -291,6 +302,6 @@ def _typed() -> Iterator[None]:
                     f"{CATALOG} cannot be read or written: {error}: check free space and permissions"
                 ) from None
             case _:
-                raise CorruptionError(f"{CATALOG} is damaged: {error}", file=CATALOG) from None
+                raise CorruptionError(f"{CATALOG} is damaged: {error}: run memdb repair", file=CATALOG) from None
     except UnicodeDecodeError as error:
-        raise CorruptionError(f"{CATALOG} is damaged: {error}", file=CATALOG) from None
+        raise CorruptionError(f"{CATALOG} is damaged: {error}: run memdb repair", file=CATALOG) from None

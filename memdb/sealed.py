@@ -77,8 +77,7 @@ class SealedSegment:
 
     def seal(self, *, replaces: Sequence[str] = (), kv_from_unit: int = 0) -> SegmentRow:
         """Close the file and commit it: from then on it counts. Returns its row."""
-        meta: dict[str, object] = {"replaces": list(replaces), "kv_from_unit": kv_from_unit}
-        self._add(Kind.SEAL, len(self._records), meta)
+        self._seal(replaces, kv_from_unit)
         self._segment.sync_new("a sealed segment, before it is committed", "the name of a sealed segment")
         row = self._segment.row(self._records[-1])
         self._catalog.apply(self._recording.id, row, self._records)
@@ -86,10 +85,20 @@ class SealedSegment:
 
     def seal_whole(self) -> None:
         """The same for a file that says that all of the recording is forgotten."""
-        self._add(Kind.SEAL, len(self._records), {"replaces": [], "kv_from_unit": 0})
+        self._seal()
         self._segment.sync_new(
             "the tombstone of a recording, before it is committed", "the name of a recording's tombstone"
         )
+
+    def seal_apart(self) -> None:
+        """The same for a file of a repair, which makes the catalog anew afterwards. Two seals: one may be lost."""
+        self._seal()
+        self._seal()
+        self._segment.sync_new("what a repair writes anew", "the name of what a repair writes anew")
+
+    def _seal(self, replaces: Sequence[str] = (), kv_from_unit: int = 0) -> None:
+        meta = {"replaces": list(replaces), "kv_from_unit": kv_from_unit, "role": self._segment.role}
+        self._add(Kind.SEAL, len(self._records), meta)
 
     def close(self) -> None:
         self._segment.close()

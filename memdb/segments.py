@@ -140,6 +140,7 @@ def scan(
 def next_prologue(segment: OpenSegment, start: int, end: int) -> int | None:
     """The first aligned byte from `start` on, before `end`, at which a record begins; None without one."""
     end = min(end, segment.size_bytes)
+    start += -start % ALIGNMENT_BYTES  # so that no magic lies across two windows
     for window_start in range(start, end, _WINDOW_BYTES):
         length = min(_WINDOW_BYTES, end - window_start)
         window = read_exactly(segment.fd, window_start, length, segment.size_bytes, file=segment.file)

@@ -11,6 +11,7 @@ from memdb.contents import digests_from, stored_element_bytes
 from memdb.database import CATALOG
 from memdb.digest import check_digest
 from memdb.records import Kind, Record, meta_int, meta_str, read_body, read_prologue, read_record
+from memdb.roll_forward import check_format
 from memdb.schemas.errors import CorruptionError
 from memdb.schemas.rows import RecordingRow, UnitRow
 from memdb.segments import OpenSegment, next_prologue
@@ -70,6 +71,7 @@ class SegmentCheck:
         if record.kind is Kind.UNIT:
             self._check_unit(record, body)
         elif record.kind is Kind.HEADER:
+            check_format(record)
             expected = (self._recording.id, self._catalog.store_id)
             if (meta_str(record, "recording_id"), meta_str(record, "store_id")) != expected:
                 raise CorruptionError("its header is of another recording or store")

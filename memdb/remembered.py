@@ -1,0 +1,88 @@
+"""What a catalog that is to be made anew still says, row by row, wherever a row's own checksum is right.
+
+The segments are the truth, and a repair needs nothing else. But where a footer or a header is damaged there, the
+row that was made of it may be whole, and then nothing is lost.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, cast
+
+from memdb.applying import RecordingState
+from memdb.database import CATALOG, Database, Value
+from memdb.schemas.errors import FormatVersionError, RecipeError, StoreError
+from memdb.schemas.format import FORMAT_VERSION
+from memdb.schemas.rows import RecordingSpec, UnitRow
+
+logger = logging.getLogger(__name__)
+
+
+class Remembered:
+    """An old catalog, whatever is left of it. Nothing of it may be."""
+
+    def __init__(self, path: Path) -> None:
+        """`path` is the file. Raises FormatVersionError where it says that a newer memdb wrote it."""
+        self._database: Database | None = None
+        if path.is_file() and path.stat().st_size:
+            with suppress(StoreError):
+                self._database = Database(path, write=False)
+        try:
+            found = self._meta("format")
+            if isinstance(found, int) and found > FORMAT_VERSION:
+                raise FormatVersionError(
+                    f"the store has format {found}, this memdb repairs up to {FORMAT_VERSION}: install a newer "
+                    "memdb-video"
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        if self._database is not None:
+            self._database.close()
+            self._database = None
+
+    @property
+    def store_id(self) -> str | None:
+        found = self._meta("store_id")
+        return found if isinstance(found, str) else None
+
+    def recording(self, recording_id: str) -> tuple[RecordingSpec, int] | None:
+        """How a recording is made, and when it was begun."""
+        state = self._state(recording_id)
+        if state is None:
+            return None
+        try:
+            return RecordingSpec.from_json(json.loads(state.spec)), state.created_ns
+        except (ValueError, TypeError, KeyError, RecipeError):
+            return None
+
+    def generation(self, recording_id: str) -> int:
+        """Of the key pages, 0 where nobody knows."""
+        state = self._state(recording_id)
+        return state.generation if state else 0
+
+    def unit(self, recording_id: str, number: int) -> UnitRow | None:
+        rows = self._select("units", "WHERE recording = ? AND number = ?", (recording_id, number))
+        return UnitRow(*cast("tuple[Any, ...]", rows[0])) if rows else None
+
+    def _state(self, recording_id: str) -> RecordingState | None:
+        rows = self._select("recordings", "WHERE id = ?", (recording_id,))
+        return RecordingState(*cast("tuple[Any, ...]", rows[0])) if rows else None
+
+    def _meta(self, key: str) -> Value:
+        rows = self._select("meta", "WHERE key = ?", (key,))
+        return rows[0][1] if rows else None
+
+    def _select(self, table: str, tail: str, parameters: tuple[Value, ...]) -> list[tuple[Value, ...]]:
+        if self._database is None:
+            return []
+        try:
+            return self._database.select(table, tail, parameters)
+        except StoreError as error:
+            logger.debug("%s has nothing to say: %s", CATALOG, error)
+            return []

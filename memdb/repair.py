@@ -1,0 +1,377 @@
+"""`memdb repair`: the catalog made anew from the segments alone, and every derived file from them.
+
+    read      every record of every segment                      memdb/salvage.py
+    settle    which files and which copies of units count         memdb/truth.py
+    mend      what is lost gets a place in a segment of its own   memdb/mend.py
+    fill      a new catalog beside the old one                    memdb/rebuild.py
+    swap      the old catalog goes, then its WAL, then the new one gets the name
+
+A kill at any step leaves a store that opens, or one that says to run repair again; that begins anew and ends the
+same. No segment is changed or removed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from memdb.applying import FORGET
+from memdb.catalog import Catalog
+from memdb.database import CATALOG
+from memdb.derived import drop_derived, next_generation, rebuild_derived
+from memdb.files import File, make_folder, replace, sync_folder, unlink
+from memdb.folder import FILES, FOLDERS, TRUTH, has_segments
+from memdb.locks import FileLock, commit_lock, many_files, rewrite_lock, writer_lock
+from memdb.mend import Mender, Touched
+from memdb.network import check_locks_hold
+from memdb.rebuild import Known, check, fill
+from memdb.remembered import Remembered
+from memdb.roll_forward import check_format
+from memdb.room import refused
+from memdb.salvage import SegmentContents, read_contents
+from memdb.schemas.errors import NotAStore, StoreError
+from memdb.schemas.fingerprint import ModelIdentity
+from memdb.schemas.rows import RecordingRow
+from memdb.schemas.times import to_s
+from memdb.segments import segment_files
+from memdb.state import StateFiles, read_state, recording_of, state_files
+from memdb.truth import Truth
+
+logger = logging.getLogger(__name__)
+
+NEW = f"{CATALOG}.new"
+_BESIDE = ("-wal", "-shm", "-journal")
+Progress = Callable[[int, int], None]  # bytes of segments read, bytes in all
+
+
+@dataclass(frozen=True)
+class Span:
+    """Units one after another that were not whole, and what became of them."""
+
+    recording: str
+    first_unit: int
+    last_unit: int
+    start_s: float
+    end_s: float
+    what: str
+
+    def __str__(self) -> str:
+        units = (
+            f"unit {self.first_unit}"
+            if self.first_unit == self.last_unit
+            else (f"units {self.first_unit} to {self.last_unit}")
+        )
+        return f"{self.recording}: {units} ({self.start_s:g} to {self.end_s:g} s) {self.what}"
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """A recording as it is in the new catalog."""
+
+    name: str
+    units: int
+    segments: int
+    tombstones: int
+    watermark_s: float
+
+
+@dataclass
+class RepairReport:
+    recordings: list[Repaired] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)  # what was not whole, and what became of it
+    forgotten: int = 0  # whole recordings that stay forgotten
+    dropped: list[str] = field(default_factory=list)  # what was taken out of the store's view, and why
+    notes: list[str] = field(default_factory=list)  # what else a user should know
+
+    @property
+    def units(self) -> int:
+        return sum(recording.units for recording in self.recordings)
+
+
+def repair(path: str | os.PathLike[str], *, progress: Progress | None = None) -> RepairReport:
+    """Make the catalog and all derived files anew. Nobody may write meanwhile.
+
+    Raises NotAStore, LockedError where a writer is alive, FormatVersionError, StoreFull, StoreError.
+    """
+    folder = Path(path).absolute()
+    if not (folder / "segments").is_dir():
+        raise NotAStore(f"{folder} holds no segments/ to make a catalog from: name the folder of a store")
+    if not has_segments(folder) and not (folder / CATALOG).exists():
+        raise NotAStore(f"{folder} holds no store: name one")
+    for name in (*FILES, *FOLDERS):
+        if (folder / name).is_symlink():
+            raise StoreError(f"{folder / name} is a symbolic link: a store holds none")
+    remembered = Remembered(folder / CATALOG)
+    try:
+        with many_files():
+            return _Repair(folder, remembered, progress).run()
+    except OSError as error:
+        raise refused(error, "cannot repair") from error
+    finally:
+        remembered.close()
+
+
+class _Repair:
+    def __init__(self, folder: Path, remembered: Remembered, progress: Progress | None) -> None:
+        self._folder, self._segments = folder, folder / "segments"
+        self._remembered, self._progress = remembered, progress
+        self.report = RepairReport()
+        self._store_id = ""
+        self._forgotten: dict[str, int] = {}
+
+    def run(self) -> RepairReport:
+        for name in TRUTH:
+            make_folder(self._folder / name)
+        check_locks_hold(self._folder)
+        names = segment_files(self._segments)
+        with _every_lock(self._folder, sorted(names)):
+            with FileLock(self._folder / "locks" / "derived.lock", held_message=_busy("derived data")):
+                truths = self._read(names)
+                catalog = self._new_catalog(truths)
+                try:
+                    known = self._settle(catalog, truths)
+                    fill(catalog, self._segments, self._model(known), known, self._forgotten)
+                    check(catalog)
+                    catalog.database.checkpoint()
+                    rows = catalog.recordings()
+                finally:
+                    catalog.close()
+                self._remembered.close()
+                self._drop_states(rows)
+                drop_derived(self._folder)
+                self._swap()
+            self.report.notes += rebuild_derived(self._folder)
+        self._tell(rows)
+        return self.report
+
+    # Reading
+
+    def _read(self, names: dict[str, list[tuple[int, str]]]) -> list[Truth]:
+        """Every recording as its files have it, those of other stores left out."""
+        total = sum((self._segments / name).stat().st_size for found in names.values() for _, name in found)
+        done = 0
+
+        def told(size: int) -> None:
+            nonlocal done
+            done += size
+            if self._progress is not None:
+                self._progress(min(done, total), total)
+
+        truths = []
+        for recording_id, found in sorted(names.items()):
+            files = [read_contents(self._segments, name, sequence, told) for sequence, name in found]
+            for file in files:
+                if file.header is not None:
+                    check_format(file.header)
+            truths.append(Truth(recording_id, files))
+        return self._own(truths)
+
+    def _own(self, truths: list[Truth]) -> list[Truth]:
+        ids = Counter(str(header.meta["store_id"]) for truth in truths for header in truth.headers)
+        told = self._remembered.store_id
+        most = max(sorted(ids), key=ids.__getitem__) if ids else uuid.uuid4().hex
+        self._store_id = told if told is not None and (told in ids or not ids) else most
+        for truth in truths:
+            own = [file for file in truth.files if self._is_own(truth.id, file)]
+            for file in truth.files:
+                if file not in own:
+                    self.report.dropped.append(
+                        f"{file.file} is of another recording or store, and is left out"
+                    )
+            truth.files = own
+        return [truth for truth in truths if truth.files]
+
+    def _is_own(self, recording_id: str, file: SegmentContents) -> bool:
+        meta = file.header.meta if file.header else None
+        return meta is None or (meta["recording_id"], meta["store_id"]) == (recording_id, self._store_id)
+
+    # Settling
+
+    def _new_catalog(self, truths: list[Truth]) -> Catalog:
+        path = self._folder / NEW
+        for suffix in ("", *_BESIDE):
+            unlink(path.with_name(NEW + suffix))
+        begun = [truth.created_ns for truth in truths if truth.created_ns]
+        Catalog.create(path, store_id=self._store_id, created_ns=min(begun, default=time.time_ns()))
+        return Catalog(path, write=True)
+
+    def _settle(self, catalog: Catalog, truths: list[Truth]) -> list[Known]:
+        found: list[tuple[Truth, RecordingRow]] = []
+        for truth in truths:
+            self._warn_of_lost_files(truth)
+            if truth.forgotten_at_ns is not None:
+                self._forgotten[truth.id] = truth.forgotten_at_ns
+                continue
+            row = self._described(truth)
+            if row is None:
+                continue
+            mender = Mender(catalog, self._segments, truth, row, self._remembered)
+            written = mender.run()
+            self.report.notes += mender.notes
+            self._add_spans(row.name, mender.touched)
+            if written is not None:
+                truth = Truth(truth.id, [*truth.files, written])
+            self._warn_of_tails(truth, row.name)
+            found.append((truth, row))
+        return self._named(found)
+
+    def _described(self, truth: Truth) -> RecordingRow | None:
+        """What is known of a recording beside its units: by its headers, else by the old catalog."""
+        spec, created_ns = truth.spec, truth.created_ns
+        told = self._remembered.recording(truth.id)
+        if spec is None and told is not None:
+            spec, created_ns = told
+        if spec is None:
+            files = ", ".join(file.file for file in truth.files)
+            if any(len(file.units) or file.holes for file in truth.files):
+                self.report.dropped.append(
+                    f"{files}: no header can be read, so that nobody knows what recording this is: "
+                    f"{len(truth.found)} units are left out"
+                )
+            return None
+        return RecordingRow.begun(truth.id, spec, created_ns)
+
+    def _named(self, found: list[tuple[Truth, RecordingRow]]) -> list[Known]:
+        """Names that clash get a number: the recording that was begun first keeps its own."""
+        known: list[Known] = []
+        taken = {row.name for _, row in found}
+        used: set[str] = set()
+        for truth, row in sorted(found, key=lambda item: (item[1].created_ns, item[0].id)):
+            name, number = row.name, 1
+            while name in used or (number > 1 and name in taken):
+                number += 1
+                name = f"{row.name[:120]}-{number}"
+            if name != row.name:
+                self.report.notes.append(
+                    f"two recordings are named {row.name!r}: the later one is {name!r} now"
+                )
+            used.add(name)
+            generation = next_generation(self._folder, truth.id, self._remembered.generation(truth.id))
+            known.append(Known(truth, row.spec, name, row.created_ns, generation))
+        return known
+
+    def _model(self, known: list[Known]) -> ModelIdentity | None:
+        """The model of most recordings; those of another one stay, and are told."""
+        models = {one.spec.model.fingerprint: one.spec.model for one in known}
+        counts = Counter(one.spec.model.fingerprint for one in known)
+        if not counts:
+            return None
+        chosen = max(sorted(counts), key=counts.__getitem__)
+        for one in known:
+            if one.spec.model.fingerprint != chosen:
+                self.report.notes.append(f"{one.name} was made with another model, {one.spec.model.spec!r}")
+        return models[chosen]
+
+    # What is told
+
+    def _warn_of_lost_files(self, truth: Truth) -> None:
+        for file in truth.files:
+            stones = file.tombstones(whole=False) + file.tombstones(whole=True)
+            if file.role == FORGET and file.holes and not stones:
+                self.report.notes.append(
+                    f"{file.file} is so damaged that no tombstone in it can be read: what it forgot may be back; "
+                    "forget it again"
+                )
+            elif file in truth.obeyed:
+                self.report.notes.append(f"{file.file}: a forgetting whose end is damaged was carried out")
+            elif file.holes and file.header is None and not len(file.units) and not file.events:
+                self.report.notes.append(
+                    f"{file.file}: nothing of its {file.size_bytes:,} bytes can be read: units of its recording "
+                    "may be lost, and if it was a forgetting, what it forgot may be back"
+                )
+            elif (
+                file.role != FORGET and not file.sealed and file in truth.spare and file not in truth.replaced
+            ):
+                self.report.dropped.append(f"{file.file} was never finished, and does not count")
+
+    def _warn_of_tails(self, truth: Truth, name: str) -> None:
+        """What stands behind the last record that counts, where nothing later goes on from there."""
+        for file in truth.standing:
+            end, lost = truth.end_bytes(file), file.size_bytes
+            if end < lost and truth.limits.get(file.name, 0) >= truth.unit_count:
+                self.report.dropped.append(
+                    f"{file.file}: {lost - end:,} bytes behind byte {end} are torn or damaged: what was never "
+                    f"acknowledged, or the last units of {name!r}; the next ingest goes on before them"
+                )
+
+    def _add_spans(self, name: str, touched: list[Touched]) -> None:
+        spans = self.report.spans
+        for one in sorted(touched, key=lambda one: one.unit):
+            last = spans[-1] if spans else None
+            first, start_s = one.unit, to_s(one.start_ns)
+            if last and (last.recording, last.last_unit + 1, last.what) == (name, one.unit, one.fate):
+                first, start_s = last.first_unit, last.start_s
+                spans.pop()
+            spans.append(Span(name, first, one.unit, start_s, to_s(one.end_ns), one.fate))
+
+    def _tell(self, rows: list[RecordingRow]) -> None:
+        report = self.report
+        report.forgotten = len(self._forgotten)
+        for row in rows:
+            segments = len(segment_files(self._segments).get(row.id, []))
+            report.recordings.append(
+                Repaired(row.name, row.units, segments, len(row.tombstones), to_s(row.watermark_ns))
+            )
+            logger.info("%s: %d units are in the new catalog", row.name, row.units)
+        for line in (*map(str, report.spans), *report.dropped, *report.notes):
+            logger.warning("%s", line)
+
+    # Putting it in place
+
+    def _drop_states(self, rows: list[RecordingRow]) -> None:
+        """Remove encoder states that do not fit any more: ahead of the units, or with what was forgotten."""
+        known = {row.id: row for row in rows}
+        removed = 0
+        for recording_id in sorted({recording_of(path) for path in state_files(self._folder / "state")}):
+            row = known.get(recording_id)
+            states = StateFiles(self._folder / "state", recording_id, "")
+            if row is None:
+                removed += states.remove_all() if recording_id in self._forgotten else 0
+                continue
+            removed += states.remove_forgotten(row.tombstones)
+            for path in states.files():
+                state = read_state(path)
+                if state.unit > row.units or state.tombstones > len(row.tombstones):
+                    unlink(path)
+                    removed += 1
+        if removed:
+            self.report.dropped.append(f"{removed} encoder states that fit no more")
+            sync_folder(self._folder / "state", "the removal of states that fit a repaired catalog no more")
+
+    def _swap(self) -> None:
+        """The old catalog goes before its WAL, and both before the new one comes: none is ever read with the
+        other's, whatever reaches the disk.
+        """
+        old, new = self._folder / CATALOG, self._folder / NEW
+        with File(new, new=False) as file:
+            file.sync("a catalog made anew, before it gets its name")
+        unlink(old)
+        sync_folder(self._folder, "the removal of a catalog, before that of its WAL")
+        for suffix in _BESIDE:
+            unlink(old.with_name(CATALOG + suffix))
+        sync_folder(self._folder, "the removal of a WAL, before another catalog comes")
+        replace(new, old)
+        sync_folder(self._folder, "the name of a catalog made anew")
+
+
+@contextmanager
+def _every_lock(folder: Path, recording_ids: list[str]) -> Iterator[None]:
+    """All locks of a store. Raises LockedError where anybody has one."""
+    with ExitStack() as held:
+        held.enter_context(FileLock(folder / "locks" / "names.lock", held_message=_busy("the store")))
+        for recording_id in recording_ids:
+            for lock in (writer_lock, rewrite_lock, commit_lock):
+                what = "a recording" if lock is writer_lock else "a recording's upkeep"
+                held.enter_context(FileLock(lock(folder, recording_id), held_message=_busy(what)))
+        yield
+
+
+def _busy(what: str) -> str:
+    return f"another process works on {what}: end it, then run memdb repair again"

@@ -1,0 +1,148 @@
+"""A store with something of everything, and what can be asked of it, for tests of repair, backup and formats."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+from memdb.applying import REWRITE
+from memdb.forget import forget
+from memdb.records import Kind, Record
+from memdb.schemas.errors import MemdbError
+from memdb.schemas.rows import RecordingRow
+from memdb.sealed import SealedSegment, read_unit
+from memdb.segments import reading, scan
+from memdb.store import Store, recording_digest
+from tests.store_cases import UNIT_NS, fill, flip, new_store, spec, unit
+
+FORGOTTEN = "cellar"  # a recording that was forgotten as a whole
+UNITS = {"lobby": 9, "attic": 5, "hall": 8, "shed": 0}
+
+
+def furnish(folder: Path) -> Path:
+    """lobby: gaps, epochs, an end, many files. attic: raw. hall: forgotten spans, rewritten. shed: empty."""
+    with new_store(folder) as store:
+        with store.writer(spec("lobby"), segment_bytes_max=6000, now_ns=1) as writer:
+            writer.epoch(0, 0, "the beginning")
+            for first in range(0, 8, 2):
+                writer.append([unit(first), unit(first + 1)])
+            writer.epoch(1, 8, "a fresh window")
+            writer.gap(8 * UNIT_NS, 8 * UNIT_NS + 1, "asleep")
+            writer.append([unit(8)])
+            writer.gap(9 * UNIT_NS, 10 * UNIT_NS, "asleep again")
+            writer.end(10 * UNIT_NS)
+        fill(store, 5, "attic", codec="raw")
+        fill(store, 8, "hall")
+        fill(store, 3, FORGOTTEN)
+        store.writer(spec("shed")).close()
+        forget(store, "hall", start_ns=2 * UNIT_NS, end_ns=3 * UNIT_NS + 1, now_ns=7)
+        rewrite(store, "hall")
+        forget(store, "hall", start_ns=int(5.5 * UNIT_NS), end_ns=6 * UNIT_NS, now_ns=8)
+        forget(store, FORGOTTEN, now_ns=9)
+        for name, count in (("lobby", 9), ("hall", 4)):
+            row = store.recording(name)
+            store.state(row.id).save(
+                count, b"state " * 9, reach_ns=8 * UNIT_NS, tombstones=len(row.tombstones)
+            )
+    return folder / "lobby.memdb"
+
+
+def rewrite(store: Store, name: str, *, seal: bool = True) -> str:
+    """Write all files of a recording anew, as compaction does; the new file. The old ones wait."""
+    row = store.recording(name)
+    old = [segment.name for segment in store.catalog.segments(row.id)]
+    new = SealedSegment(store.catalog, store.segments_path, row, REWRITE)
+    for _, record in records_of(store.path, old):
+        if record.kind in (Kind.GAP, Kind.EPOCH, Kind.END):
+            new.carry(record)
+    stones = {r.number: r for _, r in records_of(store.path, old) if r.kind is Kind.TOMBSTONE}
+    for _ in range(2):
+        for _, record in sorted(stones.items()):
+            new.carry(record)
+    for found in store.units(row.id):
+        new.unit(read_unit(store.segments_path, row, found), found)
+    if seal:
+        new.seal(replaces=old, kv_from_unit=row.kv_from_unit)
+    new.close()
+    return new.name
+
+
+def records_of(store: Path, names: list[str]) -> list[tuple[str, Record]]:
+    """Every whole record of these segment files, in order."""
+    found = []
+    for name in names:
+        with reading(store / "segments", name) as segment:
+            found += [(name, record) for record in scan(segment, 0).records]
+    return found
+
+
+def files_of(store: Path, name: str) -> list[str]:
+    """The segment files of a recording that count."""
+    with Store.open(store) as opened:
+        return [row.name for row in opened.catalog.segments(opened.recording(name).id)]
+
+
+def find(store: Path, name: str, kind: Kind, number: int = 0, *, last: bool = True) -> tuple[Path, Record]:
+    """A record of a recording: of several the last one, or the first."""
+    found = [
+        (file, record)
+        for file, record in records_of(store, files_of(store, name))
+        if record.kind is kind and record.number == number
+    ]
+    file, record = found[-1 if last else 0]
+    return store / "segments" / file, record
+
+
+def spoil_in(store: Path, found: tuple[Path, Record], part: str) -> str:
+    """Damage a record that was found in a whole copy of this store; the name of its file."""
+    path = store / "segments" / found[0].name
+    spoil(path, found[1], part)
+    return path.name
+
+
+def spoil(path: Path, record: Record, part: str) -> None:
+    """Damage a record in its prologue, body or footer."""
+    at = {
+        "prologue": record.offset + 20,
+        "body": record.body_offset + 3,
+        "footer": record.end - record.footer_bytes + 9,
+    }[part]
+    flip(path, at, 4)
+
+
+def facts(store: Path) -> dict[str, object]:
+    """All that a store says of its recordings, but for commit ids."""
+    with Store.open(store) as opened:
+        found: dict[str, object] = {"id": opened.store_id, "model": opened.model}
+        for row in opened.recordings():
+            found[row.name] = (recording(row), digest(opened, row.name))
+            for one in opened.units(row.id):
+                values = [
+                    getattr(one, item.name)
+                    for item in fields(one)
+                    if item.name not in ("commit_id", "segment")
+                ]
+                found[f"{row.name} {one.number}"] = (values, one.segment)
+            found[f"files of {row.name}"] = (
+                opened.catalog.segments(row.id),
+                opened.catalog.replaced(row.id),
+            )
+        found["forgotten"] = opened.catalog.forgotten()
+    return found
+
+
+def recording(row: RecordingRow) -> list[object]:
+    return [getattr(row, item.name) for item in fields(row) if item.name not in ("last_commit", "generation")]
+
+
+def digest(store: Store, name: str) -> str:
+    """The digest of a recording, or why there is none."""
+    try:
+        return recording_digest(store, name)
+    except MemdbError as error:
+        return str(error)
+
+
+def digests(store: Path) -> dict[str, str]:
+    with Store.open(store) as opened:
+        return {row.name: digest(opened, row.name) for row in opened.recordings()}
