@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from memdb.codecs.layout import aligned
 from memdb.codecs.planes import element_bytes, unpack
 from memdb.digest import TierDigests, digests_of, raw_digest_of, unit_digest
 from memdb.records import ALIGNMENT_BYTES, Buffer, Kind, Record, canonical_ascii, encode
 from memdb.schemas.errors import CodecError, CorruptionError, StoreError
-from memdb.schemas.rows import Part, PartSpan, RecordingSpec, UnitRow
+from memdb.schemas.rows import PROLOGUE_BYTES, Part, PartSpan, RecordingSpec, UnitRow
 from memdb.schemas.units import BLOCK_DTYPE, SLICE_DTYPE, Bytes, Caption, PackedKV, Table, Unit
 
 
@@ -25,11 +26,20 @@ def encode_unit(
     previous: bytes,
     encoding_fingerprint: str,
     written: dict[str, object] | None = None,
+    ahead: Callable[[int, Buffer], None] | None = None,
 ) -> tuple[list[Buffer], Record]:
     """The buffers of a unit's record at `offset`, and the record, once `check_unit` passed.
 
     Big parts are not copied. `written`: of a unit that is written anew, its revision, codec and first digest.
+    `ahead` gets the payload of slices and its place in the file as soon as that is known, before all the hashing.
+    Raises StoreError where a slice is not what its checksum says.
     """
+    parts = _parts_of(unit)
+    if unit.kv is not None:
+        if ahead is not None:
+            before = sum(aligned(len(buffer)) for _, buffer in parts[:-1])
+            ahead(offset + PROLOGUE_BYTES + before, parts[-1][1])
+        _check_slices(unit.number, unit.kv)
     meta: dict[str, object] = {
         "unit": unit.number,
         "start_ns": unit.start_ns,
@@ -47,7 +57,7 @@ def encode_unit(
         meta,
         offset=offset,
         previous=previous,
-        parts=_parts_of(unit),
+        parts=parts,
         blocks=np.ascontiguousarray(unit.blocks).tobytes(),
         slices=np.ascontiguousarray(unit.kv.slices).tobytes() if unit.kv else b"",
     )
@@ -126,9 +136,14 @@ def _check_packed(number: int, kv: PackedKV, block_count: int) -> None:
         or int(kv.slices["block"].max()) >= block_count
     ):
         raise StoreError(f"unit {number}: its slices do not fit its payload and blocks")
-    # Checked before writing as after reading: a slice that was packed wrong is never acknowledged.
-    for row, start, end in zip(kv.slices, offset.tolist(), ends.tolist(), strict=True):
-        if xxhash.xxh3_64_intdigest(kv.payload[start:end].data) != int(row["xxh3"]):
+
+
+def _check_slices(number: int, kv: PackedKV) -> None:
+    """Checked before writing as after reading: a slice that was packed wrong is never acknowledged."""
+    offset, stored = kv.slices["offset"].astype(np.int64), kv.slices["stored_bytes"].astype(np.int64)
+    payload, ends = np.ascontiguousarray(kv.payload).data, (offset + stored).tolist()
+    for start, end, xxh3 in zip(offset.tolist(), ends, kv.slices["xxh3"].tolist(), strict=True):
+        if xxhash.xxh3_64_intdigest(payload[start:end]) != xxh3:
             raise StoreError(f"unit {number}: a slice differs from its checksum before it was written")
 
 

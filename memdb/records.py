@@ -49,6 +49,7 @@ _PROLOGUE = struct.Struct("<8sIIQQQ16x")  # magic, kind, zero, number, body byte
 _HASH64 = struct.Struct("<Q")
 _LENGTH = struct.Struct("<I")
 _FOOTER_HASH_BYTES = 16
+_HASH_BYTES = 256 << 10
 _ZEROS = bytes(ALIGNMENT_BYTES)
 
 
@@ -245,14 +246,16 @@ def _lay_out(parts: Sequence[tuple[Part, Buffer]]) -> tuple[list[Buffer], bytes,
     whole = xxhash.xxh3_64()
     offset = 0
     for row, (part, buffer) in zip(table, parts, strict=True):
-        row["part"], row["offset"], row["length"] = part, offset, len(buffer)
-        row["xxh3"] = xxhash.xxh3_64_intdigest(buffer)
+        own, view = xxhash.xxh3_64(), memoryview(buffer)
+        for start in range(0, len(view), _HASH_BYTES):  # both hashes of a piece while it is in the cache
+            piece = view[start : start + _HASH_BYTES]
+            own.update(piece)
+            whole.update(piece)
+        row["part"], row["offset"], row["length"], row["xxh3"] = part, offset, len(buffer), own.intdigest()
         padding = _ZEROS[: -len(buffer) % ALIGNMENT_BYTES]
-        for piece in (buffer, padding):
-            if len(piece):
-                whole.update(piece)
-                body.append(piece)
-                offset += len(piece)
+        whole.update(padding)
+        body += [piece for piece in (buffer, padding) if len(piece)]
+        offset += len(buffer) + len(padding)
     return body, table.tobytes(), whole.intdigest()
 
 

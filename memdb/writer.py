@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
 
@@ -21,6 +22,7 @@ from memdb.schemas.rows import RecordingRow
 from memdb.schemas.units import Table, Unit
 from memdb.segments import SEGMENT_BYTES_MAX, SegmentWriter, segment_files, segment_name
 
+AHEAD_BYTES = 1 << 20  # a part of this size is written while its record is still being hashed
 _WIDTHS_UNITS_MAX = 1024  # that are looked through for the last scale widths
 
 # Makes the buffers of a record and the record, given where it begins and the footer hash before it.
@@ -96,7 +98,11 @@ class RecordingWriter:
 
             def encoder(unit: Unit) -> _Encode:
                 return lambda offset, previous: encode_unit(
-                    unit, offset=offset, previous=previous, encoding_fingerprint=fingerprint
+                    unit,
+                    offset=offset,
+                    previous=previous,
+                    encoding_fingerprint=fingerprint,
+                    ahead=self._ahead,
                 )
 
             self._commit([encoder(unit) for unit in units])
@@ -182,15 +188,23 @@ class RecordingWriter:
         """Write, make safe, index: all of it, or the writer ends."""
         if self._broken:
             raise StoreError(f"the writer of {self._row.name!r} ended: {self._broken}: open another")
+        refused = False
         try:
             if self._segment is None or self._segment.end_bytes >= self._segment_bytes_max:
                 self._next_segment()
             assert self._segment is not None
-            buffers, records = _encode_all(encoders, self._segment)
+            try:
+                buffers, records = _encode_all(encoders, self._segment)
+            except StoreError:  # refused: what was written ahead lies behind the end, where nothing counts
+                self._segment.drop_ahead()
+                refused = True
+                raise
             self._segment.append(buffers)
             self._segment.sync("a unit's bytes, before it is committed")
             self._row = self._catalog.apply(self._row.id, self._segment.row(records[-1]), records)
         except BaseException as error:
+            if refused:
+                raise
             self._broken = f"{type(error).__name__}: {error}"
             if isinstance(error, OSError):
                 kind = StoreFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StoreError
@@ -199,6 +213,10 @@ class RecordingWriter:
                     "the disk, then run the same ingest again"
                 ) from error
             raise
+
+    def _ahead(self, offset: int, buffer: Buffer) -> None:
+        assert self._segment is not None
+        self._segment.ahead(offset, buffer)
 
     def _without_forgotten(self, unit: Unit, since: Sequence[Tombstone]) -> Unit:
         """A unit that was in hand when something was forgotten: what of it overlaps is left out."""
@@ -233,6 +251,8 @@ class OwnSegment(SegmentWriter):
         self.sequence = sequence
         self.role = role
         self.footer_hash = b""
+        self._ahead: list[tuple[Buffer, Future[int]]] = []
+        self._thread: ThreadPoolExecutor | None = None
 
     @classmethod
     def next(cls, folder: Path, recording_id: str, role: str = STREAM) -> OwnSegment:
@@ -243,6 +263,40 @@ class OwnSegment(SegmentWriter):
                 return cls(folder, recording_id, 1 + max((found for found, _ in known), default=-1), role)
             except FileExistsError:
                 continue  # somebody else who writes this recording was faster
+
+    def ahead(self, offset: int, buffer: Buffer) -> None:
+        """Begin to write a big part at its place while its record is still being made: `append` goes around it."""
+        if len(buffer) >= AHEAD_BYTES:
+            if self._thread is None:
+                self._thread = ThreadPoolExecutor(1, thread_name_prefix="memdb-ahead")
+            self._ahead.append((buffer, self._thread.submit(self._file.write, [buffer], offset)))
+
+    def append(self, buffers: Sequence[Buffer]) -> None:
+        """Write at the end what is not there yet. Raises OSError."""
+        ahead, self._ahead = self._ahead, []
+        for _, future in ahead:
+            future.result()
+        there = {id(buffer) for buffer, _ in ahead}
+        rest: list[Buffer] = []
+        for buffer in buffers:
+            if id(buffer) not in there:
+                rest.append(buffer)
+                continue
+            super().append(rest)
+            self.end_bytes += len(buffer)
+            rest = []
+        super().append(rest)
+
+    def drop_ahead(self) -> None:
+        """Wait for what was begun; it does not count."""
+        wait([future for _, future in self._ahead])
+        self._ahead = []
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._thread.shutdown()
+            self._thread = None
+        super().close()
 
     def row(self, last: Record) -> SegmentRow:
         """Its row once `last` is its last record."""
@@ -292,7 +346,7 @@ def _encode_all(encoders: Sequence[_Encode], segment: OwnSegment) -> tuple[list[
 
 
 def _scale_widths(slices: Table) -> dict[int, int]:
-    return {int(row["layer"]): int(row["scale_bytes"]) for row in slices}
+    return dict(zip(slices["layer"].tolist(), slices["scale_bytes"].tolist(), strict=True))
 
 
 def _last_scale_widths(catalog: Catalog, recording: RecordingRow) -> dict[int, int]:
