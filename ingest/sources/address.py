@@ -85,6 +85,9 @@ class VideoAddress(Video):
     def _identity(self, live: bool) -> SourceIdentity:
         return UNKNOWN if live else address_identity(self._address, video.READ_TIMEOUT_S)
 
+    def _beginning(self, size_bytes: int) -> SourceIdentity:
+        return address_identity(self._address, video.READ_TIMEOUT_S, size_bytes)
+
     def _started_at_ns(self, decoder: Decoder, live: bool) -> int | None:
         """What is seen live begins with the call, if this machine knows what time it is."""
         return self._called_ns if live and self._called_ns > _YEAR_2020_NS else decoder.started_at_ns

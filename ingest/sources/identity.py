@@ -47,21 +47,28 @@ def file_identity(path: Path, size_bytes: int | None = None) -> SourceIdentity:
     return SourceIdentity("file", size_bytes, digest.hexdigest())
 
 
-def address_identity(url: str, timeout_s: float) -> SourceIdentity:
+def address_identity(url: str, timeout_s: float, known_bytes: int | None = None) -> SourceIdentity:
     """Of a film behind http:// or https://: that of the same film on a disk, where the server gives ranges.
 
-    Else size and first MiB, and nothing at all where it does not say how much it has, or does not answer.
+    Else size and first MiB, and nothing at all where it does not say how much it has, or does not answer. With
+    `known_bytes`: of the film as it was when it was so long.
     """
     try:
         first, size_bytes, has_ranges = _fetched(url, 0, _MIB, timeout_s)
         if size_bytes is None:
             return UNKNOWN
+        if has_ranges and known_bytes is not None:
+            size_bytes = min(size_bytes, known_bytes)
         digest = xxhash.xxh3_128()
         if not has_ranges:
             digest.update(first)
             return SourceIdentity("stream", size_bytes, digest.hexdigest())
         for offset, length in _parts(size_bytes):
-            data = first if (offset, length) == (0, _MIB) else _fetched(url, offset, length, timeout_s)[0]
+            data = (
+                first[:length]
+                if offset == 0 and length <= len(first)
+                else _fetched(url, offset, length, timeout_s)[0]
+            )
             if len(data) != length:
                 raise OSError(f"{len(data)} bytes came, not {length}")
             digest.update(data)

@@ -88,6 +88,13 @@ class Video(Source):
                 self.warnings.append(f"{self._label}: so were {self._unshown - 1} more")
             decoder.close()
 
+    def continues(self, known: SourceIdentity) -> bool:
+        own = self.info.identity
+        kept, _, number = known.digest.partition("-")
+        if (known.kind, number) != ("file", own.digest.partition("-")[2]) or own.kind != "file":
+            return False
+        return known.size_bytes < own.size_bytes and self._beginning(known.size_bytes).digest == kept
+
     def _believable(self, decoder: Decoder, items: Iterator[Picture | Gap]) -> Iterator[Picture | Gap]:
         """The same, but a gap that damage made ends with the first picture that needs none from before."""
         damaged, gap = 0, None
@@ -167,6 +174,10 @@ class Video(Source):
     def _identity(self, live: bool) -> SourceIdentity: ...
 
     @abstractmethod
+    def _beginning(self, size_bytes: int) -> SourceIdentity:
+        """What its identity was when it was so long, if it only grew since."""
+
+    @abstractmethod
     def _openings(self) -> Sequence[Opening]:
         """How to try to open it, one after another."""
 
@@ -187,15 +198,11 @@ class VideoFile(Video):
         # absolute and with its protocol: a file named `http:x.mp4` or `-` stays a file
         super().__init__(f"file:{self._path.absolute()}", self._path.name, self._path.stem, track=track)
 
-    def continues(self, known: SourceIdentity) -> bool:
-        kept, _, number = known.digest.partition("-")
-        _, _, own_number = self.info.identity.digest.partition("-")
-        if known.kind != "file" or number != own_number or not known.size_bytes < self._found.size_bytes:
-            return False
-        return file_identity(self._path, known.size_bytes).digest == kept
-
     def _identity(self, live: bool) -> SourceIdentity:
         return self._found
+
+    def _beginning(self, size_bytes: int) -> SourceIdentity:
+        return file_identity(self._path, size_bytes)
 
     def _openings(self) -> Sequence[Opening]:
         from memdb.ingest.sources.decoder import Opening
