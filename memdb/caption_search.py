@@ -7,7 +7,7 @@ table is asked for more until as many as wanted are left: what was forgotten tak
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _SPARE = 16  # rows asked of the table beyond the limit at first
 _GROWTH = 4
 _COSINE_SLACK = 1e-5  # more than fp32 can be wrong in a cosine
+_STONES_TOLD_MAX = 32  # spans that the table is told to leave out
 _FUSED_DEPTH_MIN = 64  # how deep each list goes into a merge by rank
 
 _log = logging.getLogger(__name__)
@@ -40,7 +41,6 @@ class Filter:
     """Which captions a search may find."""
 
     recordings: Mapping[str, RecordingRow]
-    all_recordings: bool  # of the encoder's
     start_ns: int | None = None
     end_ns: int | None = None
     before_commit: int | None = None
@@ -53,16 +53,27 @@ class Filter:
             and (self.start_ns is None or row.end_ns > self.start_ns or row.start_ns >= self.start_ns)
         )
 
-    def sql(self) -> str:
-        """The same for the table, which knows no commits: they are counted anew when a catalog is."""
+    def sql(self, tabled: Collection[str]) -> str:
+        """As much of the same as a table can tell that has captions of the recordings `tabled`.
+
+        It knows no commits, which are counted anew when a catalog is, and not all that was forgotten: what it
+        is not told, the catalog says of each row.
+        """
         terms = []
         if self.end_ns is not None:
             terms.append(f"start_ns < {self.end_ns}")
         if self.start_ns is not None:
             terms.append(f"(end_ns > {self.start_ns} OR start_ns >= {self.start_ns})")
-        if not self.all_recordings:
-            assert all(set(name) <= set("0123456789abcdef") for name in self.recordings)
+        assert all(set(name) <= set("0123456789abcdef") for name in self.recordings)
+        if not set(tabled) <= set(self.recordings):
             terms.append(f"recording_id IN ({', '.join(repr(name) for name in sorted(self.recordings))})")
+        stones = [(row.id, stone) for row in self.recordings.values() for stone in row.tombstones]
+        stones.sort(key=lambda found: found[1].start_ns - found[1].end_ns)  # the longest first
+        terms += [
+            f"NOT (recording_id = '{name}' AND unit < {stone.below_unit} "
+            f"AND start_ns < {stone.end_ns} AND end_ns > {stone.start_ns})"
+            for name, stone in stones[:_STONES_TOLD_MAX]
+        ]
         return " AND ".join(terms)
 
 
@@ -134,7 +145,8 @@ class CaptionSearch:
         assert query is not None
         rows = list(tail)
         if live is not None:
-            table, size, where = live.table, live.manifest.vector_size, self._allowed.sql()
+            table, size = live.table, live.manifest.vector_size
+            where = self._allowed.sql(live.manifest.units)
             if len(query) != size:
                 raise ModelMismatch(
                     f"the question's vector has {len(query)} values, the captions' have {size}: "
@@ -165,7 +177,7 @@ class CaptionSearch:
         """By words: the table's list and the tail's, each by its own BM25."""
         lists: list[list[_Found]] = []
         if live is not None:
-            table, where = live.table, self._allowed.sql()
+            table, where = live.table, self._allowed.sql(live.manifest.units)
             lists.append(self._surviving(lambda wanted: table.matching(self._words, wanted, where)))
         read = [(row, self._kept.read(self._store, row)) for row in tail]
         texts = [(row, said[0]) for row, said in read if said is not None]

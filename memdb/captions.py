@@ -102,9 +102,9 @@ class CaptionIndex:
     def purge(self, store: Store) -> None:
         """Rid captions.lance of all that was forgotten. The caller holds the lock of derived data.
 
-        Afterwards no file there holds text, words or vector of a caption that the catalog has no more, and a
-        power cut brings none back. Tables without any are left as they are. Raises OSError where files cannot
-        be removed.
+        Afterwards no file there holds text, words or vector of a caption that the catalog has no more; up to a
+        power cut, against which the caller syncs the folder. Tables without any are left as they are. Raises
+        OSError where files cannot be removed.
         """
         purge(store, self._indexer)
 
@@ -141,7 +141,7 @@ class CaptionIndex:
         chosen = {name: row for name, row in known.items() if recordings is None or name in set(recordings)}
         if not chosen or (query is None and not words):
             return CaptionHits()
-        allowed = Filter(chosen, len(chosen) == len(known), start_ns, end_ns, before_commit)
+        allowed = Filter(chosen, start_ns, end_ns, before_commit)
         return self._run(
             encoder, lambda: CaptionSearch(store, self._kept, encoder, allowed, words, query, limit)
         )

@@ -75,16 +75,16 @@ def digest(path: Path) -> str:
     return total.hexdigest()
 
 
-def live(path: Path) -> LiveTable:
+def live(path: Path, encoder: str = ENCODER) -> LiveTable:
     """The table as a reader opens it that has seen nothing yet."""
-    table = LiveTables(path).get(ENCODER)
+    table = LiveTables(path).get(encoder)
     assert table is not None
     return table
 
 
-def rows_in_table(path: Path) -> list[tuple[str, int]]:
+def rows_in_table(path: Path, encoder: str = ENCODER) -> list[tuple[str, int]]:
     """The places that the live table has rows of, each as often as it has."""
-    columns = live(path).table._table.to_arrow()
+    columns = live(path, encoder).table._table.to_arrow()
     return sorted(zip(*(columns.column(name).to_pylist() for name in ("recording_id", "unit")), strict=True))
 
 

@@ -27,11 +27,12 @@ from fake_store import ENCODER, OTHER, RECORDING, FakeStore
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from memdb import caption_indexer
+from memdb import caption_indexer, caption_search
 from memdb.bm25 import words_of
 from memdb.caption_check import check_captions
 from memdb.caption_table import CaptionTable, manifest_file
 from memdb.captions import CaptionIndex
+from memdb.compact import compact
 from memdb.files import Step, watched
 from memdb.forget import forget
 from memdb.schemas.units import Caption
@@ -56,9 +57,11 @@ def crowded(path: Path, *, best: int, left: int) -> FakeStore:
     return store
 
 
+@pytest.mark.parametrize("told", [0, 32])
 @pytest.mark.parametrize("limit", [1, 10, 30])
-def test_a_search_for_ten_finds_ten_whatever_was_forgotten(tmp_path, limit):
-    """Of 330 captions the 300 best are gone, though the table still ranks them first."""
+def test_a_search_for_ten_finds_ten_whatever_was_forgotten(tmp_path, limit, told, monkeypatch):
+    """Of 330 captions the 300 best are gone, though the table, told so or not, still ranks them first."""
+    monkeypatch.setattr(caption_search, "_STONES_TOLD_MAX", told)
     store = crowded(tmp_path, best=300, left=30)
     store.forget(RECORDING, 0, 299)
     index = CaptionIndex(tmp_path)
@@ -102,16 +105,25 @@ spans = st.tuples(st.sampled_from([RECORDING, OTHER]), st.integers(0, 39), st.in
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     forgotten=st.lists(spans, max_size=6),
+    told=st.integers(0, 4),
     lag=st.integers(0, 60),
     late=st.booleans(),
     limit=st.integers(1, 12),
     text=st.sampled_from(["red star", "slowly", "a green square", "circle"]),
 )
 def test_a_search_finds_what_a_scan_finds_under_any_forgetting(
-    tmp_path_factory, forgotten, lag, late, limit, text
+    tmp_path_factory, forgotten, told, lag, late, limit, text
 ):
-    """With and without a table, which was made before or after the forgetting."""
-    store = filled(tmp_path_factory.mktemp("store"))
+    """With and without a table, which was made before or after the forgetting, and is told of some of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(caption_search, "_STONES_TOLD_MAX", told)
+        compare_with_scan(tmp_path_factory.mktemp("store"), forgotten, lag, late, limit, text)
+
+
+def compare_with_scan(
+    path: Path, forgotten: list[tuple[str, int, int]], lag: int, late: bool, limit: int, text: str
+) -> None:
+    store = filled(path)
     index = CaptionIndex(store.path) if late else indexed_to(store, lag)
     index.search(store, ENCODER, text=text, vector=VECTOR, limit=limit)  # the cache is to be warm
     for name, first, count in forgotten:
@@ -304,19 +316,24 @@ class Account:
         self.steps.append(step)
 
 
-def test_a_power_cut_after_a_purge_brings_nothing_back(tmp_path):
+def test_a_power_cut_after_a_compaction_brings_nothing_back(tmp_path):
     """No name of an old file is gone from memory only: the folder is synced after the last is removed."""
-    store, secrets = with_secrets(tmp_path)
-    forget_secrets(store, secrets)
+    real = store_cases.new_store(tmp_path)
+    store_cases.fill(real, 12)
+    CaptionIndex(real.path).index_captions(real, "fake", flush=True)
+    captions = real.path / "captions.lance"
+    old = {path.name for path in captions.iterdir() if path.is_dir()}
+    forget(real, "lobby", start_ns=0, end_ns=store_cases.UNIT_NS)
     account = Account()
     with watched(account):
-        CaptionIndex(tmp_path).purge(store)
-    kinds = [(step.what, step.path) for step in account.steps]
-    removed = [at for at, (what, _) in enumerate(kinds) if what in ("unlink", "remove_folder")]
-    synced = [at for at, kind in enumerate(kinds) if kind == ("sync_folder", tmp_path / "captions.lance")]
+        compact(real)
+    steps = [(step.what, step.path) for step in account.steps]
+    removed = [at for at, step in enumerate(steps) if step == ("remove_folder", captions / next(iter(old)))]
+    synced = [at for at, step in enumerate(steps) if step == ("sync_folder", captions)]
     assert removed
-    assert synced
     assert max(removed) < max(synced)
+    assert len(rows_in_table(real.path, "fake")) == 11
+    real.close()
 
 
 def test_forgetting_in_a_real_store_reaches_the_table(tmp_path):
