@@ -67,6 +67,22 @@ class Affine:
         v = _restore(v_codes, get(packed, layout, 4, width, H, T, 1), get(packed, layout, 5, width, H, T, 1))
         return k.to(out), v.to(out)
 
+    def select(
+        self, packed: Tensor, dtype: torch.dtype, scale_bytes: int, H: int, T: int, D: int, kept: Tensor
+    ) -> Tensor:
+        layout, smaller = (self.layout(dtype, scale_bytes, H, tokens, D) for tokens in (T, len(kept)))
+        width, per_byte = _width(scale_bytes), 8 // self.bits
+        out = torch.zeros(len(packed), smaller.slice_bytes, dtype=torch.uint8, device=packed.device)
+        k_codes = self._split(get(packed, layout, 0, torch.uint8, H, -(-T // per_byte), D), 2, T)
+        put(out, smaller, 0, self._join(k_codes.index_select(2, kept), 2))
+        for part in (1, 2):  # of a channel of K: one for all its tokens
+            put(out, smaller, part, get(packed, layout, part, width, H, 1, D))
+        v_codes = get(packed, layout, 3, torch.uint8, H, T, -(-D // per_byte))
+        put(out, smaller, 3, v_codes.index_select(2, kept))
+        for part in (4, 5):
+            put(out, smaller, part, get(packed, layout, part, width, H, T, 1).index_select(2, kept))
+        return out
+
     def _quantise(self, values: Tensor, over: int, width: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """values (n, H, T, D) fp32 -> codes uint8, scale and minimum with dimension `over` of size 1."""
         low = values.amin(over, keepdim=True).to(width)

@@ -32,6 +32,15 @@ class Codec(Protocol):
         """(n, slice_bytes) uint8 -> k and v (n, H, T, D) in `out`; `dtype` is the dtype of encoding."""
         ...
 
+    def select(
+        self, packed: Tensor, dtype: torch.dtype, scale_bytes: int, H: int, T: int, D: int, kept: Tensor
+    ) -> Tensor:
+        """The slices of the tokens `kept` (m,) alone: (n, slice_bytes of m tokens) uint8.
+
+        What is stored of a token is gathered and never quantised anew: its values come out bit for bit.
+        """
+        ...
+
 
 def put(packed: Tensor, layout: SliceLayout, part: int, values: Tensor) -> None:
     """Write `values` (n, ...) of any dtype into one part of every slice."""

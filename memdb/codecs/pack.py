@@ -48,10 +48,13 @@ def pack_unit(
         packed = codec.pack(k, v, width).cpu().numpy()
         for i, row in zip(chosen, packed, strict=True):
             raw[i] = row
-    return _lay_out(raw, slices, planes.element_bytes(codec.name, str(dtype).removeprefix("torch.")))
+    return lay_out(raw, slices, planes.element_bytes(codec.name, str(dtype).removeprefix("torch.")))
 
 
-def _lay_out(raw: list[Bytes], slices: Table, element_bytes: int) -> PackedKV:
+def lay_out(raw: list[Bytes], slices: Table, element_bytes: int) -> PackedKV:
+    """Slices before compression as one payload. `slices` says layer, block, tokens and scale width of each; the rest
+    of its columns is filled in. `element_bytes`: see `planes.element_bytes`.
+    """
     digest = xxhash.xxh3_128()
     stored: list[Bytes] = []
     at = 0

@@ -46,6 +46,16 @@ class Plain:
         k, v = (get(packed, layout, part, self._dtype(dtype), H, T, D).to(out) for part in (0, 3))
         return k, v
 
+    def select(
+        self, packed: Tensor, dtype: torch.dtype, scale_bytes: int, H: int, T: int, D: int, kept: Tensor
+    ) -> Tensor:
+        stored = self._dtype(dtype)
+        layout, smaller = (self.layout(dtype, scale_bytes, H, tokens, D) for tokens in (T, len(kept)))
+        out = torch.zeros(len(packed), smaller.slice_bytes, dtype=torch.uint8, device=packed.device)
+        for part in (0, 3):
+            put(out, smaller, part, get(packed, layout, part, stored, H, T, D).index_select(2, kept))
+        return out
+
 
 def out_of_range(name: str, finite: bool) -> str:
     """What to do about values that a codec cannot hold; `finite` says whether they were finite at all."""
