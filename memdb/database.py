@@ -184,6 +184,15 @@ class Database:
         self.execute("VACUUM")
         return self.checkpoint()
 
+    def copy_to(self, path: Path) -> None:
+        """Write all of it, as of one moment, into a new file, which is not safe before it is synced."""
+        with self._lock, _typed():
+            copy = _connect(path.as_uri() + "?mode=rwc")
+            try:
+                self._connection.backup(copy)
+            finally:
+                copy.close()
+
     def close(self) -> None:
         with self._lock:
             self._connection.close()

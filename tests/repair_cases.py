@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from memdb.applying import REWRITE
+from memdb.files import Step
 from memdb.forget import forget
 from memdb.records import Kind, Record
 from memdb.schemas.errors import MemdbError
@@ -146,3 +147,24 @@ def digest(store: Store, name: str) -> str:
 def digests(store: Path) -> dict[str, str]:
     with Store.open(store) as opened:
         return {row.name: digest(opened, row.name) for row in opened.recordings()}
+
+
+class Killed(BaseException):
+    pass
+
+
+class Axe:
+    """Dies before or after the n-th step."""
+
+    def __init__(self, at: int, before: bool) -> None:
+        self._left, self._before = at, before
+        self.steps = 0
+
+    def before(self, step: Step) -> None:
+        self.steps += 1
+        if self._before and self.steps == self._left:
+            raise Killed
+
+    def after(self, step: Step) -> None:
+        if not self._before and self.steps == self._left:
+            raise Killed

@@ -39,6 +39,8 @@ from memdb.store import Store
 from memdb.verify import verify_path
 from tests.repair_cases import (
     UNITS,
+    Axe,
+    Killed,
     digest,
     digests,
     facts,
@@ -690,27 +692,6 @@ def test_a_disk_without_room_leaves_all_as_it_was(house: Path, store: Path) -> N
 
 
 # Kills
-
-
-class Killed(BaseException):
-    pass
-
-
-class Axe:
-    """Dies before or after the n-th step."""
-
-    def __init__(self, at: int, before: bool) -> None:
-        self._left, self._before = at, before
-        self.steps = 0
-
-    def before(self, step: Step) -> None:
-        self.steps += 1
-        if self._before and self.steps == self._left:
-            raise Killed
-
-    def after(self, step: Step) -> None:
-        if not self._before and self.steps == self._left:
-            raise Killed
 
 
 @pytest.mark.usefixtures("bare")
