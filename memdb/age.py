@@ -15,17 +15,20 @@ from memdb.policy import CODECS, Age
 from memdb.rewrite import Changed
 from memdb.schemas.errors import CodecError, CorruptionError
 from memdb.schemas.rows import RecordingRow, UnitRow
+from memdb.schemas.times import NS_PER_S
 from memdb.schemas.units import Unit
 from memdb.sealed import empty_husk, read_unit
 from memdb.store import Store
+from memdb.survey import Due
 
 _WIDTHS = ("raw", "fp16", "bf16", *CODECS)  # of codecs, the widest first
+LATE_NS = 86_400 * NS_PER_S  # ageing may come so much too late: files are written anew as a whole
 # Whoever began a recording before memdb was written had a clock that was wrong.
 _FIRST_NS = 1_735_689_600_000_000_000  # 2025-01-01
 
 
 @dataclass(frozen=True)
-class Due:
+class Step:
     """A step of the policy, with the media time up to which units have reached it."""
 
     age: Age
@@ -38,8 +41,8 @@ class Ager:
     def __init__(self, store: Store, recording: RecordingRow, ages: tuple[Age, ...], now_ns: int) -> None:
         self._store, self._row = store, recording
         began_ns = wall_clock_ns(recording)
-        reached = [Due(age, now_ns - age.after_ns - began_ns) for age in ages]
-        self._steps = [due for due in reached if due.until_ns > recording.start_ns]
+        reached = [Step(age, now_ns - age.after_ns - began_ns) for age in ages]
+        self._steps = [step for step in reached if step.until_ns > recording.start_ns]
         self._own_codec = recording.spec.recipe.codec
 
     @property
@@ -47,14 +50,18 @@ class Ager:
         """Whether no unit is old enough for anything."""
         return not self._steps or not self._row.spec.recipe.keeps_kv
 
-    def due_units(self, catalog: Catalog) -> dict[str, int]:
-        """Segment name to how many of its units would change."""
+    def due(self, catalog: Catalog) -> dict[str, Due]:
+        """By segment, how many of its units would change, and how many are a day late."""
         if self.idle:
             return {}
+        units, late = self._due_units(catalog, 0), self._due_units(catalog, LATE_NS)
+        return {name: Due(count, late.get(name, 0)) for name, count in units.items()}
+
+    def _due_units(self, catalog: Catalog, late_ns: int) -> dict[str, int]:
         terms: list[str] = []
         values: list[int | str] = []
         for step in self._steps:
-            terms.append(f"(end_ns <= ? AND {self._sql(step.age, values, step.until_ns)})")
+            terms.append(f"(end_ns <= ? AND {self._sql(step.age, values, step.until_ns - late_ns)})")
         rows = catalog.database.execute(
             "SELECT segment, count(*) FROM units WHERE recording = ? AND number BETWEEN ? AND ? "  # noqa: S608
             f"AND length(slices) > 0 AND ({' OR '.join(terms)}) GROUP BY segment",

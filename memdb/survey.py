@@ -1,8 +1,8 @@
 """What the segments of a recording hold that counts, and which of them are worth writing anew.
 
 A segment is due where it holds dead bytes: records of units whose current revision lies elsewhere, or a tail
-that was never acknowledged. It is due where ageing changes enough of it. And small ones are merged once they
-are many. Whatever is due is written anew as a whole, in groups that make one file each.
+that was never acknowledged. It is due where ageing changes all of its KV, or some that is a day late. And small
+ones are merged once they are many. Whatever is due is written anew as a whole, in groups that make one file each.
 """
 
 from __future__ import annotations
@@ -18,9 +18,14 @@ from memdb.store import Store
 
 MERGE_FILES = 8  # so many small files are worth a merge
 SMALL_SHARE = 16  # a file is small below a sixteenth of a full one
-# A segment is aged once a quarter of its KV is due, or all of it: so rewriting costs at most four times what
-# ageing frees, and what is due waits at most for a quarter of a file.
-AGED_SHARE = 4
+
+
+@dataclass(frozen=True)
+class Due:
+    """How many units of a segment ageing would change, and how many of them it should have a day ago."""
+
+    units: int = 0
+    late_units: int = 0
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Held:
     live_bytes: int  # of their records
     first_unit: int  # of those that count, -1 without
     kv_units: int  # of those that count and have KV
-    due_units: int  # of those that ageing would change
+    due: Due
 
     @property
     def has_dead_bytes(self) -> bool:
@@ -41,7 +46,7 @@ class Held:
 
     @property
     def is_aged(self) -> bool:
-        return self.due_units > 0 and self.due_units * AGED_SHARE >= self.kv_units
+        return self.due.late_units > 0 or 0 < self.due.units == self.kv_units
 
     @property
     def kept_bytes(self) -> int:
@@ -55,8 +60,8 @@ class Survey:
     open_segment: Held | None  # the one that a living writer appends to: nobody else's
 
 
-def survey(store: Store, catalog: Catalog, recording_id: str, due: Mapping[str, int]) -> Survey:
-    """`due`: of each segment, how many of its units ageing would change. Raises CorruptionError."""
+def survey(store: Store, catalog: Catalog, recording_id: str, due: Mapping[str, Due]) -> Survey:
+    """`due`: by segment, what ageing would change. Raises CorruptionError."""
     written = is_held(writer_lock(store.path, recording_id))
     live = {
         str(name): (int(units or 0), int(size or 0), int(first or 0), int(with_kv or 0))
@@ -70,7 +75,7 @@ def survey(store: Store, catalog: Catalog, recording_id: str, due: Mapping[str, 
     for row in catalog.segments(recording_id):
         units, live_bytes, first_unit, kv_units = live.pop(row.name, (0, 0, -1, 0))
         size = _size_bytes(store, row)
-        found.append(Held(row, size, units, live_bytes, first_unit, kv_units, due.get(row.name, 0)))
+        found.append(Held(row, size, units, live_bytes, first_unit, kv_units, due.get(row.name, Due())))
     if live:
         raise CorruptionError(f"segments/{min(live)} has units and no row: run memdb repair")
     streams = [held for held in found if held.row.role == STREAM]

@@ -76,7 +76,7 @@ class Upkeep:
 
     def write_anew(self, *, steps_max: int | None = None) -> int:
         """Write what is due anew, at most so many files of it; how many. Their sources go at once, or are left."""
-        due = self._ager.due_units(self._catalog) if self._ager is not None else {}
+        due = self._ager.due(self._catalog) if self._ager is not None else {}
         found = survey(self._store, self._catalog, self._id, due)
         waiting = groups(found.held, bytes_max=self._bytes_max)[:steps_max]
         sizes = [sum(held.kept_bytes for held in group) for group in waiting]

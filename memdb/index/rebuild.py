@@ -24,8 +24,9 @@ from memdb.store import Store
 
 _log = logging.getLogger(__name__)
 
-_STALE_SHARE = 4  # pages are made anew once a quarter of their rows is out of date
-_SAMPLED = 64  # of so many units one is looked at for tokens that were thinned
+_STALE_SHARE = 4  # big files are made anew once a quarter of their rows is out of date
+_SMALL_BYTES = 64 << 20  # small ones at once
+_SAMPLED = 64  # of so many units of big files one is looked at for tokens that were thinned
 
 
 def is_due(store: Store, catalog: Catalog, row: RecordingRow) -> bool:
@@ -45,8 +46,9 @@ def is_due(store: Store, catalog: Catalog, row: RecordingRow) -> bool:
     if any(_holds_forgotten(page, row) for page in scan.pages):
         return True
     rows = sum(len(page.blocks) for page in scan.pages)
-    stale = sum(_stale_rows(catalog, page, row) for page in scan.pages)
-    return 0 < rows <= stale * _STALE_SHARE
+    sampled = 1 if size < _SMALL_BYTES else _SAMPLED
+    stale = sum(_stale_rows(catalog, page, row, sampled) for page in scan.pages)
+    return stale > 0 and (size < _SMALL_BYTES or rows <= stale * _STALE_SHARE)
 
 
 def _holds_forgotten(page: Page, row: RecordingRow) -> bool:
@@ -54,12 +56,12 @@ def _holds_forgotten(page: Page, row: RecordingRow) -> bool:
     return bool(blocks.any() or forgotten_rows(page.captions, row.tombstones).any())
 
 
-def _stale_rows(catalog: Catalog, page: Page, row: RecordingRow) -> int:
+def _stale_rows(catalog: Catalog, page: Page, row: RecordingRow, sampled: int) -> int:
     """Rows of units without KV, and about how many hold another number of tokens than their blocks do now."""
     gone = int((page.blocks["unit"] < row.kv_from_unit).sum())
     kept = page.blocks[page.blocks["unit"] >= row.kv_from_unit]
     differing = looked_at = 0
-    for number in np.unique(kept["unit"])[::_SAMPLED].tolist():
+    for number in np.unique(kept["unit"])[::sampled].tolist():
         own = kept[kept["unit"] == number]
         now = catalog.unit(row.id, number).blocks["tokens"][own["block"]]
         differing, looked_at = differing + int((now != own["tokens"]).sum()), looked_at + len(own)
