@@ -2,7 +2,9 @@
 #   make test ARGS="tests/test_layout.py -k bare"      any argument of pytest
 #   make demo SEED=3
 #   make test PYTHON=python3.12                        which Python the environment is made of, the first time
+#   make test WORKERS=8                                processes that share the tests
 PYTHON ?= python3
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
@@ -23,7 +25,7 @@ demo: install
 	$(BIN)/memdb demo $(if $(SEED),--seed $(SEED))
 
 test: install
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 # One after the other also under make -j: the quick checks come first.
 check: install
