@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -32,6 +33,8 @@ MISSING = 0  # the file of a slice that its unit does not hold
 ROWS_REMEMBERED = 1 << 20  # of one recording: 56 MiB
 _BLOCK_BITS = _LAYER_BITS = 16  # as SLICE_DTYPE has room for
 _UNIT_SHIFT = _LAYER_BITS + _BLOCK_BITS
+
+logger = logging.getLogger(__name__)
 
 Integers = npt.NDArray[np.int64]
 
@@ -208,13 +211,14 @@ class PieceTable:
     def clear(self) -> None:
         """Forget every unit: their rows are looked up again."""
         self._firsts[:] = -1
+        self._counts[:] = 0
         self._count = 0
         self._rows = _blank(1)  # (capacity,), sorted by key within a unit
 
     def find(self, layers: Integers | int, blocks: Integers) -> Pieces:
         """The slices of these layers of these blocks, given as the keys of their slices in layer 0.
 
-        Raises CorruptionError where a unit's row is lost.
+        A slice that its unit does not hold, or whose unit's row is damaged, comes as one of no file.
         """
         if not len(blocks):
             return Pieces(np.zeros(0, PIECE_DTYPE), self.names)
@@ -251,7 +255,10 @@ class PieceTable:
         catalog = self._store.catalog
         with catalog.database.reading():
             for number in missing.tolist():
-                self._add(catalog.unit(self._recording_id, number))
+                try:
+                    self._add(catalog.unit(self._recording_id, number))
+                except CorruptionError as error:
+                    logger.warning("a unit cannot be read: %s", error)
 
     def _add(self, row: UnitRow) -> None:
         table = _by_key(unit_pieces(row, self._spec, self.names))
@@ -277,7 +284,7 @@ class PieceTable:
         """The same where some layers of a unit hold only some of its blocks, or none any more."""
         table = np.zeros(len(keys), PIECE_DTYPE)
         for unit in np.unique(units).tolist():
-            own, first = units == unit, int(self._firsts[unit])
+            own, first = units == unit, max(0, int(self._firsts[unit]))
             end = first + int(self._counts[unit])
             table[own] = _matched(self._rows[first:end], keys[own], self.names)
         return table

@@ -155,7 +155,7 @@ class SliceReader:
             name = pieces.names.files[number].segment
             try:
                 if number == MISSING:
-                    raise CorruptionError("its unit does not hold it", file="catalog.sqlite")
+                    raise CorruptionError("the catalog knows no place of it", file="catalog.sqlite")
                 if name not in opened:
                     opened[name] = pins.enter_context(reading(self._store.segments_path, name))
                 fds[number] = opened[name].fd

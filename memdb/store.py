@@ -34,7 +34,7 @@ from memdb.folder import FOLDERS as FOLDERS
 from memdb.folder import open_folder
 from memdb.locks import FileLock, is_held, writer_lock
 from memdb.network import check_locks_hold
-from memdb.records import read_body, read_exactly, read_record
+from memdb.records import read_body, read_record
 from memdb.roll_forward import lost_recording, roll_forward, see_beyond
 from memdb.schemas.errors import (
     CorruptionError,
@@ -50,8 +50,9 @@ from memdb.schemas.recording import check_name
 from memdb.schemas.rows import Part, RecordingRow, RecordingSpec
 from memdb.schemas.rows import UnitRow as UnitRow
 from memdb.schemas.units import Caption
-from memdb.segments import SEGMENT_BYTES_MAX, reading, segment_files
+from memdb.segments import SEGMENT_BYTES_MAX, SegmentGone, reading, segment_files
 from memdb.state import StateFiles
+from memdb.timely import TimelyReader
 from memdb.writer import OwnSegment, RecordingWriter, begin_segment
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ class Store:
         self.store_id = catalog.store_id
         self._catalog = catalog
         self._write = write
+        self._timely = TimelyReader()
         self._looked_s = time.monotonic()
 
     @classmethod
@@ -210,26 +212,41 @@ class Store:
 
     def read_caption(self, row: UnitRow) -> Caption:
         """The caption of a unit that has one, verified. Raises CorruptionError."""
-        said = self._part(row, Part.CAPTION)
+        row, said = self._part(row, Part.CAPTION)
         if said is None:
             raise StoreError(f"unit {row.number} has no caption")
-        return caption_from(row, said, self._part(row, Part.VECTOR) or b"")
+        return caption_from(row, said, self._part(row, Part.VECTOR)[1] or b"")
 
     def read_keyframe(self, row: UnitRow) -> bytes | None:
         """The JPEG of a unit, verified. Raises CorruptionError."""
-        return self._part(row, Part.KEYFRAME)
+        return self._part(row, Part.KEYFRAME)[1]
 
     def read_keys(self, row: UnitRow) -> npt.NDArray[np.float16] | None:
         """(L, blocks, H*D) representative keys of a unit, verified. Raises CorruptionError."""
-        data = self._part(row, Part.KEYS)
+        row, data = self._part(row, Part.KEYS)
         return None if data is None else keys_from(row, data)
 
-    def _part(self, row: UnitRow, part: Part) -> bytes | None:
+    def _part(self, row: UnitRow, part: Part) -> tuple[UnitRow, bytes | None]:
+        """A part of a unit, and the unit's row: as it is now where its file is gone and it was moved since."""
+        try:
+            return row, self._read_part(row, part)
+        except SegmentGone as gone:
+            try:
+                now = self.unit(row.recording_id, row.number)
+            except UsageError:  # it is forgotten
+                raise gone from None
+            if now.segment == row.segment or (part is Part.CAPTION and part not in now.parts):
+                raise
+            return now, self._read_part(now, part)
+
+    def _read_part(self, row: UnitRow, part: Part) -> bytes | None:
         span = row.parts.get(part)
         if span is None:
             return None
         with reading(self.segments_path, row.segment) as segment:
-            data = read_exactly(segment.fd, span.offset, span.length, segment.size_bytes, file=segment.file)
+            data = self._timely.read(
+                segment.fd, span.offset, span.length, segment.size_bytes, file=segment.file
+            )
         if xxhash.xxh3_64_intdigest(data) != span.xxh3:
             raise CorruptionError(
                 f"{segment.file}: the {part.name.lower()} of unit {row.number} is damaged", file=segment.file

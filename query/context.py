@@ -20,6 +20,7 @@ from memdb.query.scope import Opened
 from memdb.query.session import Session
 from memdb.query.stored import Readings
 from memdb.schemas.errors import CorruptionError
+from memdb.timing import Laps
 
 
 @dataclass
@@ -31,6 +32,29 @@ class Retrieved:
     cache: CacheContext | None = None
     captions: list[tuple[caption_tier.Picked, CaptionAt]] = field(default_factory=list)
     caption_ids: list[int] = field(default_factory=list)  # of all of them, with times and names between
+    lost: bool = False  # there was something to bring back, and nothing of it could be read
+
+
+def bring_back(
+    session: Session,
+    opened: Sequence[Opened],
+    text: str,
+    decided: Decided,
+    laps: Laps,
+    readings: Readings,
+    warnings: list[str],
+) -> Retrieved:
+    """What a plan reads, of one tier or both. What cannot be read is left out with a warning."""
+    mode, got = decided.plan.mode, Retrieved()
+    if mode in ("captions", "both"):
+        with laps("captions"):
+            take_captions(session, opened, text, decided, got, warnings)
+    if mode != "captions" and decided.chosen is not None:
+        with laps("retrieve"):
+            retrieve(session, text, decided, decided.chosen, got, readings)
+        nothing = bool(readings.bad) and not any(kv is not None for kv in got.kv)
+        got.lost = nothing and not got.captions
+    return got
 
 
 def take_captions(
@@ -47,6 +71,7 @@ def take_captions(
         ranked = session.rank(opened, text, warnings, stages.retrieve.relevance)
     picked = caption_tier.pick(ranked, plan.sizes.caption_tokens)
     found = caption_tier.read(session.store, opened, picked, session.model.identity.fingerprint, warnings)
+    got.lost = bool(picked) and not found
     several = len({at.recording for _, at in found}) > 1
     times = bool(stages.rebuild.time_text_s)
     ids = [caption_ids(session.model, [at], times=times, names=several) for _, at in found]
@@ -74,8 +99,11 @@ def retrieve(
         return found
 
     if plan.mode == "recent":
-        for layer in range(model.shape.layers):
-            fetch(layer, newest(kv.search, layer, chosen.blocks, blocks))
+        layers = range(model.shape.layers)
+        rows = [newest(kv.search, layer, chosen.blocks, blocks) for layer in layers]
+        with kv.reader.pinned(), kv.knowing(rows, readings):
+            for layer in layers:
+                fetch(layer, rows[layer])
         return
 
     def fetch_best(layer: int, q: torch.Tensor) -> LayerKV | None:
@@ -83,7 +111,7 @@ def retrieve(
         return fetch(layer, method.select(kv.search, layer, query, chosen.blocks, blocks))
 
     context = RetrievalContext(model.rotary, decided.init, fetch_best, window=stages.window_tokens)
-    with torch.inference_mode():
+    with kv.reader.pinned(), torch.inference_mode():
         model.forward(model.embed(model.encode_text(text)), context)
     got.cache = context
 

@@ -9,9 +9,9 @@ import torch
 from memdb.models.caption_vectors import CaptionVectors
 from memdb.models.decode import TextStream, greedy, prefill
 from memdb.models.protocol import VideoModel
-from memdb.query.context import Retrieved, everything, rebuild, retrieve, take_captions
+from memdb.query.context import bring_back, everything, rebuild
 from memdb.query.cost import CostFile, Costs
-from memdb.query.planning import decide
+from memdb.query.planning import decide, plan_what_is_left
 from memdb.query.report import report
 from memdb.query.session import Session
 from memdb.query.stages import compose
@@ -63,7 +63,7 @@ class Engine:
         session, model = self._session, self._session.model
         laps = Laps(torch.cuda.synchronize if model.device.type == "cuda" else None)
         warnings: list[str] = []
-        readings, got, ranked = Readings(), Retrieved(), None
+        readings, ranked = Readings(), None
         with laps("open"):
             opened = session.open(question)
         if len(opened) > 1:  # captions over all of them say whose KV is read
@@ -71,14 +71,16 @@ class Engine:
                 ranked = session.rank(opened, question.text, warnings)
         with laps("plan"):
             decided = decide(session, question, opened, ranked, costs, warnings)
-            plan, chosen = decided.plan, decided.chosen
-        if plan.mode in ("captions", "both"):
-            with laps("captions"):
-                take_captions(session, opened, question.text, decided, got, warnings)
-        if plan.mode != "captions" and chosen is not None:
-            with laps("retrieve"):
-                retrieve(session, question.text, decided, chosen, got, readings)
+        got = bring_back(session, opened, question.text, decided, laps, readings, warnings)
+        left = plan_what_is_left(session, question, opened, decided, costs) if got.lost else None
+        if left is not None:
+            warnings.append(f"{left.plan.reasons[0]}: the answer comes from mode {left.plan.mode}")
+            decided = left
+            got = bring_back(session, opened, question.text, decided, laps, readings, warnings)
+        if got.lost:
+            warnings.append("nothing that is stored could be read: the answer rests on the question alone")
         warnings += readings.warnings()
+        plan = decided.plan
         with laps("rebuild"):
             prompt = model.prompt_ids(question.text)
             room = session.room(question) - len(prompt) - plan.sizes.answer_tokens
@@ -94,8 +96,9 @@ class Engine:
             if on_text is not None and (rest := stream.flush()):
                 on_text(rest)
         timings = {**laps.ms, "total": laps.total_ms}
-        costs.learn(plan.predicted.stages_ms, timings)
-        file.save(costs)
+        if left is None:  # else some of the time went to what could not be read
+            costs.learn(plan.predicted.stages_ms, timings)
+            file.save(costs)
         return report(session, question, opened, decided, got, context, stream, timings, readings, warnings)
 
     def question_logits(self, recording: str, text: str) -> tuple[list[int], torch.Tensor, int]:

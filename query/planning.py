@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from memdb.models.window import LayerKV
 from memdb.query import captions as caption_tier
@@ -14,7 +14,7 @@ from memdb.query.retrieve.topk import BlockTopK
 from memdb.query.scope import Opened
 from memdb.query.session import Session
 from memdb.query.stages import QueryStages, compose
-from memdb.schemas.errors import ModelMismatch
+from memdb.schemas.errors import ModelMismatch, NoPlanFits, QuestionError
 from memdb.schemas.plan import Plan, Sizes
 from memdb.schemas.question import Question
 from memdb.schemas.times import to_s
@@ -44,6 +44,21 @@ def decide(
     chosen = _own_kv(session, question, opened, best, warnings)
     plan, stages, init = _plan(session, question, opened, chosen, costs)
     return Decided(plan, stages, init, chosen, ranked)
+
+
+def plan_what_is_left(
+    session: Session, question: Question, opened: Sequence[Opened], decided: Decided, costs: Costs
+) -> Decided | None:
+    """The plan for the other tier, where nothing at all of a plan's own could be read. None where none fits."""
+    mode = "kv" if decided.plan.mode == "captions" else "captions"
+    if mode == "kv" and decided.chosen is None:
+        return None
+    try:
+        plan, stages, init = _plan(session, replace(question, mode=mode), opened, decided.chosen, costs)
+    except (NoPlanFits, QuestionError):
+        return None
+    why = f"nothing that mode {decided.plan.mode} needs could be read"
+    return Decided(replace(plan, reasons=(why,)), stages, init, decided.chosen, decided.ranked)
 
 
 def _choose(

@@ -123,7 +123,7 @@ class StoredKV:
         return self.fetch([layer], [rows], readings), 0
 
     def pieces(self, layers: Sequence[int], rows: Sequence[Rows]) -> Pieces:
-        """Where the slices of each layer's blocks lie. Raises CorruptionError where a unit's row is lost."""
+        """Where the slices of each layer's blocks lie."""
         if self._keyed is not self.table.blocks:  # a refresh made a new table
             self._keyed = self.table.blocks
             units, blocks = (self._keyed[name].astype(np.int64) for name in ("unit", "block"))

@@ -739,7 +739,7 @@ def test_when_no_plan_fits_nothing_is_computed(
     def computed(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("it computed")
 
-    for name in ("retrieve", "prefill", "greedy"):
+    for name in ("bring_back", "prefill", "greedy"):
         monkeypatch.setattr(engine, name, computed)
     with unchanged(house.store):
         ran = ask(house.store, *words, "--json", mode=mode)
