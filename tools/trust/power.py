@@ -18,6 +18,8 @@ from tools.trust.script import Op, protocols
 from tools.trust.shadow import CUTS
 from tools.trust.trace import Player, record
 
+WHOLE_EVERY = 6
+
 
 class Campaign:
     """A trace, and the directories that are made of it."""
@@ -37,30 +39,37 @@ class Campaign:
     def events(self) -> int:
         return len(self.trace.events)
 
-    def crashes(self, wanted: Sequence[tuple[int, str, int]], ignored: str = "") -> Iterator[Findings]:
-        """What is found after power cuts: each behind an event, of a kind, with a seed. Events in order."""
+    def crashes(
+        self, wanted: Sequence[tuple[int, str, int]], ignored: str = "", *, whole_every: int = 1
+    ) -> Iterator[Findings]:
+        """What is found after power cuts: each behind an event, of a kind, with a seed. Events in order.
+
+        `ignored`: syncs of this reason do nothing. `whole_every`: one in so many goes on to the end of the script,
+        the others with the operation that was under way and an append to every recording.
+        """
         player = Player(self.trace, ignored)
-        for at, cut, seed in sorted(wanted):
+        for number, (at, cut, seed) in enumerate(sorted(wanted)):
             while player.at <= at:
                 player.step()
-            yield self._crash(player, at, cut, seed)
+            yield self._crash(player, at, cut, seed, whole=number % whole_every == 0)
 
-    def _crash(self, player: Player, at: int, cut: str, seed: int) -> Findings:
+    def _crash(self, player: Player, at: int, cut: str, seed: int, *, whole: bool) -> Findings:
         done, under_way = self.trace.acknowledged(at + 1)
-        model = self._models[done]
         target = self._folder / "crash"
         player.crash(target, cut, f"{self._seed} {at} {cut} {seed}")
         path = target / self.trace.store
-        repairing = under_way is not None and under_way.kind == "repair"
         findings, model = check(
             path,
-            model.outcomes(under_way),
+            self._models[done].outcomes(under_way),
             may_be_new=done == 0,
-            repairing=repairing,
+            repairing=under_way is not None and under_way.kind == "repair",
             derived_may_be_damaged=True,
         )
         if findings.ok:
-            ending = finish(path, model, self.trace.ops, done, derived_may_be_damaged=True)
+            ops = list(self.trace.ops)
+            if not whole and done < len(ops):
+                ops = [*ops[: done + 1], *_appends(model.after(ops[done]))]
+            ending = finish(path, model, ops, done, derived_may_be_damaged=True)
             findings.lost += [f"at the end: {what}" for what in ending.lost]
             findings.silent += [f"at the end: {what}" for what in ending.silent]
         shutil.rmtree(target)
@@ -78,6 +87,10 @@ class Campaign:
         return f"in {op}: after {what}"
 
 
+def _appends(model: Model) -> list[Op]:
+    return [Op("append", kept.stream, kept.units + 1, 1) for kept in model.kept.values()]
+
+
 def run(seed: int, trials: int, folder: Path) -> Outcome:
     """`trials` power cuts spread over the script; 0: all kinds of cut after every step."""
     outcome = Outcome("power cut after each step")
@@ -86,7 +99,9 @@ def run(seed: int, trials: int, folder: Path) -> Outcome:
         every = [(at, cut, 0) for at in range(campaign.events) for cut in CUTS]
         chance = random.Random(f"{seed} cuts")
         wanted = sorted(chance.sample(every, min(trials, len(every))) if trials else every)
-        for (at, cut, _), found in zip(wanted, campaign.crashes(wanted), strict=True):
+        for (at, cut, _), found in zip(
+            wanted, campaign.crashes(wanted, whole_every=WHOLE_EVERY), strict=True
+        ):
             outcome.trials += 1
             what = f"seed {seed}, {campaign.where(at)}, {cut}"
             for lost in found.lost:

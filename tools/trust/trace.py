@@ -30,8 +30,8 @@ class Event:
 
     step: Step | None
     said: str = ""
-    sqlite: tuple[bytes, bytes] | None = None  # at a point: the database at the step's path, and its WAL
-    gone: tuple[Path, ...] = ()  # WALs that SQLite removed since the event before
+    sqlite: tuple[Path, bytes, bytes] | None = None  # at a point: a database, what is in it, and in its WAL
+    is_safe: bool = False
     loose: dict[str, bytes] | None = None  # files that nobody syncs: path in the store to content
 
 
@@ -66,7 +66,7 @@ class Recorder:
         self._trace = trace
         self._path = trace.root / trace.store
         self._known = set(trace.root.rglob("*"))
-        self._wals: set[Path] = set()
+        self._with_wal: set[Path] = set()  # databases
 
     def before(self, step: Step) -> None:
         if step.what in ("sync", "sync_folder", "unlink", "remove_folder", "replace"):
@@ -74,13 +74,18 @@ class Recorder:
 
     def after(self, step: Step) -> None:
         self._keep(step)
-        sqlite = None
+        for path in sorted(self._with_wal):
+            if not wal_of(
+                path
+            ).exists():  # SQLite moved it into the database, and removed it at the last close
+                self._with_wal.discard(path)
+                self._trace.events.append(Event(None, sqlite=(path, _read(path), b""), is_safe=True))
         if step.what == "point" and ".sqlite" in step.path.name:
-            sqlite = (_read(step.path), _read(wal_of(step.path)))
-            self._wals.add(wal_of(step.path))
-        gone = tuple(path for path in self._wals if not path.exists())
-        self._wals -= set(gone)
-        self._trace.events.append(Event(step, "", sqlite, gone))
+            self._with_wal.add(step.path)
+            sqlite = (step.path, _read(step.path), _read(wal_of(step.path)))
+            self._trace.events.append(Event(step, sqlite=sqlite, is_safe=step.name in _SAFE_POINTS))
+        else:
+            self._trace.events.append(Event(step))
 
     def say(self, line: str) -> None:
         loose = self._loose() if line.startswith("done") else None
@@ -149,12 +154,10 @@ class Player:
         """Let the next event happen."""
         event = self._trace.events[self.at]
         self.at += 1
-        for path in event.gone:
-            self._remove(path)
         if event.step is not None:
             self._shadow.see(event.step)
-            if event.sqlite is not None:
-                self._see_sqlite(event.step, *event.sqlite)
+        if event.sqlite is not None:
+            self._see_sqlite(*event.sqlite, is_safe=event.is_safe)
         if event.loose is not None:
             self._loose = event.loose
         return event
@@ -174,28 +177,22 @@ class Player:
             for name, content in self._loose.items():
                 _write_loose(store / name, content, chance)
 
-    def _see_sqlite(self, step: Step, database: bytes, wal: bytes) -> None:
-        folder = self._shadow.folder(step.path.parent)
+    def _see_sqlite(self, path: Path, database: bytes, wal: bytes, *, is_safe: bool) -> None:
+        folder = self._shadow.folder(path.parent)
         assert folder is not None
-        node = folder.current.get(step.path.name)
+        node = folder.current.get(path.name)
         if not isinstance(node, Inode):  # SQLite made it
             node = Inode()
-            folder.change((step.path.name, node))
-        if step.name not in _SAFE_POINTS:
+            folder.change((path.name, node))
+        if not is_safe:
             if not node.durable:  # it is being made: what SQLite wrote may have come through, up to some byte
                 node.pending = [(0, database)]
             return
         node.durable, node.pending = database, []
-        if wal:  # SQLite makes the name of a WAL safe with its first sync
-            folder.durable[wal_of(step.path).name] = folder.current[wal_of(step.path).name] = Inode(wal)
-        else:
-            self._remove(wal_of(step.path))
-
-    def _remove(self, path: Path) -> None:
-        """SQLite removed a file, or cut it to nothing, and did not sync the folder."""
-        folder = self._shadow.folder(path.parent)
-        if folder is not None and path.name in folder.current:
-            folder.change((path.name, None))
+        # SQLite makes the name of a WAL safe with its first sync. One that it empties may be back after a power
+        # cut: with what is in the database already, which changes nothing.
+        name = wal_of(path).name
+        folder.durable[name] = folder.current[name] = Inode(wal)
 
 
 def wal_of(path: Path) -> Path:

@@ -1,0 +1,158 @@
+"""Take away one sync after another: each time the power cuts must find a loss, or the sync is of no use.
+
+    python -m tools.trust.without_sync [--seed N]
+
+The reasons are collected from the sources; that no other code syncs is held by a test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tools.trust.outcome import Outcome
+from tools.trust.power import Campaign
+from tools.trust.shadow import CUTS
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("memdb", "ingest", "query", "schemas")
+# Calls that sync, and where in them the reasons stand: positions, or names of arguments.
+CALLS: dict[str, tuple[int | str, ...]] = {
+    "sync": (0,),
+    "sync_new": (0, 1),
+    "sync_open": (2,),
+    "sync_folder": (1,),
+    "write_whole": ("sync", "sync_name"),
+    "remove_segments": (2,),
+}
+TRIES_MAX = 400  # power cuts without a sync before the search for a loss is given up
+_EVENTS_BEHIND = 12
+_A_TIME = 12
+
+
+@dataclass(frozen=True)
+class Why:
+    """A reason to sync, and the line that gives it."""
+
+    text: str
+    place: str
+
+
+def whys() -> list[Why]:
+    """Every reason in the sources."""
+    return [why for path in _sources() for why in _whys_of(path)]
+
+
+def foreign_syncs() -> list[str]:
+    """Lines that sync past memdb/files.py."""
+    found = []
+    for path in _sources():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+            if name in ("fsync", "fdatasync") and path != ROOT / "memdb" / "files.py":
+                found.append(f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}")
+    return found
+
+
+def _sources() -> list[Path]:
+    return [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def _whys_of(path: Path) -> Iterator[Why]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        for where in CALLS.get(name, ()):
+            if isinstance(where, int):
+                given = node.args[where] if where < len(node.args) else None
+            else:
+                given = next((word.value for word in node.keywords if word.arg == where), None)
+            if isinstance(given, ast.Constant) and isinstance(given.value, str):
+                yield Why(given.value, f"{path.relative_to(ROOT)}:{node.lineno}")
+
+
+@dataclass(frozen=True)
+class Missed:
+    """What a store loses without one sync; "" where nothing was found."""
+
+    why: Why
+    tries: int
+    loss: str
+
+
+def without(why: Why, campaigns: Sequence[Campaign], tries_max: int = TRIES_MAX) -> Missed:
+    """Look for a loss without the syncs of one reason."""
+    tries = 0
+    chance = random.Random(why.text)
+    while tries < tries_max:
+        before = tries
+        for campaign in campaigns:
+            wanted = _moments(campaign, why.text, chance)
+            for found in campaign.crashes(wanted, why.text, whole_every=3):
+                tries += 1
+                if not found.ok:
+                    return Missed(why, tries, str(found))
+        if tries == before:
+            break  # no campaign comes through there
+    return Missed(why, tries, "")
+
+
+def _moments(campaign: Campaign, why: str, chance: random.Random) -> list[tuple[int, str, int]]:
+    """A few power cuts behind the syncs: at once, once the operation was acknowledged, and later."""
+    events = campaign.trace.events
+    syncs = [at for at, event in enumerate(events) if event.step is not None and event.step.name == why]
+    acknowledged = [at for at, event in enumerate(events) if event.said.startswith("done")]
+    wanted = []
+    for _ in range(_A_TIME if syncs else 0):
+        sync = chance.choice(syncs)
+        behind = [at for at in acknowledged if at > sync]
+        soon = min(sync + chance.randrange(_EVENTS_BEHIND), len(events) - 1)
+        at = chance.choice([soon, soon, *behind[:1], chance.choice(behind or [soon])])
+        cut = chance.choice([name for name in CUTS if name != "everything"])
+        wanted.append((at, cut, chance.randrange(1 << 30)))
+    return wanted
+
+
+def run(seed: int, folder: Path, *, only: Sequence[str] = (), campaigns_max: int = 2) -> Outcome:
+    """Each reason in turn, or those of `only`. What no campaign misses counts as lost: it is useless, or untested."""
+    outcome = Outcome("power cut with one sync taken away")
+    with outcome.timed():
+        campaigns = [Campaign(seed + number, folder) for number in range(campaigns_max)]
+        for why in whys():
+            if only and why.text not in only:
+                continue
+            outcome.trials += 1
+            began_s = time.perf_counter()
+            missed = without(why, campaigns)
+            took_s = time.perf_counter() - began_s
+            if missed.loss:
+                outcome.tell(f"{why.text} ({why.place}): {missed.tries} cuts, {took_s:.1f} s: {missed.loss}")
+            else:
+                outcome.loses(f"{why.text} ({why.place}): no loss in {missed.tries} cuts, {took_s:.1f} s")
+        for campaign in campaigns:
+            campaign.close()
+    return outcome
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", action="append", default=[])
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        outcome = run(given.seed, Path(folder), only=given.only)
+    for line in outcome.details:
+        print(line)
+    return int(outcome.lost > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
