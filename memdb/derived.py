@@ -31,11 +31,15 @@ def drop_derived(folder: Path) -> None:
     for name in (KEYS, CAPTIONS):
         if not (folder / name).is_dir():
             continue
-        for path in sorted((folder / name).iterdir()):
-            if path.is_dir() and not path.is_symlink():
-                remove_tree(path)
-            else:
-                unlink(path)
+        inside = sorted((folder / name).iterdir())
+        trees = [path for path in inside if path.is_dir() and not path.is_symlink()]
+        for path in inside:
+            if path not in trees:
+                unlink(
+                    path
+                )  # a table's manifest goes before the table: without it a half removed one is no damage
+        for path in trees:
+            remove_tree(path)
         sync_folder(folder / name, "the removal of derived data, before a catalog is made anew")
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from memdb.captions import CaptionIndex
 from memdb.client import Client
 from memdb.database import CATALOG
+from memdb.derived import drop_derived
 from memdb.files import Step, watched
 from memdb.forget import forget
 from memdb.schemas.errors import CorruptionError, NotAStore
@@ -133,3 +135,15 @@ def test_what_only_segments_know_can_be_forgotten(tmp_path: Path) -> None:
         assert forget(found, "lobby").whole
     with Store.open(second) as found:
         assert found.recordings() == []
+
+
+def test_a_table_that_is_half_removed_when_a_repair_dies_is_no_damage(tmp_path: Path) -> None:
+    with new_store(tmp_path) as store:
+        fill(store, 3)
+        CaptionIndex(store.path).index_captions(store, "fake", flush=True)
+    steps = Steps()
+    with watched(steps):
+        drop_derived(tmp_path / "lobby.memdb")
+    removed = [step.path for step in steps.steps if step.what == "unlink"]
+    assert len(removed) > 3
+    assert removed[0].suffix == ".manifest"
