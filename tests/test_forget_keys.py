@@ -1,4 +1,4 @@
-"""What was forgotten is in no answer of a question that starts afterwards, whoever had the store open."""
+"""Key tables and their searches after a forget: open ones at their next refresh, pages and tail alike."""
 
 from __future__ import annotations
 
