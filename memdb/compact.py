@@ -54,25 +54,32 @@ def compact(
     age_now: bool = False,
     progress: Progress | None = None,
     segment_bytes_max: int = SEGMENT_BYTES_MAX,
+    only: str | None = None,
 ) -> CompactReport:
     """Remove what counts no more, and age what the store's policy says. Run it again for what is left.
 
     `store` is open for writing. `now_ns` is the wall clock; `age_now` confirms that it is right where ageing
-    would doubt it, see memdb/clock.py. Raises StoreFull where the disk fills up in the middle, StoreError where
-    it fails, CorruptionError where the policy is damaged; nothing is lost by any of them.
+    would doubt it, see memdb/clock.py. `only`: the id of a recording to free the bytes of, and no more than that;
+    what is left of it in captions.lance and the catalog goes with the next whole compaction.
+
+    Raises StoreFull where the disk fills up in the middle, StoreError where it fails, CorruptionError where the
+    policy is damaged; nothing is lost by any of them.
     """
     before = used_bytes(store.path)
     report = CompactReport([])
     catalog = Catalog(store.path / CATALOG, write=True)
     try:
         run = _Compaction(store, catalog, report, progress, segment_bytes_max)
-        run.look_at_clock(time.time_ns() if now_ns is None else now_ns, age_now)
+        if only is None:
+            run.look_at_clock(time.time_ns() if now_ns is None else now_ns, age_now)
         for recording_id in sorted({*segment_files(store.segments_path), *_known(catalog)}):
-            run.recording(recording_id)
-        remove_strangers(store, catalog)
-        run.captions()
-        run.scrub()
-        make_removals_safe(store)
+            if only in (None, recording_id):
+                run.recording(recording_id)
+        if only is None:
+            remove_strangers(store, catalog)
+            run.captions()
+            run.scrub()
+            make_removals_safe(store)
     except OSError as error:
         raise refused(error, "cannot compact") from error
     finally:

@@ -14,6 +14,7 @@ from memdb.catalog import Catalog
 from memdb.codecs.planes import element_bytes
 from memdb.contents import check_unit, encode_unit, husk
 from memdb.locks import FileLock, commit_lock
+from memdb.quota import Quota, batch_bytes
 from memdb.records import Buffer, Kind, Record, encode
 from memdb.schemas.errors import StoreError, StoreFull
 from memdb.schemas.format import FORMAT_VERSION
@@ -22,6 +23,7 @@ from memdb.schemas.rows import RecordingRow
 from memdb.schemas.units import Table, Unit
 from memdb.segments import SEGMENT_BYTES_MAX, SegmentWriter, segment_files, segment_name
 
+SEGMENT_NS_MAX = 86_400_000_000_000  # of media time, in one file
 AHEAD_BYTES = 1 << 20  # a part of this size is written while its record is still being hashed
 _WIDTHS_UNITS_MAX = 1024  # that are looked through for the last scale widths
 
@@ -57,6 +59,7 @@ class RecordingWriter:
         self._segment_bytes_max = segment_bytes_max
         self._segment = segment
         self._broken = ""
+        self._quota = Quota(folder.parent)
         self._lock = threading.RLock()
         self._scale_widths = _last_scale_widths(catalog, recording)
         self._tombstones = len(recording.tombstones)  # that this writer has taken note of
@@ -87,8 +90,9 @@ class RecordingWriter:
         Their numbers go on where the recording ends, and neither their starts nor their ends go back in time.
         `tombstones_seen`: how many spans had been forgotten when the encoder took in these units (None: as many
         as when the writer opened); what is forgotten since is left out of them, under the same numbers. Raises
-        StoreError for units that do not go on, and then nothing was written.
+        StoreError for units that do not go on, StoreFull for such as do not fit, and then nothing was written.
         """
+        self._require_room(units)
         with self._lock, FileLock(self._commit_lock, wait=True):
             self._check(units)
             seen = len(self.recording.tombstones) if tombstones_seen is None else tombstones_seen
@@ -105,7 +109,10 @@ class RecordingWriter:
                     ahead=self._ahead,
                 )
 
+            self._end_long_segment(units[-1].end_ns)
             self._commit([encoder(unit) for unit in units])
+            if self._segment is not None and self._segment.since_ns is None:
+                self._segment.since_ns = units[0].start_ns
             for unit in units:
                 if unit.kv is not None:
                     self._scale_widths |= _scale_widths(unit.kv.slices)
@@ -166,6 +173,22 @@ class RecordingWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _require_room(self, units: Sequence[Unit]) -> None:
+        """On the disk and in the store: by forgetting what is oldest, where the policy says so."""
+
+        def make_room(size_bytes: int) -> None:
+            from memdb.oldest import make_room
+
+            make_room(self._folder.parent, size_bytes, own=self._row.id, move_on=self._move_on)
+
+        with self._lock:
+            self._quota.require(batch_bytes(units), make_room)
+
+    def _move_on(self) -> None:
+        """Something was forgotten to make room: leave the file in hand to compaction."""
+        if self.tombstones() and self._segment is None:
+            self._next_segment()
 
     def _check(self, units: Sequence[Unit]) -> None:
         if not units:
@@ -235,6 +258,17 @@ class RecordingWriter:
             self._segment.close()
             self._segment = None
 
+    def _end_long_segment(self, end_ns: int) -> None:
+        """A file of more than a day would keep what it holds from ageing: nobody else touches the one in hand."""
+        segment = self._segment
+        if (
+            segment is not None
+            and segment.since_ns is not None
+            and end_ns - segment.since_ns > SEGMENT_NS_MAX
+        ):
+            segment.close()
+            self._segment = None
+
     def _next_segment(self) -> None:
         if self._segment is not None:
             self._segment.close()
@@ -251,6 +285,7 @@ class OwnSegment(SegmentWriter):
         self.sequence = sequence
         self.role = role
         self.footer_hash = b""
+        self.since_ns: int | None = None  # media time of the first unit in it, for its writer
         self._ahead: list[tuple[Buffer, Future[int]]] = []
         self._thread: ThreadPoolExecutor | None = None
 
