@@ -13,6 +13,7 @@ from memdb.schemas.errors import CodecError, CorruptionError, MemdbError
 from memdb.schemas.rows import RecordingRow, UnitRow
 from memdb.segments import reading
 from memdb.store import Store
+from memdb.verify import Problem, VerifyReport
 
 
 @dataclass
@@ -71,6 +72,15 @@ def _digest_of(store: Store, recording: RecordingRow, row: UnitRow) -> bytes | s
 def problems(store: Store) -> list[tuple[str, str]]:
     """What `verify` reports: file and what."""
     return [(problem.file, problem.what) for problem in Client(store).verify().problems]
+
+
+def verify_any(path: Path) -> VerifyReport:
+    """What `memdb verify` says, also of a store that is too damaged to open. Raises FormatVersionError."""
+    try:
+        with Store.open(path) as store:
+            return Client(store).verify()
+    except CorruptionError as error:
+        return VerifyReport(problems=[Problem(error.file or CATALOG, str(error))])
 
 
 def is_derived(file: str) -> bool:
