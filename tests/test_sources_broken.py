@@ -154,6 +154,19 @@ def test_the_part_behind_a_damaged_beginning_is_kept(suffix: str, tmp_path: Path
     assert shown[-60:] == list(range(60, 120))
 
 
+@pytest.mark.parametrize(
+    "filler", [bytes(1 << 20), np.random.default_rng(3).bytes(1 << 20)], ids=["zeros", "noise"]
+)
+def test_a_transport_stream_is_found_again_behind_a_megabyte(filler: bytes, tmp_path: Path) -> None:
+    path = write_film(tmp_path / "film.ts", [250 * n for n in range(120)], gop=4)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2] + filler + data[len(data) // 2 :])
+    with open_source(path) as source:
+        shown = [shown_number(item.image()) for item in source.frames() if not isinstance(item, Gap)]
+    assert shown[-50:] == list(range(70, 120))
+    assert len(shown) > 110
+
+
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
 def test_a_transport_stream_that_is_cut_within_a_picture_says_so(share: float, tmp_path: Path) -> None:
     """Cut between two pictures it says nothing, for nothing in it says that there was more."""

@@ -284,3 +284,23 @@ def test_what_continues_and_what_does_not(tmp_path: Path) -> None:
         path.write_bytes(data)
         with open_source(path) as source:
             assert source.continues(known) == (at is None)
+
+
+@pytest.mark.parametrize("b_frames", [0, 2])
+def test_the_frame_at_the_end_of_a_growing_file_waits(b_frames: int, tmp_path: Path) -> None:
+    """Of the last one nobody knows whether it is all there, though a decoder may show something without a word."""
+    path = write_film(tmp_path / "film.ts", [40 * n for n in range(60)], b_frames=b_frames)
+    whole = path.read_bytes()
+    at_rest, growing = [], []
+    for share in range(20, 100, 7):
+        path.write_bytes(whole[: cut(whole, share / 100) // 188 * 188])
+        for numbers, piece in ((at_rest, b""), (growing, b"\0")):
+            with open_source(path) as source, path.open("ab") as file:
+                file.write(piece)
+                file.flush()
+                numbers.append([shown_number(frame.image()) for frame in source.frames()])  # type: ignore[union-attr]
+                assert source.growing == bool(piece)
+                assert not (piece and source.warnings)
+    for seen, sure in zip(at_rest, growing, strict=True):
+        assert sure == list(range(len(sure)))
+        assert 1 <= len(seen) - len(sure) <= 1 + 2 * b_frames
