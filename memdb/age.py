@@ -131,6 +131,15 @@ class Ager:
         return catalog.first_unit(self._row, lambda unit: unit.end_ns > latest) - 1
 
 
+def due_now(store: Store, ages: tuple[Age, ...], now_ns: int) -> dict[str, int]:
+    """Recording to how many of its units a compaction would age at this moment."""
+    found: dict[str, int] = {}
+    for row in store.recordings():
+        due = Ager(store, row, ages, now_ns).due(store.catalog).values()
+        found[row.name] = sum(one.units for one in due)
+    return {name: units for name, units in found.items() if units}
+
+
 def wall_clock_ns(recording: RecordingRow) -> int:
     """The moment of media time 0: as it was given or seen, else when the recording was begun."""
     started_ns = recording.spec.started_at_ns

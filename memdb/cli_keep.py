@@ -1,4 +1,4 @@
-"""Commands that decide what a store keeps: forget and compact."""
+"""Commands that decide what a store keeps: forget, compact and policy."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from memdb.cli_shared import json_option, opened, print_json, store_option
+from memdb.policy import as_toml
 from memdb.schemas.times import format_time
 
 if TYPE_CHECKING:
@@ -40,14 +41,15 @@ def forget(store: str, recording: str, start: str | None, end: str | None, as_js
 
 @click.command()
 @store_option
+@click.option("--age-now", is_flag=True, help="Age although the clock may have jumped: it is right.")
 @json_option
-def compact(store: str, as_json: bool) -> None:
-    """Remove from the disk what was forgotten, replaced or left half done.
+def compact(store: str, age_now: bool, as_json: bool) -> None:
+    """Remove from the disk what was forgotten, replaced or left half done, and age what the policy says.
 
     Questions and ingests may go on meanwhile. Run it again for what it reports as left.
     """
     with opened(store) as client, _progress(as_json) as progress:
-        report = client.compact(progress=progress)
+        report = client.compact(age_now=age_now, progress=progress)
     if as_json:
         print_json(report)
     else:
@@ -64,6 +66,23 @@ def _print_compacted(report: CompactReport) -> None:
     for left in report.left:
         click.echo(f"left: {left}")
     click.echo(f"{report.freed_bytes:,} bytes freed in all")
+
+
+@click.command()
+@store_option
+@click.option("--set", "file", type=click.Path(dir_okay=False), help="A TOML file with the new policy.")
+@json_option
+def policy(store: str, file: str | None, as_json: bool) -> None:
+    """What the store keeps, for how long and in how many bytes; and what is due by now."""
+    with opened(store) as client:
+        found = client.policy(set=file)
+        due = client.due_now()
+    if as_json:
+        print_json(found.as_table() | {"due": due})
+        return
+    click.echo(as_toml(found))
+    for name, units in due.items():
+        click.echo(f"{name}: {units} units are due: memdb compact --store {store} ages them")
 
 
 @contextmanager

@@ -153,7 +153,7 @@ class _Compaction:
         )
         upkeep.clean_up()
         upkeep.write_anew()
-        upkeep.remove_sources()
+        upkeep.tell_left()
         upkeep.make_pages_anew()
 
     def _ager(self, row: RecordingRow, done: RecordingCompacted) -> Ager | None:

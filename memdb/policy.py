@@ -91,6 +91,19 @@ class Policy:
         return table | ({} if self.store_bytes_max is None else {"store_bytes_max": self.store_bytes_max})
 
 
+def as_toml(policy: Policy) -> str:
+    """The policy as it is written by hand."""
+    lines = [] if policy.store_bytes_max is None else [f"store_bytes_max = {policy.store_bytes_max}"]
+    lines.append(f'when_full = "{policy.when_full}"')
+    for age in policy.ages:
+        seconds = age.after_ns // NS_PER_S
+        unit, size = next((unit, size) for unit, size in reversed(_SECONDS.items()) if not seconds % size)
+        rest = {key: value for key, value in age.as_table().items() if key != "after"}
+        lines += ["[[age]]", f'after = "{seconds // size} {unit}"']
+        lines += [f"{key} = {json.dumps(value)}" for key, value in rest.items()]
+    return "\n".join(lines)
+
+
 def read_toml(path: Path) -> Policy:
     """A policy from a TOML file. Raises UsageError."""
     try:

@@ -66,6 +66,7 @@ class Upkeep:
         self._store, self._catalog, self._id, self._done = store, catalog, recording_id, done
         self._ager, self._progress, self._bytes_max = ager, progress, segment_bytes_max
         self._name = catalog.by_id(recording_id).name
+        self._open: Held | None = None  # the file in a writer's hand
 
     def clean_up(self) -> None:
         """Remove what counts no more already."""
@@ -82,15 +83,16 @@ class Upkeep:
         sizes = [sum(held.kept_bytes for held in group) for group in waiting]
         for at, group in enumerate(waiting):
             self._write(group, sum(sizes[:at]), sum(sizes))
-        if found.open_segment is not None and found.open_segment.has_dead_bytes:
-            self._done.left.append(
-                f"segments/{found.open_segment.row.name} is being written: run it again after the next batch"
-            )
+        self._open = found.open_segment
         return len(waiting)
 
-    def remove_sources(self) -> None:
-        """Try once more to remove what was written anew, and tell what is left."""
+    def tell_left(self) -> None:
+        """Try once more to remove what was written anew, and tell what is left, and why."""
         self._done.left += remove_replaced(self._store, self._catalog, self._id)
+        if self._open is not None and self._open.has_dead_bytes:
+            self._done.left.append(
+                f"segments/{self._open.row.name} is being written: run it again after the next batch"
+            )
 
     def make_pages_anew(self) -> None:
         """If they hold what was forgotten, or much that is out of date."""
