@@ -1,181 +1,247 @@
-"""One random bit flipped in every kind of file: reported, or without any effect on what can be asked.
+"""Damage every file of a finished store: somebody says so, or nothing that can be observed differs.
 
-A finished store holds recordings of two codecs, a forgotten span, segments that were compacted and others
-that were not, caption tables, key pages, states, and the WAL that a killed writer left. A bit is flipped, the
-store is asked everything, verify runs, and the bit is flipped back.
+    python -m tools.trust.flips [--seed N] [--trials N]
+
+After each damage: `memdb verify` names the file, and the unit's recording and times where a unit is touched; or
+no answer differs. An answer that differs comes with a warning or is a typed error, whatever verify says. Then
+the store is repaired: what comes of derived files and the catalog is the store as it was; what comes of damaged
+segments is all but what the repair says is lost, and nothing that was forgotten.
+
+A state is no truth: a resumed ingest replays from an older one and compares. So one that was deleted counts as
+no damage where the next older one, or none, is what is loaded.
 """
 
 from __future__ import annotations
 
+import argparse
 import random
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import sys
+import tempfile
+from collections import Counter
 from pathlib import Path
 
-from memdb.database import CATALOG
-from memdb.schemas.errors import MemdbError
-from memdb.schemas.times import to_s
-from memdb.store import Store
-from tools.trust.look import verify_any
-from tools.trust.observe import Answer, observe
-from tools.trust.outcome import Outcome
-from tools.trust.runner import Runner
-from tools.trust.script import Op, ScriptMaker
-from tools.trust.units import UNIT_NS, Stream
+from memdb.caption_check import check_captions
+from memdb.page_check import check_pages
+from memdb.repair import RepairReport, repair
+from memdb.schemas.errors import CorruptionError, MemdbError, NotAStore
+from memdb.verify import Problem, verify_path
+from tools.trust.answers import Answers, answers
+from tools.trust.damage import FLIP, HARSHER, Damage, harm
+from tools.trust.ground import CLASSES, Ground, Stretch, make_ground
+from tools.trust.outcome import Outcome, table
 
-WAL = f"{CATALOG}-wal"
-CLASSES: dict[str, Callable[[str], bool]] = {
-    "catalog": lambda file: file == CATALOG,
-    "WAL": lambda file: file == WAL,
-    "segments": lambda file: file.startswith("segments/"),
-    "Lance data": lambda file: file.startswith("captions.lance/") and "/data/" in file,
-    "Lance indexes and manifests": lambda file: file.startswith("captions.lance/") and "/data/" not in file,
-    "key pages": lambda file: file.startswith("keys/"),
-    "states": lambda file: file.startswith("state/"),
-}
+FLIPS_SHARE = 0.7  # of the trials of a class
+TRUTH = ("segments", "state", "policy")  # what no other file holds
 
 
-@dataclass(frozen=True)
-class Extent:
-    """Where a unit that counts lies in a segment."""
-
-    file: str
-    start: int
-    end: int
-    recording: str
-    start_s: float
-    end_s: float
+def verified(path: Path) -> list[Problem]:
+    """As the command checks a store; an error that ends it counts as a report of the file that it names."""
+    try:
+        return list(verify_path(path, checkers=[check_pages, check_captions]).problems)
+    except NotAStore as error:
+        return [Problem("catalog.sqlite", str(error))]
+    except CorruptionError as error:
+        return [Problem(error.file, str(error))]
 
 
-def make_store(seed: int, folder: Path) -> Path:
-    """The store, as a copy of one whose writer is still at work: it has a WAL."""
-    maker = ScriptMaker(seed, names=("lobby", "door", "hall"), codecs=("int4", "raw", "int4"))
-    ops: list[Op] = []
-    for name in ("lobby", "door", "hall"):
-        ops += [maker.append(name, 3), maker.about("state", name), maker.append(name, 2)]
-    ops += [maker.about("gap", "door"), maker.about("epoch", "door"), maker.about("state", "door")]
-    ops += [Op("captions"), maker.about("pages", "lobby"), maker.about("pages", "door")]
-    ops += [maker.forget("hall", UNIT_NS // 2, 2 * UNIT_NS), maker.forget("lobby", 0, UNIT_NS + 1)]
-    ops += [Op("compact"), maker.append("lobby", 2), maker.append("door", 2)]
-    ops += [maker.forget("door", 3 * UNIT_NS, 3 * UNIT_NS + UNIT_NS // 3)]
-    ops += [Op("captions"), maker.about("pages", "lobby"), maker.about("pages", "door")]
-    ops += [maker.append("hall", 2), maker.about("state", "hall"), Op("reopen")]
-    tail = [maker.append("lobby", 1), maker.append("hall", 1), maker.about("epoch", "hall")]
-    with Runner(folder / "made.memdb") as runner:
-        runner.run(ops)
-        runner.run([*ops, *tail], len(ops))
-        shutil.copytree(folder / "made.memdb", folder / "s.memdb")
-    shutil.rmtree(folder / "made.memdb")
-    (folder / "s.memdb" / f"{CATALOG}-shm").unlink(missing_ok=True)
-    return folder / "s.memdb"
+class Campaign:
+    """One ground, damaged again and again in copies."""
 
+    def __init__(self, seed: int, folder: Path, *, repair_every: int = 1) -> None:
+        self._chance = random.Random(f"{seed} flips")
+        self._seed = seed
+        self._folder = folder
+        self._ground = make_ground(seed, folder)
+        self._repair_every = repair_every
+        self._whole = answers(self._copy("whole"))
+        if any(answer.told for answer in self._whole.values()) or verified(self._ground.path):
+            raise RuntimeError(f"the ground of seed {seed} is not whole")
+        self.reported: Counter[str] = Counter()
 
-class Bench:
-    """A store, what it answers when it is whole, and where its units lie."""
+    @property
+    def ground(self) -> Ground:
+        return self._ground
 
-    def __init__(self, seed: int, folder: Path) -> None:
-        self.path = make_store(seed, folder)
-        names = ("lobby", "door", "hall")
-        streams = [Stream(seed, name) for name in names]
-        self.words = ("star", *(stream.word(number) for stream in streams for number in (0, 1, 4)))
-        self.whole = observe(self.path, self.words)
-        assert not any(answer.reported for answer in self.whole.values()), self.whole
-        assert verify_any(self.path).ok, verify_any(self.path).problems
-        self.extents = _extents(self.path)
-        self.files = {
-            name: [file for file in _files(self.path) if belongs(file)] for name, belongs in CLASSES.items()
-        }
+    def _copy(self, name: str) -> Path:
+        target = self._folder / f"{name}.memdb"
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(self._ground.path, target)
+        return target
 
-    def flip(self, file: str, byte: int, bit: int) -> list[str]:
-        """What is wrong with how a flipped bit is met: nothing, if all is well."""
-        path = self.path / file
-        data = path.read_bytes()
-        changed = bytearray(data)
-        changed[byte] ^= 1 << bit
-        path.write_bytes(bytes(changed))
+    def run(self, kind: str, trials: int, ways: tuple[str, ...]) -> Outcome:
+        """Damage files of one class, in turn by each of the ways."""
+        outcome = Outcome(f"{kind}: {ways[0] if len(ways) == 1 else 'harsher'}")
+        with outcome.timed():
+            sizes = [(self._ground.path / file).stat().st_size for file in self._ground.files[kind]]
+            for number in range(trials):
+                file = self._chance.choices(self._ground.files[kind], sizes)[0]
+                if number % 3 == 0:
+                    file = self._chance.choice(self._ground.files[kind])
+                path = self._copy("trial")
+                damage = harm(self._ground, path, file, ways[number % len(ways)], self._chance)
+                if damage is None:
+                    continue
+                outcome.trials += 1
+                self._judge(outcome, kind, path, damage, mend=number % self._repair_every == 0)
+        return outcome
+
+    def _judge(self, outcome: Outcome, kind: str, path: Path, damage: Damage, *, mend: bool) -> None:
+        what = f"seed {self._seed}: {damage}"
         try:
-            return self._judge(file, byte)
-        finally:
-            path.write_bytes(data)
-            (self.path / f"{CATALOG}-shm").unlink(missing_ok=True)
-
-    def _judge(self, file: str, byte: int) -> list[str]:
-        try:
-            found = observe(self.path, self.words)
-            report = verify_any(self.path)
-        except MemdbError as error:  # verify itself may say that a newer memdb made the store
-            return [] if "newer" in str(error) else [f"verify: {error}"]
+            problems = verified(path)
         except Exception as error:
-            return [f"{type(error).__name__}: {error}"]
-        differing = unlike(self.whole, found)
-        wrong = [f"{what} differs without a report" for what in differing if not _reported(found, what)]
-        named = {problem.file for problem in report.problems}
-        accepted = {CATALOG, WAL} if file in (CATALOG, WAL) else {file}
-        if differing and report.ok:
-            wrong.append(f"verify sees nothing, and these differ: {differing}")
-        if named and not named & accepted:
-            wrong.append(f"verify names {sorted(named)}")
-        unit = next(
-            (unit for unit in self.extents if unit.file == file and unit.start <= byte < unit.end), None
-        )
-        if unit is not None and not any(
-            (problem.recording, problem.start_s, problem.end_s) == (unit.recording, unit.start_s, unit.end_s)
-            for problem in report.problems
-        ):
-            wrong.append(f"verify does not name the unit of {unit.recording} at {unit.start_s:g} s")
-        return wrong
+            outcome.is_silent(f"{what}: verify raises {type(error).__name__}: {error}")
+            return
+        files = {problem.file for problem in problems}
+        reported = damage.file in files or (kind == "WAL" and "catalog.sqlite" in files)
+        self.reported[kind] += reported
+        found = answers(path)
+        differing = differences(self._whole, found)
+        for name in differing:
+            if name in found and found[name].untyped:
+                outcome.is_silent(f"{what}: {name}: {found[name].value!r:.200}")
+                return
+        if kind == "state" and damage.kind in ("deleted", "an older version"):
+            differing = [name for name in differing if not name.startswith("state of")]
+        silent = [name for name in differing if not _told(name, found)]
+        if "open" not in found and silent:
+            outcome.is_silent(f"{what}: answered without a word: {_some(silent)}")
+        elif differing and not reported:
+            outcome.is_silent(f"{what}: verify names {sorted(files)}, other answers: {_some(differing)}")
+        elif reported and kind == "segments":
+            self._check_times(outcome, what, damage, problems)
+        if mend and outcome.ok:
+            self._mend(outcome, what, kind, path, damage)
+
+    def _check_times(self, outcome: Outcome, what: str, damage: Damage, problems: list[Problem]) -> None:
+        """Each unit that counts and was touched must be told by recording and times."""
+        for unit in self._ground.units_at(damage.file, damage.start, damage.end):
+            named = any(
+                problem.recording == unit.recording
+                and (
+                    problem.start_s is None
+                    and damage.kind not in (FLIP, "512 zeros")  # the whole file
+                    or problem.start_s is not None
+                    and problem.end_s is not None
+                    and problem.start_s < unit.end_s
+                    and problem.end_s > unit.start_s
+                )
+                for problem in problems
+                if problem.file == damage.file
+            )
+            if not named:
+                outcome.is_silent(f"{what}: verify does not name {unit.recording} from {unit.start_s:g} s")
+                return
+
+    def _mend(self, outcome: Outcome, what: str, kind: str, path: Path, damage: Damage) -> None:
+        """Repair, and hold the store to what must be left."""
+        try:
+            report = repair(path)
+        except MemdbError as error:
+            outcome.loses(f"{what}: repair fails: {type(error).__name__}: {error}")
+            return
+        except Exception as error:
+            outcome.loses(f"{what}: repair raises {type(error).__name__}: {error}")
+            return
+        found = answers(path)
+        differing = differences(self._whole, found)
+        if kind not in TRUTH:
+            if differing:
+                outcome.loses(f"{what}: after the repair others: {_some(differing)}")
+            elif problems := verified(path):
+                outcome.loses(f"{what}: after the repair verify says {problems[0]}")
+            return
+        self._check_left(outcome, what, damage, report, differing, found)
+
+    def _check_left(
+        self,
+        outcome: Outcome,
+        what: str,
+        damage: Damage,
+        report: RepairReport,
+        differing: list[str],
+        found: Answers,
+    ) -> None:
+        """After damage to what no other file holds: only units that were touched or told may differ."""
+        if damage.file == "policy.json" or damage.file.startswith("state/"):
+            wrong = [name for name in differing if not name.startswith(("policy", "state of"))]
+            if wrong:
+                outcome.loses(f"{what}: after the repair others: {_some(wrong)}")
+            return
+        told = {(span.recording, number) for span in report.spans for number in _numbers(span)}
+        for name in differing:
+            if not name.startswith("caption of") or name not in found:
+                continue
+            recording, number = name.removeprefix("caption of ").split()
+            if (recording, int(number)) not in told and not found[name].told:
+                outcome.loses(f"{what}: after the repair {name} is another, and the repair says nothing")
+                return
 
 
-def unlike(whole: Mapping[str, Answer], found: Mapping[str, Answer]) -> list[str]:
-    """Questions that are answered in another way than they were."""
-    if found["open"].reported:
+def _overlaps(problem: Problem, unit: Stretch) -> bool:
+    if problem.start_s is None or problem.end_s is None:
+        return False
+    return problem.start_s < unit.end_s and problem.end_s > unit.start_s
+
+
+def _numbers(span: object) -> range:
+    return range(getattr(span, "first_unit", 0), getattr(span, "last_unit", -1) + 1)
+
+
+def differences(whole: Answers, found: Answers) -> list[str]:
+    """The questions that are answered otherwise, or not at all; warnings beside the right answer do not count."""
+    if "open" in found:
         return ["open"]
-    return [what for what, answer in whole.items() if what not in found or found[what].value != answer.value]
+    names = [name for name, answer in whole.items() if name not in found or found[name].value != answer.value]
+    return [*names, *(name for name in found if name not in whole)]
 
 
-def _reported(found: Mapping[str, Answer], what: str) -> bool:
-    """Whether a question, or the list of recordings without which it could not be asked, came with a report."""
-    answer = found.get(what)
-    return bool(found["recordings"].reported if answer is None else answer.reported)
-
-
-def _files(path: Path) -> list[str]:
-    return sorted(
-        str(file.relative_to(path)) for file in path.rglob("*") if file.is_file() and file.stat().st_size
+def _told(name: str, found: Answers) -> bool:
+    """Whether a report came with an answer, or with the one without which the question could not be asked."""
+    if name in found:
+        return found[name].told
+    return any(
+        answer.told for asked, answer in found.items() if asked == "recordings" or asked in _before(name)
     )
 
 
-def _extents(path: Path) -> list[Extent]:
-    with Store.open(path) as store:
-        return [
-            Extent(
-                f"segments/{unit.segment}",
-                unit.offset,
-                unit.offset + unit.length,
-                row.name,
-                to_s(unit.start_ns),
-                to_s(unit.end_ns),
-            )
-            for row in store.recordings()
-            for unit in store.units(row.id)
-        ]
+def _before(name: str) -> tuple[str, ...]:
+    """The questions that must be answered before one about a part of a recording can be asked."""
+    words = name.split()
+    recording = words[-1] if name.startswith("slice") else words[-2]
+    return (f"units of {recording}", f"slices of {recording}")
 
 
-def run(seed: int, trials: int, folder: Path) -> list[Outcome]:
-    """`trials` bits in each kind of file."""
-    chance = random.Random(f"{seed} flips")
-    bench = Bench(seed, folder)
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def run(seed: int, trials: int, folder: Path, *, repair_every: int = 1) -> list[Outcome]:
+    """`trials` flips of single bits in each class of file, and half as many harsher ones: a row a class."""
+    campaign = Campaign(seed, folder, repair_every=repair_every)
     outcomes = []
-    for name, files in bench.files.items():
-        outcome = Outcome(f"bit flips: {name}")
-        assert files, f"the store has no {name}"
-        with outcome.timed():
-            for _ in range(trials):
-                file = chance.choice(files)
-                byte, bit = chance.randrange((bench.path / file).stat().st_size), chance.randrange(8)
-                outcome.trials += 1
-                for wrong in bench.flip(file, byte, bit):
-                    outcome.is_silent(f"seed {seed}, {file}, byte {byte}, bit {bit}: {wrong}")
-        outcomes.append(outcome)
+    for kind in CLASSES:
+        outcomes.append(campaign.run(kind, trials, (FLIP,)))
+        outcomes.append(campaign.run(kind, -(-trials // 2), HARSHER))
+        outcomes[-1].tell(f"{kind}: reported {campaign.reported[kind]} times")
     return outcomes
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--trials", type=int, default=200)
+    parser.add_argument("--repair-every", type=int, default=1)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        outcomes = run(given.seed, given.trials, Path(folder), repair_every=given.repair_every)
+    print(table(outcomes))
+    for outcome in outcomes:
+        for line in outcome.details:
+            print(line)
+    return int(not all(outcome.ok for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
