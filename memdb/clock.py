@@ -8,8 +8,13 @@ never years; a store that nobody touched for longer asks once.
 
 from __future__ import annotations
 
+import time
+
 from memdb.catalog import Catalog
+from memdb.database import CATALOG
+from memdb.policy import Policy, write_policy
 from memdb.schemas.times import NS_PER_S, format_wall_clock
+from memdb.store import Store
 
 LEAP_NS = 31 * 86_400 * NS_PER_S
 _WRITE_AFTER_NS = 3600 * NS_PER_S  # the moment is written down at most once an hour
@@ -40,3 +45,13 @@ def believe(catalog: Catalog, now_ns: int, *, confirmed: bool = False) -> None:
         last_ns = known[0][1] if known else None
         if confirmed or not isinstance(last_ns, int) or now_ns - last_ns > _WRITE_AFTER_NS:
             catalog.database.upsert("meta", (_KEY, now_ns))
+
+
+def set_policy(store: Store, policy: Policy, *, now_ns: int | None = None) -> None:
+    """Put a policy in place. Whoever sets it answers for the clock of this moment. Raises StoreError."""
+    write_policy(store.path, policy)
+    catalog = Catalog(store.path / CATALOG, write=True)
+    try:
+        believe(catalog, time.time_ns() if now_ns is None else now_ns, confirmed=True)
+    finally:
+        catalog.close()

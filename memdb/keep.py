@@ -81,12 +81,12 @@ class Keeper:
         store: Store,
         recording_id: str,
         *,
-        every_s: float = EVERY_S,
+        every_s: float | None = None,
         clock_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         self._path, self._id = store.path, recording_id
-        self._every_s, self._clock_ns = every_s, clock_ns
-        self._next_s = time.monotonic() + every_s
+        self._every_s, self._clock_ns = EVERY_S if every_s is None else every_s, clock_ns
+        self._next_s = time.monotonic() + self._every_s
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._told: set[str] = set()
