@@ -203,9 +203,12 @@ def test_a_wall_clock_that_is_set_meanwhile_tears_nothing(
         monkeypatch.setattr(
             time, "time_ns", lambda: wall() + (jump_s * NS if len(camera.played) and camera.ended_s else 0)
         )
-        ingested(store, model, camera.address, "rekv", sample_fps=SAMPLE_FPS, reconnect_s=0.3)
+        report = ingested(store, model, camera.address, "rekv", sample_fps=SAMPLE_FPS, reconnect_s=0.3)
     gap = check(store, [(0, 68), (100, 168)])[0]
     assert gap.end_ns - gap.start_ns < 30 * NS
+    told = [warning for warning in report.warnings if "the wall clock was set" in warning]
+    assert len(told) == 1
+    assert ("ahead" if jump_s > 0 else "back") in told[0]
     started_ns = row_of(store).spec.started_at_ns
     assert started_ns is not None
     assert abs(started_ns - wall()) < 600 * NS, "media time 0 is when the camera was called first"
@@ -338,6 +341,7 @@ def test_tries_are_made_after_waits_that_double_up_to_a_minute(monkeypatch: pyte
 
 def test_it_is_given_up_when_nobody_was_there_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage([5], [])
+    monkeypatch.setattr(time, "time_ns", stage.now_ns)
     items, source = _played(stage, 100, monkeypatch)
     assert sum(stage.waits_s) == 100
     assert items == [0, 1, 2, 3, 4, Gap(5 * NS, 5 * NS, "it hung up")]
@@ -356,6 +360,7 @@ def test_a_camera_that_comes_and_goes_is_not_hammered(monkeypatch: pytest.Monkey
 
 def test_thousands_of_losses_leave_a_few_words(monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage([1] * 2000, [0] * 1999)
+    monkeypatch.setattr(time, "time_ns", stage.now_ns)
     items, source = _played(stage, 70, monkeypatch)
     times = [item for item in items if not isinstance(item, Gap)]
     assert len(times) == 2000

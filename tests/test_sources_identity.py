@@ -179,6 +179,15 @@ def test_where_nothing_is_said_nothing_is_known(tmp_path: Path) -> None:
     assert address_identity(f"http://127.0.0.1:{closed_port()}/film", 5.0) == UNKNOWN
 
 
+def test_a_film_whose_size_a_server_names_ends_where_it_ends(tmp_path: Path) -> None:
+    """Though without ranges nobody knows how long it is: nothing was lost, and nobody is called again."""
+    film(tmp_path / "film.ts")
+    with served(tmp_path, ranges=False) as address, open_source(address + "film.ts") as source:
+        assert source.info.live
+        assert sum(1 for _ in source.frames()) == 4 * SECONDS
+        assert source.warnings == []
+
+
 def test_another_track_is_another_film(tmp_path: Path) -> None:
     from tests.film_cases import write_tracks
 

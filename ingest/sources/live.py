@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 from memdb.ingest.sources.address import VideoAddress
@@ -19,6 +20,7 @@ from memdb.schemas.times import NS_PER_S
 log = logging.getLogger(__name__)
 
 RECONNECT_S = 300.0  # a camera that begins anew takes a minute or two, a router a little longer
+_SET_NS = 10 * NS_PER_S  # clocks that are kept right by others move by less
 RETRY_S_MIN, RETRY_S_MAX = 1.0, 60.0  # between two tries: doubled each time, up to the second
 
 
@@ -40,6 +42,7 @@ class Reconnecting(Source):
         self._seen_ns = self._end_ns = 0  # of the last frame: when it came, and where it ends in media time
         self._called_ns = 0  # when the connection that is there was asked for: its time 0
         self._lost = self._missed_ns = 0
+        self._wall_ahead_ns = time.time_ns() - now_ns()
         self.info = first.info
         self.warnings: list[str] = []
         self.media_end_ns: int | None = None
@@ -115,6 +118,12 @@ class Reconnecting(Source):
             self.warnings.append(
                 f"{label}: connections lost and found again: {found}; nothing was seen for "
                 f"{told_time(self._missed_ns)} in all, which is on record as gaps"
+            )
+        set_ns = time.time_ns() - self._now_ns() - self._wall_ahead_ns
+        if abs(set_ns) > _SET_NS:
+            self.warnings.append(
+                f"the wall clock was set {'ahead' if set_ns > 0 else 'back'} by {told_time(abs(set_ns))} meanwhile: "
+                "media time went on without it, so moments on the wall clock are off by that from there"
             )
         if connection is None and not self._closed.is_set():
             self.warnings.append(
