@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from memdb.digest import recording_hash
+from memdb.schemas.rows import RecordingSpec
 from tools.trust.model import Kept, Model, Span, running_hash
 from tools.trust.units import Stream
 
@@ -116,6 +117,20 @@ class Between:
             units = [kept.digest_of(number) for number in range(self.after.begun_units)]
             found |= {recording_hash(units[:count]) for count in range(self.before.units, len(units) + 1)}
         return found
+
+
+class Moments(dict[Key, Between]):
+    """All lives between two readings of the log."""
+
+    def __init__(self, before: dict[Key, Life], after: dict[Key, Life]) -> None:
+        super().__init__(
+            {key: Between(before.get(key, Life(life.stream)), life) for key, life in after.items()}
+        )
+
+
+def life_of(spec: RecordingSpec) -> int:
+    """Which life of its name a recording is: `units.spec` puts it behind the seed."""
+    return int(spec.source.digest[8:])
 
 
 def model_of(lives: dict[Key, Life]) -> Model:

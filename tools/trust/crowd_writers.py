@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 from memdb.backup import backup
 from memdb.captions import CaptionIndex
@@ -11,10 +13,9 @@ from memdb.compact import compact
 from memdb.forget import forget
 from memdb.index.page_writer import index_recording
 from memdb.schemas.errors import MemdbError, StoreError
-from memdb.store import Store
-from memdb.verify import verify_path
+from memdb.store import Store, recording_digest
 from memdb.writer import RecordingWriter
-from tools.trust.crowd_log import Between, stream_of
+from tools.trust.crowd_log import Moments, life_of, stream_of
 from tools.trust.crowd_worker import Worker
 from tools.trust.model import reach_ns, running_hash
 from tools.trust.runner import SEGMENT_BYTES_MAX
@@ -56,8 +57,11 @@ class _Writing:
     def run(self) -> None:
         """Until the time is over or the recording is forgotten."""
         try:
-            while self._worker.goes_on and self._writer.next_unit < 2 * UNITS_MAX:
-                self._once()
+            while self._worker.goes_on:
+                if self._writer.next_unit < 2 * UNITS_MAX:
+                    self._once()
+                else:  # it is due to be forgotten
+                    self._unless_forgotten(self._writer.tombstones)
                 time.sleep(self._worker.random.random() * _PAUSE_S)
         except _Forgotten:
             pass
@@ -73,13 +77,12 @@ class _Writing:
                 self._unless_forgotten(self._save)
         if worker.random.random() < 0.2:
             with worker.operation("pages"):
-                self._unless_forgotten(lambda: self._index_pages())
+                self._unless_forgotten(self._index_pages)
         if worker.random.random() < 0.05:
             with worker.operation("captions"):
                 self._captions.index_captions(self._store, ENCODER, flush=True)
 
-    def _unless_forgotten(self, step: object) -> None:
-        assert callable(step)
+    def _unless_forgotten(self, step: Callable[[], object]) -> None:
         try:
             step()
         except MemdbError as error:
@@ -159,6 +162,19 @@ def back_up(worker: Worker) -> None:
         after = worker.log.now()
         if target.exists():
             with worker.operation("look at the copy"):
-                _look_at_copy(worker, target, {key: Between(before.get(key, after[key]), after[key]) for key in after})
+                _look_at_copy(worker, target, Moments(before, after))
             shutil.rmtree(target)
         time.sleep(worker.random.random() * _COPY_PAUSE_S)
+
+
+def _look_at_copy(worker: Worker, target: Path, moments: Moments) -> None:
+    with Store.open(target) as store:
+        rows = {(row.name, life_of(row.spec)): row for row in store.recordings()}
+        for key, life in moments.items():
+            if key not in rows:
+                if not life.may_be_missing:
+                    worker.wrong(f"the copy has no {key}")
+            elif not life.may_be_there:
+                worker.wrong(f"the copy has {key}, which was forgotten")
+            elif recording_digest(store, key[0]) not in life.digests():
+                worker.wrong(f"the copy of {key} holds something else, in {rows[key].units} units")

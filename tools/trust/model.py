@@ -92,6 +92,12 @@ def running_hash(stream: Stream, units: int) -> bytes:
     return hashlib.blake2b(running_hash(stream, units - 1) + first, digest_size=16).digest()
 
 
+def clear_caches() -> None:
+    """For processes that watch their own memory."""
+    for cached in (_unit_left, _digest_left, running_hash):
+        cached.cache_clear()
+
+
 @dataclass
 class Model:
     """All recordings that must be there, by name; `bare`: compacted since the last forgetting."""
