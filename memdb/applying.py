@@ -134,10 +134,21 @@ class _Applying:
     def _new_recording(self, header: Record) -> RecordingState:
         spec = spec_of(header)
         text = canonical_ascii(spec.as_json()).decode()
-        state = RecordingState(self._id, spec.name, meta_int(header, "created_ns"), text)
+        state = RecordingState(self._id, self._free_name(spec.name), meta_int(header, "created_ns"), text)
         self._database.insert("recordings", astuple(state))  # before the rows that refer to it
         self._database.upsert("meta", ("recordings", self._catalog.count_of("recordings") + 1))
         return state
+
+    def _free_name(self, name: str) -> str:
+        """The name itself, but for a recording that comes back when another one has it by now."""
+        names = {row[1] for row in self._database.select("recordings", "")}
+        free, number = name, 1
+        while free in names:
+            number += 1
+            free = f"{name[:120]}-{number}"
+        if free != name:
+            logger.warning("a recording %r came back, and there is another of that name: it is %r now", name, free)
+        return free
 
     def _put_unit(self, state: RecordingState, record: Record) -> None:
         file = f"segments/{self._segment.name}"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from memdb import __version__, cli_keep
+from memdb import __version__, cli_copy, cli_keep
 from memdb.cli_shared import json_option as _json
 from memdb.cli_shared import opened as _open
 from memdb.cli_shared import print_json as _print_json
@@ -81,7 +81,7 @@ def cli() -> None:
     """A memory database for streaming Video-LLMs: ingest long recordings, ask about them hours later."""
 
 
-for _command in (cli_keep.forget, cli_keep.compact):
+for _command in (cli_keep.forget, cli_keep.compact, cli_keep.policy, *cli_copy.COMMANDS):
     cli.add_command(_command)
 
 
@@ -293,9 +293,10 @@ def verify(store: str, as_json: bool) -> None:
     """Read and check every byte; exit code 3 where something differs from what was written."""
     from memdb.caption_check import check_captions
     from memdb.page_check import check_pages
+    from memdb.policy_check import check_policy
     from memdb.verify import verify_path
 
-    report = verify_path(store, checkers=[check_pages, check_captions])
+    report = verify_path(store, checkers=[check_pages, check_captions, check_policy])
     if as_json:
         _print_json(
             {
@@ -333,22 +334,6 @@ def digest(store: str, recording: str | None, tier: str, as_json: bool) -> None:
         return
     for name, value in found.items():
         click.echo(f"{value}  {name}")
-
-
-@cli.command()
-@_store
-@click.option("--recording", required=True)
-@click.option("--format", "format_", type=click.Choice(["jsonl", "srt"]), default="jsonl", show_default=True)
-@click.option("--out", required=True, type=click.Path(dir_okay=False), help="The file to write.")
-@_json
-def export(store: str, recording: str, format_: str, out: str, as_json: bool) -> None:
-    """Write a recording's captions as JSON lines or subtitles."""
-    with _open(store) as client:
-        count = client.export(recording, out, format=format_)
-    if as_json:
-        _print_json({"captions": count, "out": out})
-    else:
-        click.echo(f"{count} captions written to {out}")
 
 
 @cli.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from memdb.schemas.times import parse_time, parse_wall_clock, to_ns, to_s
 from memdb.store import Store, recording_digest
 
 if TYPE_CHECKING:
+    from memdb.backup import BackupReport
     from memdb.captions import CaptionIndex
     from memdb.compact import CompactProgress, CompactReport
     from memdb.forget import ForgetReport
@@ -32,10 +34,12 @@ if TYPE_CHECKING:
     from memdb.ladder import LadderReport
     from memdb.models.caption_vectors import CaptionVectors
     from memdb.models.protocol import VideoModel
+    from memdb.policy import Policy
     from memdb.query.engine import Engine
     from memdb.schemas.recipe import Recipe
     from memdb.schemas.rows import RecordingRow, RecordingSpec
     from memdb.stats import StoreStats
+    from memdb.transfer import ImportReport
     from memdb.verify import VerifyReport
 
 log = logging.getLogger(__name__)
@@ -356,9 +360,10 @@ class Client:
         """Read and check every byte. Damage is reported, not raised."""
         from memdb.caption_check import check_captions
         from memdb.page_check import check_pages
+        from memdb.policy_check import check_policy
         from memdb.verify import verify
 
-        return verify(self.store, checkers=[check_pages, check_captions], progress=progress)
+        return verify(self.store, checkers=[check_pages, check_captions, check_policy], progress=progress)
 
     def digest(self, recording: str | None = None, *, tier: str = "all") -> dict[str, str]:
         """Recording to digest of its content, from the bytes on disk. tier: all, kv or captions."""
@@ -366,10 +371,37 @@ class Client:
         return {name: recording_digest(self.store, name, tier) for name in names}
 
     def export(self, recording: str, out: str | os.PathLike[str], *, format: str = "jsonl") -> int:
-        """Write a recording's captions as JSON lines or SRT subtitles; the number written."""
+        """Write a recording's captions as JSON lines (jsonl) or subtitles (srt), or all of it (memdb).
+
+        The number of captions, or of units, that were written. Raises UsageError, UnknownRecording, StoreError.
+        """
         from memdb.export import export
 
         return export(self.store, recording, Path(out), format)
+
+    def import_(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        recording: str | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> ImportReport:
+        """Take in a recording that `export` wrote as memdb, bit for bit, under its own name or another.
+
+        Raises UsageError, CorruptionError, FormatVersionError, ModelMismatch, StoreError.
+        """
+        from memdb.transfer import import_recording
+
+        with Store.open(self.store.path, create=True, write=True) as store:
+            return import_recording(store, Path(path), recording=recording, progress=progress)
+
+    def backup(
+        self, target: str | os.PathLike[str], *, progress: Callable[[int, int], None] | None = None
+    ) -> BackupReport:
+        """Copy the store as it is now into a new folder, while others read and write. Raises UsageError, StoreError."""
+        from memdb.backup import backup
+
+        return backup(self.store.path, target, progress=progress)
 
     def forget(
         self, recording: str, *, start_s: float | str | None = None, end_s: float | str | None = None
@@ -391,12 +423,38 @@ class Client:
                 end_ns=to_ns(end) if end is not None else None,
             )
 
-    def compact(self, *, progress: Callable[[CompactProgress], None] | None = None) -> CompactReport:
-        """Remove from the disk what was forgotten, replaced or left half done. Raises StoreError."""
+    def compact(
+        self, *, age_now: bool = False, progress: Callable[[CompactProgress], None] | None = None
+    ) -> CompactReport:
+        """Remove from the disk what was forgotten, replaced or left half done, and age what the policy says.
+
+        age_now: age although the clock may have jumped, because it is right. Raises StoreError.
+        """
         from memdb.compact import compact
 
         with Store.open(self.store.path, write=True) as store:
-            return compact(store, progress=progress)
+            return compact(store, age_now=age_now, progress=progress)
+
+    def policy(self, *, set: str | os.PathLike[str] | Policy | None = None) -> Policy:
+        """What the store keeps, for how long and in how many bytes. set: a new policy, or its TOML file.
+
+        Raises UsageError, StoreError, and CorruptionError where the policy is damaged.
+        """
+        from memdb.clock import set_policy
+        from memdb.policy import Policy, read_policy, read_toml
+
+        if set is not None:
+            policy = set if isinstance(set, Policy) else read_toml(Path(set))
+            with Store.open(self.store.path, write=True) as store:
+                set_policy(store, policy)
+        return read_policy(self.store.path)
+
+    def due_now(self) -> dict[str, int]:
+        """Recording to how many of its units `compact` would age at this moment."""
+        from memdb.age import due_now
+        from memdb.policy import read_policy
+
+        return due_now(self.store, read_policy(self.store.path).ages, time.time_ns())
 
     def compare_uncut(
         self,
@@ -501,21 +559,26 @@ class Client:
 
 
 def _indexer(store: Store, spec: RecordingSpec) -> Callable[[bool], None]:
-    """Brings a recording's derived indexes up to its units."""
+    """Brings a recording's derived indexes up to its units, and sees to its upkeep now and then."""
     from memdb.captions import CaptionIndex
     from memdb.index.page_writer import index_recording
+    from memdb.keep import Keeper
 
+    keeper: Keeper | None = None
     captions = CaptionIndex(store.path)
     searchable = bool(spec.caption_encoder)
 
     def index(flush: bool) -> None:
-        nonlocal searchable
-        index_recording(store, store.recording(spec.name).id, flush=flush)
+        nonlocal searchable, keeper
+        recording_id = store.recording(spec.name).id
+        index_recording(store, recording_id, flush=flush)
         try:
             if searchable:
                 captions.index_captions(store, spec.caption_encoder, flush=flush)
         except MissingDependency as error:  # derived data: searches scan until somebody indexes
             searchable = False
             log.warning("captions are kept but not indexed: %s", error)
+        keeper = keeper or Keeper(store, recording_id)
+        keeper(flush)
 
     return index

@@ -1,4 +1,4 @@
-"""A recording's captions as files that other programs read."""
+"""A recording as a file: its captions for other programs, or all of it for another store."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ from memdb.schemas.rows import UnitRow
 from memdb.schemas.times import format_wall_clock, to_s
 from memdb.schemas.units import Caption
 from memdb.store import Store
+from memdb.transfer import export_recording
 
-FORMATS = ("jsonl", "srt")
+FORMATS = ("jsonl", "srt", "memdb")
 
 
 def export(store: Store, recording: str, out: Path, format: str) -> int:
     """Write the captions in time order, whole or not at all; the number written.
 
     jsonl: one object a line with start_s, end_s, caption, and start_at where the wall clock is known. srt:
-    numbered subtitles. Raises UsageError, UnknownRecording, CorruptionError.
+    numbered subtitles. memdb: all units as they are, see memdb/transfer.py. Raises UsageError,
+    UnknownRecording, CorruptionError.
     """
     if format not in FORMATS:
         raise UsageError(f"unknown format {format!r}: choose one of {', '.join(FORMATS)}")
+    if format == "memdb":
+        return export_recording(store.path, recording, out).units
     row = store.recording(recording)
     if not row.spec.caption_encoder:
         raise UsageError(f"{recording!r} has no captions: its recipe {row.spec.recipe.name} keeps KV only")

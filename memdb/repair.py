@@ -209,6 +209,9 @@ class _Repair:
             if truth.forgotten_at_ns is not None:
                 self._forgotten[truth.id] = truth.forgotten_at_ns
                 continue
+            if not truth.standing and not len(truth.copies) and not truth.events:
+                self.report.dropped += [f"{file.file}: nothing in it ever counted" for file in truth.files]
+                continue
             row = self._described(truth)
             if row is None:
                 continue

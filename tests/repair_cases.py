@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from memdb.applying import REWRITE
@@ -11,29 +11,45 @@ from memdb.forget import forget
 from memdb.records import Kind, Record
 from memdb.schemas.errors import MemdbError
 from memdb.schemas.rows import RecordingRow
+from memdb.schemas.units import Unit
 from memdb.sealed import SealedSegment, read_unit
 from memdb.segments import reading, scan
 from memdb.store import Store, recording_digest
-from tests.store_cases import UNIT_NS, fill, flip, new_store, spec, unit
+from tests.store_cases import UNIT_NS, fill, flip, new_store, pack, raw_slices, spec, unit
 
 FORGOTTEN = "cellar"  # a recording that was forgotten as a whole
 UNITS = {"lobby": 9, "attic": 5, "hall": 8, "shed": 0}
 
 
+def true_unit(number: int, codec: str = "int4") -> Unit:
+    """A unit whose slices have the sizes that its codec gives them."""
+    sizes = {"int4": 384, "raw": 256}
+    found = unit(number, codec=codec)
+    kv = pack(raw_slices(number, 2, codec, raw_bytes=sizes[codec]), 2, codec)
+    kv.slices["scale_bytes"] = 2 if codec == "int4" else 0
+    return replace(found, kv=kv)
+
+
+def put(store: Store, name: str, units: int, codec: str = "int4") -> None:
+    with store.writer(spec(name, codec=codec)) as writer:
+        for first in range(0, units, 2):
+            writer.append([true_unit(number, codec) for number in range(first, min(first + 2, units))])
+
+
 def furnish(folder: Path) -> Path:
     """lobby: gaps, epochs, an end, many files. attic: raw. hall: forgotten spans, rewritten. shed: empty."""
     with new_store(folder) as store:
-        with store.writer(spec("lobby"), segment_bytes_max=6000, now_ns=1) as writer:
+        with store.writer(spec("lobby"), segment_bytes_max=8500, now_ns=1) as writer:
             writer.epoch(0, 0, "the beginning")
             for first in range(0, 8, 2):
-                writer.append([unit(first), unit(first + 1)])
+                writer.append([true_unit(first), true_unit(first + 1)])
             writer.epoch(1, 8, "a fresh window")
             writer.gap(8 * UNIT_NS, 8 * UNIT_NS + 1, "asleep")
-            writer.append([unit(8)])
+            writer.append([true_unit(8)])
             writer.gap(9 * UNIT_NS, 10 * UNIT_NS, "asleep again")
             writer.end(10 * UNIT_NS)
-        fill(store, 5, "attic", codec="raw")
-        fill(store, 8, "hall")
+        put(store, "attic", 5, "raw")
+        put(store, "hall", 8)
         fill(store, 3, FORGOTTEN)
         store.writer(spec("shed")).close()
         forget(store, "hall", start_ns=2 * UNIT_NS, end_ns=3 * UNIT_NS + 1, now_ns=7)

@@ -23,7 +23,18 @@ from memdb.schemas.errors import StoreError, StoreFull, UsageError
 from memdb.segments import OpenSegment
 from memdb.store import Store, recording_digest
 from memdb.verify import verify_path
-from tests.repair_cases import FORGOTTEN, Axe, Killed, digests, facts, files_of, find, furnish, spoil
+from tests.repair_cases import (
+    FORGOTTEN,
+    Axe,
+    Killed,
+    digests,
+    facts,
+    files_of,
+    find,
+    furnish,
+    spoil,
+    true_unit,
+)
 from tests.store_cases import UNIT_NS, Steps, directory_digest, fill, new_store, spec, unit
 
 
@@ -86,7 +97,7 @@ def test_a_copy_is_searched_and_gone_on_with(house: Path, target: Path) -> None:
         assert state is not None
         assert state.payload == b"state " * 9
         with store.writer(row.spec) as writer:
-            writer.append([unit(5, codec="raw")])
+            writer.append([true_unit(5, "raw")])
         forget(store, "lobby", start_ns=0, end_ns=1)
         compact(store)
     assert verify_path(target).ok

@@ -51,6 +51,7 @@ from tests.repair_cases import (
     rewrite,
     spoil,
     spoil_in,
+    true_unit,
 )
 from tests.store_cases import UNIT_NS, Steps, directory_digest, fill, flip, new_store, spec, unit
 
@@ -334,7 +335,7 @@ def test_the_last_unit_damaged_is_left_out_and_written_again(house: Path, store:
     assert [what for what in report.dropped if path.name in what and "the last units of 'attic'" in what]
     with Store.open(store, write=True) as opened, opened.writer(spec("attic", codec="raw")) as writer:
         assert writer.next_unit == 4
-        writer.append([unit(4, codec="raw")])
+        writer.append([true_unit(4, "raw")])
     assert digests(store) == digests(house)
     assert digests_after(store) == digests(house), "and a later repair takes the one that was written again"
 
@@ -727,7 +728,7 @@ def test_a_kill_at_any_step_leaves_a_store_that_opens_or_repairs(house: Path, tm
 def leave_wal(store: Path) -> None:
     """As a writer that was killed does."""
     with Store.open(store, write=True) as opened, opened.writer(spec("attic", codec="raw")) as writer:
-        writer.append([unit(5, codec="raw")])
+        writer.append([true_unit(5, "raw")])
         copies = {path.name: path.read_bytes() for path in store.glob(f"{CATALOG}*")}
         assert copies[f"{CATALOG}-wal"]
     for name, data in copies.items():
