@@ -75,7 +75,11 @@ class _Backlog:
                 yield entries
 
     def _entry(self, row: UnitRow) -> CaptionEntry | None:
-        said = read_said(self.store, row)
+        try:
+            said = read_said(self.store, row)
+        except CorruptionError as error:
+            _log.warning("a caption is left out: %s", error)
+            said = None
         if said is not None:
             words, vector = said
             self.vector_size = self.vector_size or len(vector)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,8 +27,6 @@ _KEPT_CAPTIONS_MAX = 8192
 _STRETCH_UNITS = 128  # rows that are looked up together where many of them are wanted
 _STRETCH_WANTED = 10
 
-_log = logging.getLogger(__name__)
-
 
 def recordings_of(recordings: Iterable[RecordingRow], encoder: str) -> dict[str, RecordingRow]:
     """Those whose captions this encoder turned into vectors, by id."""
@@ -54,12 +51,11 @@ def captions_between(
 
 
 def read_said(store: Store, row: UnitRow) -> Said | None:
-    """A caption's words and vector from its segment; None where it was forgotten meanwhile, or is damaged."""
-    try:
-        caption = caption_now(store, row)
-    except CorruptionError as error:
-        _log.warning("a caption is left out: %s", error)
-        return None
+    """A caption's words and vector from its segment; None where it was forgotten meanwhile.
+
+    Raises CorruptionError where it is damaged.
+    """
+    caption = caption_now(store, row)
     return (words_of(caption.text), np.asarray(caption.vector, np.float32)) if caption is not None else None
 
 
@@ -126,7 +122,7 @@ class KeptCaptions:
         self._tombstones: dict[str, tuple[Tombstone, ...]] = {}  # by recording, as of the last search
 
     def read(self, store: Store, row: UnitRow) -> Said | None:
-        """A caption's words and vector; None where it was forgotten meanwhile, or is damaged."""
+        """A caption's words and vector; None where it was forgotten meanwhile. Raises CorruptionError."""
         place = (row.recording_id, row.number)
         with self._lock:
             kept = self._kept.get(place)

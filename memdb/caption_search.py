@@ -16,11 +16,11 @@ import numpy.typing as npt
 
 from memdb.bm25 import bm25
 from memdb.caption_indexer import TAIL_UNITS_MAX
-from memdb.caption_rows import KeptCaptions, LiveRows, Place, captions_between
+from memdb.caption_rows import KeptCaptions, LiveRows, Place, Said, captions_between
 from memdb.caption_table import Match
 from memdb.fusion import reciprocal_rank
 from memdb.live_table import LiveTable
-from memdb.schemas.errors import ModelMismatch
+from memdb.schemas.errors import CorruptionError, ModelMismatch
 from memdb.schemas.search import CaptionHit, CaptionHits, How
 
 if TYPE_CHECKING:
@@ -139,6 +139,14 @@ class CaptionSearch:
         row = self._rows[place]
         return row if row is not None and self._allowed.takes(row) else None
 
+    def _said(self, row: UnitRow) -> Said | None:
+        """A caption's words and vector; None where it was forgotten meanwhile, or is damaged, which is told."""
+        try:
+            return self._kept.read(self._store, row)
+        except CorruptionError as error:
+            self.warn(f"a caption is left out: {error}")
+            return None
+
     def _by_vector(self, live: LiveTable | None, tail: Sequence[UnitRow]) -> list[_Found]:
         """By cosine, table and tail in one list."""
         query = self._query
@@ -157,12 +165,12 @@ class CaptionSearch:
                 for found in self._surviving(
                     lambda wanted: table.nearest(query, wanted, where),
                     slack=_COSINE_SLACK,
-                    counts=lambda row: self._kept.read(self._store, row) is not None,
+                    counts=lambda row: self._said(row) is not None,
                 )
             ]
         found: list[_Found] = []
         for row in rows:
-            said = self._kept.read(self._store, row)
+            said = self._said(row)
             if said is None:
                 continue
             if len(said[1]) != len(query):
@@ -179,7 +187,7 @@ class CaptionSearch:
         if live is not None:
             table, where = live.table, self._allowed.sql(live.manifest.units)
             lists.append(self._surviving(lambda wanted: table.matching(self._words, wanted, where)))
-        read = [(row, self._kept.read(self._store, row)) for row in tail]
+        read = [(row, self._said(row)) for row in tail]
         texts = [(row, said[0]) for row, said in read if said is not None]
         scores = bm25(self._words, [words for _, words in texts]).tolist()
         lists.append([_Found(row, score) for (row, _), score in zip(texts, scores, strict=True)])

@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +51,11 @@ def answers(path: Path, words: tuple[str, ...] = ()) -> Answers:
             return found
         with store:
             rows: list[RecordingRow] = []
-            found.ask("recordings", lambda: ([repr(row) for row in _rows(store, rows)], False))
+            found.ask("model", lambda: (repr(store.model), False))
+            found.ask(
+                "recordings",
+                lambda: ([repr(replace(row, generation=0)) for row in _rows(store, rows)], False),
+            )
             for row in rows:
                 _ask_recording(found, store, row, heard)
             _ask_captions(found, store, (*WORDS, *words))

@@ -21,14 +21,14 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from memdb.caption_check import check_captions
-from memdb.page_check import check_pages
+from memdb.database import CATALOG
 from memdb.repair import RepairReport, repair
-from memdb.schemas.errors import CorruptionError, MemdbError, NotAStore
-from memdb.verify import Problem, verify_path
-from tools.trust.answers import Answers, answers
+from memdb.schemas.errors import MemdbError, NotAStore
+from memdb.verify import Problem
+from tools.trust.answers import Answer, Answers, answers
 from tools.trust.damage import FLIP, HARSHER, Damage, harm
 from tools.trust.ground import CLASSES, Ground, Stretch, make_ground
+from tools.trust.look import verify_any
 from tools.trust.outcome import Outcome, table
 
 FLIPS_SHARE = 0.7  # of the trials of a class
@@ -36,13 +36,11 @@ TRUTH = ("segments", "state", "policy")  # what no other file holds
 
 
 def verified(path: Path) -> list[Problem]:
-    """As the command checks a store; an error that ends it counts as a report of the file that it names."""
+    """As the command checks a store; that there is none is a report of the catalog."""
     try:
-        return list(verify_path(path, checkers=[check_pages, check_captions]).problems)
+        return list(verify_any(path).problems)
     except NotAStore as error:
-        return [Problem("catalog.sqlite", str(error))]
-    except CorruptionError as error:
-        return [Problem(error.file, str(error))]
+        return [Problem(CATALOG, str(error))]
 
 
 class Campaign:
@@ -94,7 +92,7 @@ class Campaign:
             outcome.is_silent(f"{what}: verify raises {type(error).__name__}: {error}")
             return
         files = {problem.file for problem in problems}
-        reported = damage.file in files or (kind == "WAL" and "catalog.sqlite" in files)
+        reported = damage.file in files or (kind == "WAL" and CATALOG in files)
         self.reported[kind] += reported
         found = answers(path)
         differing = differences(self._whole, found)
@@ -120,12 +118,8 @@ class Campaign:
             named = any(
                 problem.recording == unit.recording
                 and (
-                    problem.start_s is None
-                    and damage.kind not in (FLIP, "512 zeros")  # the whole file
-                    or problem.start_s is not None
-                    and problem.end_s is not None
-                    and problem.start_s < unit.end_s
-                    and problem.end_s > unit.start_s
+                    (problem.start_s is None and damage.kind not in (FLIP, "512 zeros"))  # the whole file
+                    or _overlaps(problem, unit)
                 )
                 for problem in problems
                 if problem.file == damage.file
@@ -145,7 +139,7 @@ class Campaign:
             outcome.loses(f"{what}: repair raises {type(error).__name__}: {error}")
             return
         found = answers(path)
-        differing = differences(self._whole, found)
+        differing = differences(self._whole, found, ranks=False)
         if kind not in TRUTH:
             if differing:
                 outcome.loses(f"{what}: after the repair others: {_some(differing)}")
@@ -189,12 +183,27 @@ def _numbers(span: object) -> range:
     return range(getattr(span, "first_unit", 0), getattr(span, "last_unit", -1) + 1)
 
 
-def differences(whole: Answers, found: Answers) -> list[str]:
-    """The questions that are answered otherwise, or not at all; warnings beside the right answer do not count."""
+def differences(whole: Answers, found: Answers, *, ranks: bool = True) -> list[str]:
+    """The questions that are answered otherwise, or not at all; warnings beside the right answer do not count.
+
+    Without `ranks` the order of captions by words does not count: it depends on how many of them are indexed.
+    """
     if "open" in found:
         return ["open"]
-    names = [name for name, answer in whole.items() if name not in found or found[name].value != answer.value]
+    names = [
+        name
+        for name, answer in whole.items()
+        if name not in found
+        or (found[name].value != answer.value and (ranks or not _same(name, answer, found)))
+    ]
     return [*names, *(name for name in found if name not in whole)]
+
+
+def _same(name: str, answer: Answer, found: Answers) -> bool:
+    now = found[name].value
+    if name.startswith("captions ") and isinstance(now, list) and isinstance(answer.value, list):
+        return sorted(now) == sorted(answer.value)
+    return False
 
 
 def _told(name: str, found: Answers) -> bool:
