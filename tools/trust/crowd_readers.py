@@ -128,7 +128,7 @@ class _Reader:
                 hits = KeySearch(table, backend="exact").search(layer, query, 4)
                 found = [(int(table.blocks[at]["unit"]), int(table.blocks[at]["block"])) for at in hits.rows]
                 problems = list(table.problems)
-                size = f"{len(table)} rows up to unit {int(table.blocks['unit'].max(initial=-1))}"
+                size = f"{len(table)} rows up to unit {int(table.blocks['unit'].max(initial=0))}"
         except StoreError as error:
             self._excuse("keys", key, before, error)
             return

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import xxhash
 
 from memdb.codecs import planes
-from memdb.codecs.layout import plain_layout
+from memdb.codecs.layout import affine_layout, plain_layout
 from memdb.digest import raw_digest_of, unit_digest
 from memdb.schemas.fingerprint import ModelIdentity, ModelShape
 from memdb.schemas.frames import SourceIdentity
@@ -28,6 +28,7 @@ KEY_SIZE = HEADS * HEAD_SIZE
 UNIT_NS = 2_000_000_000
 ENCODER = "stub"
 CODECS = ("int4", "raw")
+_BITS = {"int4": 4, "int8": 8}
 MODEL = ModelIdentity("random:0", "f" * 32, ModelShape(LAYERS, 2, HEADS, HEAD_SIZE, VECTOR_SIZE, TOKENS, 512))
 _COLOURS = ("red", "green", "blue", "white", "black")
 _ALIGNMENT = 64
@@ -99,16 +100,28 @@ def make_unit(stream: Stream, number: int) -> Unit:
 
 
 def _raw_slices(random: np.random.Generator, blocks: int, codec: str) -> list[Bytes]:
-    """Layer by layer. Plain values are smooth, so that they compress; quantised ones are noise."""
+    """Layer by layer. Plain values are smooth, so that they compress; codes of quantised ones are noise."""
     count = LAYERS * blocks
     if codec != "raw":
-        return list(random.integers(0, 256, (count, 192), np.uint8))
+        return list(_quantised(random, count, _BITS[codec]))
     layout = plain_layout(4, HEADS, TOKENS, HEAD_SIZE)
     raw = np.zeros((count, layout.slice_bytes), np.uint8)
     for part in (0, 3):
         at, size = layout.offsets[part], layout.sizes[part]
         raw[:, at : at + size] = random.normal(1, 0.01, (count, size // 4)).astype("<f4").view(np.uint8)
     return list(raw)
+
+
+def _quantised(random: np.random.Generator, count: int, bits: int) -> Bytes:
+    """(count, slice_bytes) as the codec lays them out, so that ageing can read them."""
+    layout = affine_layout(bits, 2, HEADS, TOKENS, HEAD_SIZE)
+    raw = np.zeros((count, layout.slice_bytes), np.uint8)
+    for part, (at, size) in enumerate(zip(layout.offsets, layout.sizes, strict=True)):
+        if part in (0, 3):
+            raw[:, at : at + size] = random.integers(0, 256, (count, size), np.uint8)
+        else:
+            raw[:, at : at + size] = random.uniform(0.1, 1, (count, size // 2)).astype("<f2").view(np.uint8)
+    return raw
 
 
 def _packed(raw: list[Bytes], codec: str, blocks: int) -> PackedKV:
