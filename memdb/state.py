@@ -33,6 +33,10 @@ _FINGERPRINT_BYTES_MAX = 1024
 _NAME = re.compile(r"([0-9a-f]{32})-([0-9]{10})\.state")
 
 
+class OlderState(CorruptionError):
+    """A state that an older memdb saved: nobody uses it, and it is no damage."""
+
+
 @dataclass(frozen=True)
 class SavedState:
     """An encoder state as it lies on the disk."""
@@ -145,7 +149,7 @@ def read_state(path: Path) -> SavedState:
                 raise CorruptionError(f"{file} is no whole state", file=file)
             magic, version, name_bytes, unit_number, payload_bytes, reach_ns, tombstones = _HEAD.unpack(head)
             if magic == _MAGIC and version == 1:
-                raise CorruptionError(f"{file} is of an older format and is not used", file=file)
+                raise OlderState(f"{file} is of an older format and is not used", file=file)
             whole_bytes = _HEAD.size + name_bytes + _HASH_BYTES + payload_bytes
             if magic != _MAGIC or name_bytes > _FINGERPRINT_BYTES_MAX or whole_bytes != size_bytes:
                 raise CorruptionError(f"{file} is no whole state", file=file)
