@@ -52,7 +52,7 @@ from memdb.schemas.rows import UnitRow as UnitRow
 from memdb.schemas.units import Caption
 from memdb.segments import SEGMENT_BYTES_MAX, SegmentGone, reading, segment_files
 from memdb.state import StateFiles
-from memdb.timely import TimelyReader
+from memdb.timely import Patience, read_timely
 from memdb.writer import OwnSegment, RecordingWriter, begin_segment
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class Store:
         self.store_id = catalog.store_id
         self._catalog = catalog
         self._write = write
-        self._timely = TimelyReader()
+        self._patience = Patience()
         self._looked_s = time.monotonic()
 
     @classmethod
@@ -244,8 +244,8 @@ class Store:
         if span is None:
             return None
         with reading(self.segments_path, row.segment) as segment:
-            data = self._timely.read(
-                segment.fd, span.offset, span.length, segment.size_bytes, file=segment.file
+            data = read_timely(
+                self._patience, segment.fd, span.offset, span.length, segment.size_bytes, file=segment.file
             )
         if xxhash.xxh3_64_intdigest(data) != span.xxh3:
             raise CorruptionError(

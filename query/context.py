@@ -108,7 +108,12 @@ def retrieve(
 
     def fetch_best(layer: int, q: torch.Tensor) -> LayerKV | None:
         query = fold(q, model.shape.kv_heads).cpu().numpy()
-        return fetch(layer, method.select(kv.search, layer, query, chosen.blocks, blocks))
+        try:
+            rows = method.select(kv.search, layer, query, chosen.blocks, blocks)
+        except CorruptionError as error:  # its keys do not come: the layer goes without
+            readings.bad.append(f"{chosen.row.name}, layer {layer}: {error}")
+            rows = np.zeros(0, np.int64)
+        return fetch(layer, rows)
 
     context = RetrievalContext(model.rotary, decided.init, fetch_best, window=stages.window_tokens)
     with kv.reader.pinned(), torch.inference_mode():

@@ -16,6 +16,7 @@ from memdb.query.cost import Costs
 from memdb.query.retrieve.topk import Rows
 from memdb.query.scope import Opened
 from memdb.query.stored import Readings
+from memdb.schemas.errors import CorruptionError
 
 REPEATS = 3
 CONTEXTS = (64, 1024)  # remembered tokens
@@ -26,7 +27,10 @@ BLOCKS = 8  # of one layer's read; scattered, as retrieval scatters them
 def measure(
     model: VideoModel, kv: Opened | None, embed: Callable[[], object], captions: Callable[[], object]
 ) -> Costs:
-    """Time each stage; medians of a few runs. `embed` and `captions` run theirs once."""
+    """Time each stage; medians of a few runs. `embed` and `captions` run theirs once.
+
+    Raises CorruptionError where what is to be read cannot be, or not in time.
+    """
     base, token, pair = _forwards(model)
     read_base = read_block = unpack = search = 0.0
     if kv is not None and len(kv.usable_blocks):
@@ -82,6 +86,8 @@ def _reads(model: VideoModel, kv: Opened) -> tuple[float, float, float]:
         kv.kv.read(0, rows, model.device, model.dtype, readings)
         _wait(model)
         whole = (time.perf_counter() - started) * 1e3
+        if readings.bad:
+            raise CorruptionError(readings.bad[0])
         return readings.read_ms, max(0.0, whole - readings.read_ms)
 
     one = statistics.median(read(many[:1])[0] for _ in range(REPEATS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 from memdb.captions import CaptionIndex
@@ -21,10 +22,12 @@ from memdb.query.scope import Opened
 from memdb.query.stages import compose
 from memdb.query.stored import StoredKV
 from memdb.reader import SliceReader
-from memdb.schemas.errors import QuestionError
+from memdb.schemas.errors import CorruptionError, QuestionError
 from memdb.schemas.question import Question
 from memdb.schemas.rows import RecordingRow
 from memdb.store import Store
+
+log = logging.getLogger(__name__)
 
 KIND_ENCODER = "all-MiniLM-L6-v2"
 SAMPLE_QUESTION = "What happened here, and when?"
@@ -182,11 +185,19 @@ class Session:
                 kv = None
             names = sorted({one.row.spec.caption_encoder for one in opened} - {""})
             encoders = [found for name in names if (found := self._vectors(name)) is not None]
-            costs = measure(
-                self.model,
-                kv,
-                embed=lambda: [vectors.of_question(SAMPLE_QUESTION) for vectors in encoders],
-                captions=lambda: [list(order) for _, order in self.rank(opened, SAMPLE_QUESTION, [])],
-            )
-            file.save(costs)
+
+            def measured(kv: Opened | None) -> Costs:
+                return measure(
+                    self.model,
+                    kv,
+                    embed=lambda: [vectors.of_question(SAMPLE_QUESTION) for vectors in encoders],
+                    captions=lambda: [list(order) for _, order in self.rank(opened, SAMPLE_QUESTION, [])],
+                )
+
+            try:
+                costs = measured(kv)
+                file.save(costs)
+            except CorruptionError as error:  # a disk that fails now says nothing of later ones
+                log.warning("the costs of reading KV were not measured: %s", error)
+                costs = measured(None)
         return file, costs

@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Sequence
+from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ import pytest
 
 import memdb.timely as timely
 from memdb.client import Client
+from memdb.index.key_search import KeySearch
+from memdb.index.key_table import KeyTable
 from memdb.query.engine import Engine
 from memdb.reader import SliceReader
 from memdb.schemas.answer import Answer
@@ -131,7 +134,7 @@ def test_a_caption_that_the_disk_does_not_give_is_a_typed_error(
     with new_store(tmp_path) as store:
         fill(store, 2)
         row = rows_of(store)[1]
-        store._timely = timely.TimelyReader(DEADLINE_S)
+        store._patience = timely.Patience(DEADLINE_S)
         monkeypatch.setattr(timely, "RWF_NOWAIT", 0)  # nothing is in the page cache
         assert store.read_caption(row).text.startswith("unit 1")
         monkeypatch.setattr(timely, "read_exactly", hung)
@@ -145,6 +148,7 @@ def test_a_caption_that_the_disk_does_not_give_is_a_typed_error(
 
 
 def asked(client: Client, disk: Disk, mode: str, recording: str) -> Answer:
+    """A question over a disk that is well until the question comes."""
     reader = SliceReader(client.store, preadv=disk.preadv, deadline_s=DEADLINE_S)
     engine = Engine(client.store, client._loaded(), client._question_vectors, reader=reader)
     question = Question("what colour was the star?", mode, recording)
@@ -184,6 +188,44 @@ def test_a_question_goes_on_with_the_blocks_that_come(house: House) -> None:
     assert {item.tier for item in answer.evidence} == {"kv"}
     assert any("left out" in warning for warning in answer.warnings)
     assert not any("nothing" in warning for warning in answer.warnings)
+
+
+def test_a_question_goes_on_with_captions_where_no_keys_come(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release, disk = threading.Event(), Disk(lambda _: False)
+
+    def hung(*_: object) -> None:
+        release.wait()
+
+    with house.open() as client:
+        captions = client.ask("what colour was the star?", mode="captions", recording="hall")
+        monkeypatch.setattr(KeyTable, "read_rows", hung)
+        monkeypatch.setattr(KeySearch, "__init__", partialmethod(KeySearch.__init__, deadline_s=DEADLINE_S))
+        answer = asked(client, disk, "kv", "hall")
+    release.set()
+    assert answer.plan.mode == "captions"
+    assert answer.token_ids == captions.token_ids
+    assert any("did not give it within" in warning for warning in answer.warnings)
+
+
+def test_costs_that_could_not_be_measured_are_not_kept(
+    house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEMDB_CACHE_DIR", str(tmp_path / "cache"))
+    disk = Disk(error=OSError(errno.EIO, "Input/output error"))
+    question = Question("what colour was the star?", "kv", "hall")
+    with house.open() as client:
+        for failing in (True, False):
+            reader = SliceReader(client.store, preadv=disk.preadv)
+            engine = Engine(client.store, client._loaded(), client._question_vectors, reader=reader)
+            engine.prepare(question)
+            engine.close()
+            assert engine._costs is not None
+            file, costs = engine._costs
+            assert (file.load() is None) == failing
+            assert (costs.read_block == costs.search_layer == 0) == failing
+            disk.hang = lambda _: False
 
 
 def test_without_the_other_tier_the_answer_says_on_what_it_rests(house: House) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,13 @@ from fake_store import RECORDING, SECOND_NS, FakeStore
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memdb.index import KEY_INDEXES
+from memdb.index import KEY_INDEXES, key_search, page_writer
 from memdb.index.exact import unit_length
 from memdb.index.faiss_index import FaissIndex, gpu_available, to_gpu
 from memdb.index.key_search import KeySearch, search_keys
 from memdb.index.key_table import KeyTable
 from memdb.index.page_writer import index_recording
-from memdb.schemas.errors import MissingDependency, ModelError, UsageError
+from memdb.schemas.errors import CorruptionError, MissingDependency, ModelError, UsageError
 
 needs_gpu = pytest.mark.skipif(
     not gpu_available(), reason="the loaded FAISS has no GPU support or sees no GPU"
@@ -178,11 +179,11 @@ def test_a_search_keeps_to_time_and_to_the_layers_that_hold_a_block(tmp_path: Pa
             np.testing.assert_array_equal(found.rows, naive(keys, query, 9, mask=mask)[0])
 
 
-def test_a_search_sees_units_that_came_since_and_forgets_old_indexes(tmp_path: Path):
+def test_a_search_sees_units_that_came_since(tmp_path: Path):
     store, rng = FakeStore(tmp_path), np.random.default_rng(4)
     store.add(keys=rng.standard_normal((2, 5, 8)).astype(np.float16))
     table = KeyTable.open(store, RECORDING)
-    search = KeySearch(table, bytes_max=1)
+    search = KeySearch(table)
     query = np.ones(8, np.float32)
     search.search(0, query, 1)
     late = np.full((2, 1, 8), 9, np.float16)
@@ -190,8 +191,103 @@ def test_a_search_sees_units_that_came_since_and_forgets_old_indexes(tmp_path: P
     table.refresh()
     assert search.search(0, query, 1).rows.tolist() == [5]
     assert search.search(1, query, 1).rows.tolist() == [5]
-    assert list(search._indexes) == [1]  # one layer is always kept, whatever the budget
     table.close()
+
+
+LAYER_BYTES = 300 * 16 * 2
+
+
+@pytest.mark.parametrize("backend", ["exact", "faiss"])
+@pytest.mark.parametrize("sim", ["dot", "cos"])
+@pytest.mark.parametrize("room_bytes", [0, 2 * LAYER_BYTES, 3 * LAYER_BYTES])
+def test_layers_without_room_are_searched_stretch_by_stretch(
+    tmp_path: Path, monkeypatch, backend, sim, room_bytes
+):
+    """Whatever the room, the same rows in the same order; the layers that have room keep it."""
+    monkeypatch.setattr(key_search, "STRETCH_BYTES", 1000)
+    monkeypatch.setattr(page_writer, "PAGE_BLOCKS", 16)
+    store, rng = FakeStore(tmp_path), np.random.default_rng(6)
+    keys = np.stack([random_keys(rng, 300, 16) for _ in range(3)])  # many are equal, also between stretches
+    for number in range(75):
+        store.add(keys=keys[:, 4 * number : 4 * number + 4])
+        if number == 60:
+            index_recording(store, RECORDING)
+    with KeyTable.open(store, RECORDING) as table:
+        assert len(table.stretches(30)) > 5
+        search = KeySearch(table, backend=backend, sim=sim, bytes_max=room_bytes)
+        for _ in range(2):
+            for layer in range(3):
+                query, mask = rng.standard_normal(16).astype(np.float32), rng.random(300) < 0.8
+                for k in (1, 9, 300):
+                    found = search.search(layer, query, k, rows=mask)
+                    rows, scores = naive(keys[layer], query, k, sim=sim, mask=mask)
+                    np.testing.assert_array_equal(found.rows, rows)
+                    np.testing.assert_allclose(found.scores, scores, rtol=1e-6, atol=1e-6)
+        assert list(search._indexes) == list(range(room_bytes // LAYER_BYTES))
+
+
+def test_a_recording_that_outgrows_its_room_is_searched_all_the_same(tmp_path: Path):
+    store, rng = FakeStore(tmp_path), np.random.default_rng(7)
+    keys = rng.standard_normal((2, 40, 8)).astype(np.float16)
+    store.add(keys=keys[:, :10])
+    with KeyTable.open(store, RECORDING) as table:
+        search = KeySearch(table, bytes_max=2 * 12 * 8 * 2)
+        query = rng.standard_normal(8).astype(np.float32)
+        for start, stop in ((0, 10), (10, 12), (12, 20), (20, 40)):
+            if start:
+                store.add(keys=keys[:, start:stop])
+                table.refresh()
+            for layer in (0, 1):
+                found = search.search(layer, query, 5)
+                np.testing.assert_array_equal(found.rows, naive(keys[layer][:stop], query, 5)[0])
+            assert sum(index.count for index in search._indexes.values()) <= 24
+        assert not search._indexes
+
+
+@pytest.mark.parametrize("room_bytes", [0, 1 << 20])
+def test_damage_that_a_search_finds_takes_the_block_out_of_it(tmp_path: Path, monkeypatch, room_bytes):
+    monkeypatch.setattr(key_search, "STRETCH_BYTES", 64)
+    monkeypatch.setattr(page_writer, "PAGE_BLOCKS", 4)
+    store = FakeStore(tmp_path)
+    for _ in range(6):
+        store.add(
+            keys=np.full((1, 4, 8), -1, np.float16)
+        )  # a zero key, as a lost one reads, would be the best
+    index_recording(store, RECORDING)
+    page = next((tmp_path / "keys").iterdir())
+    data = bytearray(page.read_bytes())
+    with KeyTable.open(store, RECORDING) as table:
+        offset, _ = table._pages[2].layer_span(0)
+    data[offset] ^= 1
+    page.write_bytes(data)
+    store.damaged.add((RECORDING, 2))  # its segment too: nobody holds these keys any more
+    with KeyTable.open(store, RECORDING) as table:
+        search = KeySearch(table, bytes_max=room_bytes)
+        found = search.search(0, np.ones(8, np.float32), 24)
+        assert found.rows.tolist() == [*range(8), *range(12, 24)]
+
+
+@pytest.mark.parametrize("room_bytes", [0, 1 << 20])
+def test_keys_that_the_disk_does_not_give_are_a_typed_error(tmp_path: Path, monkeypatch, room_bytes):
+    store, release, hang = FakeStore(tmp_path), threading.Event(), [True]
+    store.add(keys=np.ones((2, 5, 8), np.float16))
+    with KeyTable.open(store, RECORDING) as table:
+        read_rows = KeyTable.read_rows
+
+        def hung(self, *args):
+            if hang:
+                release.wait()
+                return None
+            return read_rows(self, *args)
+
+        monkeypatch.setattr(KeyTable, "read_rows", hung)
+        search = KeySearch(table, bytes_max=room_bytes, deadline_s=0.1)
+        for _ in range(2):
+            with pytest.raises(CorruptionError, match="did not give it within"):
+                search.search(0, np.ones(8, np.float32), 3)
+        hang.clear()
+        assert search.search(0, np.ones(8, np.float32), 3).rows.tolist() == [0, 1, 2]
+        release.set()
 
 
 @pytest.mark.skipif(gpu_available(), reason="this FAISS has a GPU")

@@ -42,6 +42,7 @@ class KeyIndex(ABC):
         self.sim: Sim = sim
         self._largest = np.zeros(keys.shape[1], np.float16)  # (d,) largest absolute value a dimension
         self._odd_rows = np.zeros(0, np.int64)  # rows with a value that is not finite
+        self._room = np.zeros((0, keys.shape[1]), np.float16)
         self.count = 0
         self._start(keys.shape[1])
         self.extend(keys)
@@ -54,25 +55,42 @@ class KeyIndex(ABC):
     def extend(self, keys: Keys) -> None:
         """Add keys (m, d) as the rows that follow."""
         assert keys.shape[1] == len(self._largest), (keys.shape, len(self._largest))
-        keys = unit_length(keys) if self.sim == "cos" else np.ascontiguousarray(keys)
-        if not len(keys):
-            return
+        self.room(len(keys))[:] = keys
+        self.take()
+
+    def room(self, rows: int) -> Keys:
+        """Room for so many keys (rows, d), to be filled: they become the rows that follow with `take`."""
+        self._room = self._make_room(rows)
+        return self._room
+
+    def take(self) -> None:
+        """Let the keys count that `room` was filled with."""
+        keys = self._room
+        if self.sim == "cos":
+            unit_length(keys, out=keys)
         largest = _largest(keys)
         if not np.isfinite(largest).all():
             odd = np.flatnonzero(~np.isfinite(keys).all(axis=1))
             self._odd_rows = np.concatenate([self._odd_rows, odd + self.count])
-            keys = keys.copy()
             keys[odd] = 0
             largest = _largest(keys)
         self._largest = np.maximum(self._largest, largest)
         self._add(keys)
         self.count += len(keys)
+        self._room = keys[:0]
 
     def search(self, query: npt.NDArray[np.float32], k: int, allowed: Allowed = None) -> KeyHits:
         """The k best of the allowed rows for a query (d,), or all of them where they are fewer.
 
         Raises ModelError for a query that is not finite.
         """
+        rows, scores = self.best(query, k, allowed)
+        return KeyHits(rows, scores.astype(np.float32))
+
+    def best(
+        self, query: npt.NDArray[np.float32], k: int, allowed: Allowed = None
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+        """The same with scores in fp64, in which several searches compare exactly."""
         query = np.ascontiguousarray(query, np.float32)
         assert query.shape == self._largest.shape, (query.shape, self._largest.shape)
         if self.sim == "cos":
@@ -81,7 +99,7 @@ class KeyIndex(ABC):
         allowed, rows = self._allow(allowed)
         k = min(k, rows)
         if k <= 0:
-            return KeyHits(np.zeros(0, np.int64), np.zeros(0, np.float32))
+            return np.zeros(0, np.int64), np.zeros(0)
         # Twice the largest error of an fp32 sum of d products, whatever its order.
         reach = float(np.abs(query).astype(np.float64) @ self._largest.astype(np.float64))
         if not reach < _FP32_MAX:
@@ -115,20 +133,27 @@ class KeyIndex(ABC):
             return None, self.count
         return allowed, allowed.stop - allowed.start
 
-    def _settle(self, rows: npt.NDArray[np.int64], query: npt.NDArray[np.float32], k: int) -> KeyHits:
-        # A sum along the last axis adds each row's products in one fixed order: equal keys get equal scores.
-        keys = self._keys(rows).astype(np.float64)
-        scores = (keys * query.astype(np.float64)).sum(axis=1)
-        best = np.lexsort((rows, -scores))[:k]
-        return KeyHits(rows[best], scores[best].astype(np.float32))
+    def _settle(
+        self, rows: npt.NDArray[np.int64], query: npt.NDArray[np.float32], k: int
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+        scores = np.empty(len(rows))
+        for at in range(0, len(rows), _CHUNK_ROWS):
+            # A sum along the last axis adds each row's products in one fixed order: equal keys get equal scores.
+            keys = self._keys(rows[at : at + _CHUNK_ROWS]).astype(np.float64)
+            scores[at : at + len(keys)] = (keys * query.astype(np.float64)).sum(axis=1)
+        return best_of(rows, scores, k)
 
     @abstractmethod
     def _start(self, size: int) -> None:
         """Make ready for keys of `size` dimensions."""
 
     @abstractmethod
+    def _make_room(self, rows: int) -> Keys:
+        """(rows, d) behind the keys that are there."""
+
+    @abstractmethod
     def _add(self, keys: Keys) -> None:
-        """Add finite keys, already of length 1 for `cos`."""
+        """Add the keys of the room, finite by now, and of length 1 for `cos`."""
 
     @abstractmethod
     def _keys(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
@@ -150,8 +175,13 @@ class ExactIndex(KeyIndex):
     def _start(self, size: int) -> None:
         self._all: Keys = np.zeros((0, size), np.float16)
 
+    def _make_room(self, rows: int) -> Keys:
+        self._grown = np.empty((self.count + rows, self._all.shape[1]), np.float16)
+        self._grown[: self.count] = self._all
+        return self._grown[self.count :]
+
     def _add(self, keys: Keys) -> None:
-        self._all = np.concatenate([self._all, keys]) if len(self._all) else keys
+        self._all = self._grown
 
     def _keys(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
         return self._all[rows]
@@ -170,18 +200,32 @@ class ExactIndex(KeyIndex):
         return np.flatnonzero(scores >= kth - slack).astype(np.int64) + window.start
 
 
+def best_of(
+    rows: npt.NDArray[np.int64], scores: npt.NDArray[np.float64], k: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """The k best rows with their scores, best first, the lower row first among equals."""
+    best = np.lexsort((rows, -scores))[:k]
+    return rows[best], scores[best]
+
+
 def _largest(keys: Keys) -> npt.NDArray[np.float16]:
-    """(d,): the largest absolute value a dimension of (n, d). fp16 without its sign sorts like an integer."""
+    """(d,): the largest absolute value a dimension of (n, d). fp16 of one sign sorts like an integer."""
     bits = keys.view(np.uint16)
-    largest = np.zeros(keys.shape[1], np.uint16)
+    negative = np.full(
+        keys.shape[1], 0x8000, np.uint16
+    )  # as unsigned the largest is the largest negative value
+    positive = np.zeros(keys.shape[1], np.int16)  # and as signed the largest positive one
     for at in range(0, len(bits), _CHUNK_ROWS):
-        np.maximum(largest, (bits[at : at + _CHUNK_ROWS] & 0x7FFF).max(axis=0), out=largest)
-    return largest.view(np.float16)
+        chunk = bits[at : at + _CHUNK_ROWS]  # both passes over it while it is in the cache
+        np.maximum(negative, chunk.max(axis=0), out=negative)
+        np.maximum(positive, chunk.view(np.int16).max(axis=0), out=positive)
+    largest: Keys = np.maximum(negative - np.uint16(0x8000), positive.view(np.uint16)).view(np.float16)
+    return largest
 
 
-def unit_length(keys: Keys) -> Keys:
+def unit_length(keys: Keys, *, out: Keys | None = None) -> Keys:
     """Keys (n, d) divided by their length in fp32 and rounded to fp16; keys of length 0 stay."""
-    out = np.empty(keys.shape, np.float16)
+    out = np.empty(keys.shape, np.float16) if out is None else out
     for at in range(0, len(keys), _CHUNK_ROWS):
         chunk = keys[at : at + _CHUNK_ROWS].astype(np.float32)
         lengths = np.sqrt((chunk * chunk).sum(axis=1, keepdims=True))

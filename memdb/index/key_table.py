@@ -191,28 +191,56 @@ class KeyTable:
         keys.flags.writeable = False
         return keys
 
-    def read_rows(self, layer: int, first_row: int = 0) -> npt.NDArray[np.float16]:
-        """(n - first_row, H*D): the keys of the rows from `first_row` on, verified, past the cache."""
+    def read_rows(
+        self,
+        layer: int,
+        first_row: int = 0,
+        last_row: int | None = None,
+        out: npt.NDArray[np.float16] | None = None,
+    ) -> npt.NDArray[np.float16]:
+        """(rows, H*D): the keys of the rows from `first_row` to before `last_row`, verified, past the cache.
+
+        They go into `out` where it is given. Several threads may read at the same time.
+        """
         layers, key_size = self._shape()
         if not 0 <= layer < max(layers, 1):
             raise IndexError(f"layer {layer} of {layers}")
-        skipped = (
-            int(np.searchsorted(self._starts, first_row, side="right")) - 1
-        )  # pages wholly before first_row
-        page_rows = int(self._starts[-1])
-        first = int(self._starts[skipped])
-        out = np.empty((len(self) - first, key_size), np.float16)
-        for page, start in zip(self._pages[skipped:], self._starts[skipped:-1] - first, strict=True):
-            self._read_page(page, layer, out[start : start + page.header.blocks])
-        at = max(page_rows - first, 0)
+        last_row = len(self) if last_row is None else last_row
+        if out is None:
+            out = np.empty((last_row - first_row, key_size), np.float16)
+        for page, start in zip(self._pages, self._starts[:-1].tolist(), strict=True):
+            end = start + page.header.blocks
+            low, high = max(start, first_row), min(end, last_row)
+            if low < high:
+                whole = (low, high) == (start, end)
+                own = out[low - first_row : high - first_row]
+                keys = own if whole else np.empty((end - start, key_size), np.float16)
+                self._read_page(page, layer, keys)
+                if not whole:
+                    own[:] = keys[low - start : high - start]
+        start = int(self._starts[-1])
         for row in self._tail:
-            if n := len(row.blocks):
-                keys = self._segment_keys(row)
-                if keys is None and row.layers:  # a unit without keys has lost none: nothing of it is left
+            end = start + len(row.blocks)
+            low, high = max(start, first_row), min(end, last_row)
+            if low < high:
+                held = self._segment_keys(row)
+                if held is None and row.layers:  # a unit without keys has lost none: nothing of it is left
                     self._lost.setdefault(row.number, set()).add(layer)
-                out[at : at + n] = 0 if keys is None else keys[layer]
-                at += n
-        return out[first_row - first :]
+                out[low - first_row : high - first_row] = (
+                    0 if held is None else held[layer][low - start : high - start]
+                )
+            start = end
+        return out
+
+    def stretches(self, rows: int) -> list[tuple[int, int]]:
+        """The rows in stretches of at least so many, whole pages each: from which row to before which."""
+        found: list[tuple[int, int]] = []
+        first = 0
+        for end in [*self._starts[1:].tolist(), len(self)]:
+            if end - first >= rows or (end == len(self) and end > first):
+                found.append((first, end))
+                first = end
+        return found
 
     def prefetch(self, layer: int) -> None:
         """Ask the system to read a layer's keys in the background, for a `read_rows` that will follow."""
@@ -252,6 +280,10 @@ class KeyTable:
         if keys is not None and row.number > self._last_paged_unit:
             self._tail_keys[row.number] = keys
         return keys
+
+    def lost_units(self, layer: int) -> int:
+        """Of how many units no file holds this layer's keys whole any more, as far as they were read."""
+        return sum(layer in bad for bad in list(self._lost.values()))
 
     def holds(self, layer: int) -> npt.NDArray[np.bool_]:
         """(n,): rows of `blocks` that `layer` holds and whose keys, as far as they were read, are whole."""
