@@ -34,8 +34,12 @@ class SealedSegment:
         self._segment = OwnSegment.next(folder, recording.id, role)
         self.name = self._segment.name
         self._records: list[Record] = []
-        buffers, header = segment_header(catalog.store_id, recording, self._segment)
-        self._write(buffers, header)
+        try:
+            buffers, header = segment_header(catalog.store_id, recording, self._segment)
+            self._write(buffers, header)
+        except BaseException:
+            self._segment.close()
+            raise
 
     @property
     def end_bytes(self) -> int:

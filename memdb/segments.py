@@ -26,7 +26,8 @@ from memdb.records import (
     read_prologue,
     read_record,
 )
-from memdb.schemas.errors import CorruptionError, StoreError
+from memdb.room import refused
+from memdb.schemas.errors import CorruptionError
 
 SEGMENT_BYTES_MAX = 1 << 30  # a writer goes on in the next file once one has reached this size
 _NAME = re.compile(r"([0-9a-f]{32})-([0-9]{6})\.seg")
@@ -170,7 +171,7 @@ class SegmentWriter:
         except FileExistsError:
             raise
         except OSError as error:
-            raise StoreError(f"cannot make segments/{name}: {error.strerror}") from None
+            raise refused(error, f"cannot make segments/{name}") from None
         fcntl.flock(self._file.fd, fcntl.LOCK_SH)
 
     def append(self, buffers: Sequence[Buffer]) -> None:

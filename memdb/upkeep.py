@@ -115,8 +115,8 @@ class Upkeep:
                 self._progress(CompactProgress(self._name, min(written, total_bytes), total_bytes))
 
         told(0)
+        size = sum(held.kept_bytes for held in group)
         try:
-            size = sum(held.kept_bytes for held in group)
             what = f"writing {len(group)} segments anew"
             require(self._store.path, size, reserve_bytes=UPKEEP_RESERVE_BYTES, what=what)
             will_scrub(self._catalog)
@@ -125,6 +125,7 @@ class Upkeep:
         except (StoreFull, CorruptionError) as error:
             self._done.left.append(str(error))
             return
+        told(before_bytes + size - written)
         self._done.segments += 1
         self._done.aged_units += result.changed
         remove_replaced(self._store, self._catalog, self._id)
