@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,14 +17,16 @@ from memdb.applying import STREAM, SegmentRow, role_of
 from memdb.database import CATALOG
 from memdb.folder import FILES, FOLDERS
 from memdb.records import Kind, Record
-from memdb.schemas.errors import CodecError, CorruptionError
+from memdb.schemas.errors import CodecError, CorruptionError, UnknownRecording
 from memdb.schemas.rows import RecordingRow, UnitRow
 from memdb.schemas.times import to_s
-from memdb.segments import OpenSegment, parse_segment_name, reading, scan
-from memdb.state import read_state, recording_of, state_files
+from memdb.segments import OpenSegment, SegmentGone, parse_segment_name, reading, scan
+from memdb.state import OlderState, read_state, recording_of, state_files
 from memdb.stats import size_bytes
 from memdb.store import Store
 from memdb.verify_segments import Events, SegmentCheck
+
+_TRIES = 5
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,30 @@ class _Verification:
         self._checked(sum(map(size_bytes, self._catalog_files)))
 
     def recording(self, recording: RecordingRow) -> None:
-        """The rows of a recording, its segments, and one against the other."""
+        """The rows of a recording, its segments, and one against the other.
+
+        Where another process moved its units meanwhile, or forgot it, what looked like damage is looked at again.
+        """
+        report = self.report
+        for left in reversed(range(_TRIES)):
+            problems, notes, checked_bytes = len(report.problems), len(report.notes), report.checked_bytes
+            try:
+                names = self._recording(recording)
+            except UnknownRecording:  # forgotten, and nothing of it is left to check
+                names = set()
+            else:
+                if len(report.problems) == problems or not left or not self._has_moved(recording, names):
+                    return
+            del report.problems[problems:], report.notes[notes:]
+            report.checked_bytes = checked_bytes
+            if not names:
+                return
+
+    def _has_moved(self, recording: RecordingRow, names: set[str]) -> bool:
+        return {row.name for row in self._segment_rows(recording.id)} != names
+
+    def _recording(self, recording: RecordingRow) -> set[str]:
+        """The names of the segments that were checked."""
         catalog = self.store.catalog
         segments: list[SegmentRow] = []
         with self._noting(CATALOG, recording), catalog.database.reading():
@@ -141,6 +166,7 @@ class _Verification:
                 self._checked(file.size_bytes)
         if len(self.report.problems) == before:
             self._events(recording, events)
+        return {row.name for row in segments}
 
     def _events(self, recording: RecordingRow, events: Events) -> None:
         """Gaps, epochs and tombstones of the segments against those of the catalog."""
@@ -175,7 +201,8 @@ class _Verification:
             elif path.name in waiting:
                 self._note(f"segments/{path.name} was written anew elsewhere: memdb compact removes it")
             else:
-                with self._noting(f"segments/{path.name}"), reading(path.parent, path.name) as file:
+                own = f"segments/{path.name}"
+                with self._noting(own), suppress(SegmentGone), reading(path.parent, path.name) as file:
                     self._tail(file, 0, known.get(parsed[0]), recording_id=parsed[0])
                     self._checked(file.size_bytes)
         for path in sorted(self.store.path.iterdir()):
@@ -191,6 +218,8 @@ class _Verification:
             recording = known.get(recording_of(path))
             try:
                 state = read_state(path)
+            except OlderState as error:
+                self._note(str(error))
             except CorruptionError as error:
                 if path.exists():  # else a writer just replaced it
                     self.add(error.file, str(error), recording)

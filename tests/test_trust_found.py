@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
+from memdb import verify
 from memdb.captions import CaptionIndex
 from memdb.client import Client
+from memdb.compact import compact
 from memdb.database import CATALOG
 from memdb.derived import drop_derived
 from memdb.files import Step, watched
 from memdb.forget import forget
 from memdb.schemas.errors import CorruptionError, NotAStore
 from memdb.schemas.frames import SourceIdentity
+from memdb.segments import OpenSegment
 from memdb.store import Store
 from tests.store_cases import MODEL, UNIT_NS, fill, new_store, spec, unit
 
@@ -147,3 +152,54 @@ def test_a_table_that_is_half_removed_when_a_repair_dies_is_no_damage(tmp_path: 
     removed = [step.path for step in steps.steps if step.what == "unlink"]
     assert len(removed) > 3
     assert removed[0].suffix == ".manifest"
+
+
+class _Meanwhile:
+    """A reader's file system, in which another process acts once, just before a segment is opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+        self._act: Callable[[], object] | None = act
+        self._reading = verify.reading
+        monkeypatch.setattr(verify, "reading", self)
+
+    def __call__(self, folder: Path, name: str) -> AbstractContextManager[OpenSegment]:
+        act, self._act = self._act, None
+        if act is not None:
+            act()
+        return self._reading(folder, name)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_verify_beside_forgetting_and_compaction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    """What is moved or forgotten while it is verified is no damage."""
+    with new_store(tmp_path) as store:
+        fill(store, 3)
+        fill(store, 2, name="door")
+
+    def act() -> None:
+        with Store.open(store.path, write=True) as other:
+            forget(other, "door", start_ns=None if whole else 0, end_ns=None if whole else UNIT_NS)
+            compact(other)
+
+    _Meanwhile(monkeypatch, act)
+    with Store.open(store.path) as reader:
+        assert Client(reader).verify().problems == []
+
+
+def test_verify_of_a_recording_that_is_forgotten_just_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with new_store(tmp_path) as store:
+        fill(store, 3)
+        fill(store, 2, name="yard")
+
+    def act() -> None:
+        with Store.open(store.path, write=True) as other:
+            forget(other, "yard")
+            compact(other)
+
+    _Meanwhile(monkeypatch, act)
+    with Store.open(store.path) as reader:
+        assert Client(reader).verify().problems == []

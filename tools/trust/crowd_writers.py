@@ -12,7 +12,7 @@ from memdb.captions import CaptionIndex
 from memdb.compact import compact
 from memdb.forget import forget
 from memdb.index.page_writer import index_recording
-from memdb.schemas.errors import MemdbError, StoreError
+from memdb.schemas.errors import MemdbError, StoreError, UnknownRecording
 from memdb.store import Store, recording_digest
 from memdb.writer import RecordingWriter
 from tools.trust.crowd_log import Moments, life_of, stream_of
@@ -87,7 +87,7 @@ class _Writing:
             step()
         except MemdbError as error:
             life = self._worker.log.now()[self._name]
-            if life.is_going and isinstance(error, StoreError):
+            if life.is_going and isinstance(error, StoreError | UnknownRecording):
                 raise _Forgotten from error
             raise
 
