@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import os
+import random
 import signal
 import threading
 import time
@@ -230,6 +232,39 @@ def test_the_start_on_the_wall_clock_is_kept_by_those_who_go_on(
             assert before_ns <= row.created_ns <= time.time_ns()
     assert starts[0] == starts[1]
     assert abs(row.gaps[0].end_ns - (before_ns - row.created_ns)) < 60 * NS
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", ["rtsp", "http", "tcp"])
+def test_a_camera_that_is_lost_again_and_again(
+    kind: str, film: Path, model: VideoModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the pace of the world, in one ingest: a dozen connections of a few seconds, ended in every way."""
+    monkeypatch.setattr(video, "READ_TIMEOUT_S", 1.0)
+    choose = random.Random(f"{kind} {os.environ.get('MEMDB_SEED', '0')}")
+    ends = ["hang up", "fall silent", "say goodbye" if kind == "rtsp" else "reset"]
+    shows = []
+    for _ in range(12):
+        first, count = choose.randrange(60), choose.randint(48, 110)
+        shows.append((first, first + count, choose.choice(ends)))
+    camera: RtspCamera | TsCamera
+    if kind == "rtsp":
+        camera = RtspCamera(film, [Play(*show) for show in shows])
+    else:
+        starts = [choose.choice((0.0, 500.0)) for _ in shows]
+        camera = TsCamera(
+            [Show(*show, start_s=at) for show, at in zip(shows, starts, strict=True)], kind=kind
+        )
+    store = tmp_path / "s.memdb"
+    with camera:
+        began_s = time.monotonic()
+        ingested(store, model, camera.address, "hybrid", sample_fps=SAMPLE_FPS, reconnect_s=2)
+        whole_s = time.monotonic() - began_s
+    gaps = check(store, [show[:2] for show in shows])
+    row = row_of(store)
+    assert row.watermark_ns <= whole_s * NS
+    missed_s = sum(gap.end_ns - gap.start_ns for gap in gaps) / NS
+    assert missed_s > 11 * 0.2 - 11 / SAMPLE_FPS
 
 
 # --- another process goes on: the wall clock is all there is

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from memdb.ingest.sources import VideoFile, open_source
 from memdb.ingest.sources.base import PICTURE_PX_MAX, on_black
 from memdb.schemas.errors import SourceError, UsageError
 from memdb.schemas.frames import DecodedFrame, Image
+from memdb.store import Store
 from tests.film_cases import (
     CORNERS,
     WIDTH,
@@ -29,6 +31,7 @@ from tests.film_cases import (
     write_tracks,
 )
 from tests.h264_cases import endless_film
+from tests.run_cases import command, small_spec
 
 RED, GREEN = (200, 40, 90), (30, 180, 60)
 
@@ -212,6 +215,26 @@ def test_a_track_can_be_named(tmp_path: Path, track: int) -> None:
 def test_a_track_that_is_not_there_is_a_usage_error(tmp_path: Path, track: int) -> None:
     with pytest.raises(UsageError, match="numbered 0 to 0"):
         open_source(write_film(tmp_path / "film.mp4", [0, 40]), track=track)
+
+
+def test_by_the_command_each_track_is_a_recording_of_its_own(tmp_path: Path) -> None:
+    """Two cameras in one file: front and back go into two recordings, and neither goes on with the other."""
+    path, store = write_tracks(tmp_path / "film.mkv", [SMALL, LARGE]), tmp_path / "s.memdb"
+    words = ["ingest", str(path), "--store", str(store), "--model", small_spec(tmp_path), "--recipe", "rekv"]
+    words += ["--sample-fps", "25", "--set", "encode.chunk_frames=4", "--device", "cpu"]
+    assert command(*words, "--recording", "back").code == 0
+    front = command(*words, "--recording", "front", "--track", "0")
+    assert front.code == 0
+    assert "number 0 (64 x 48) is read and not 1 (128 x 96)" in front.err
+    mixed = command(*words, "--recording", "back", "--track", "0")
+    assert (mixed.code, "another film" in mixed.err) == (1, True)
+    assert command(*words, "--recording", "third", "--track", "2").code == 2
+    with Store.open(store) as found:
+        for name, colour in (("front", 0), ("back", 1)):
+            rows = found.units(found.recording(name).id)
+            assert len(rows) == 10
+            jpeg = found.read_keyframe(rows[0])
+            assert grey([np.asarray(PIL.Image.open(io.BytesIO(jpeg or b"")))]) == {colour}
 
 
 def test_a_folder_has_no_tracks(tmp_path: Path) -> None:
