@@ -20,7 +20,8 @@ from pathlib import Path
 
 from tools.trust.outcome import Outcome, table
 
-Campaign = Callable[[int, float, Path], Outcome]  # seed, scale, an empty folder
+# Seed, scale, an empty folder: one outcome, or one for each part.
+Campaign = Callable[[int, float, Path], Outcome | list[Outcome]]
 
 
 def _size(full: int, scale: float, least: int = 1) -> int:
@@ -50,16 +51,14 @@ def _without_sync(seed: int, scale: float, folder: Path) -> Outcome:
     return without_sync.run(seed, folder, only=only)
 
 
-def _flips(seed: int, scale: float, folder: Path) -> Outcome:
-    return _by_trials("tools.trust.flips", seed, _size(FLIPS, scale), folder)
+def _flips(seed: int, scale: float, folder: Path) -> list[Outcome]:
+    from tools.trust import flips
+
+    return flips.run(seed, _size(FLIPS, scale), folder)
 
 
 def _fuzz(seed: int, scale: float, folder: Path) -> Outcome:
-    return _by_trials("tools.trust.fuzz", seed, _size(FUZZ, scale), folder)
-
-
-def _by_trials(module: str, seed: int, trials: int, folder: Path) -> Outcome:
-    outcome = importlib.import_module(module).run(seed, trials, folder)
+    outcome = importlib.import_module("tools.trust.fuzz").run(seed, _size(FUZZ, scale), folder)
     assert isinstance(outcome, Outcome)
     return outcome
 
@@ -107,18 +106,20 @@ def soak(
         began_s = time.perf_counter()
         try:
             with tempfile.TemporaryDirectory(prefix=f"memdb-{name}-", ignore_cleanup_errors=True) as folder:
-                outcome = CAMPAIGNS[name](seed, scale, Path(folder))
+                found = CAMPAIGNS[name](seed, scale, Path(folder))
         except Exception as error:  # whatever it is, the others are still to be run
             done.broken.append(name)
-            outcome = Outcome(f"{name}: broke off: {type(error).__name__}")
-            outcome.tell(traceback.format_exc())
-            outcome.seconds = time.perf_counter() - began_s
-        done.outcomes.append(outcome)
-        for line in outcome.details:
-            say(f"  {line}")
-        say(
-            f"{name}: {outcome.trials} trials, {outcome.lost} lost, {outcome.silent} silent, {outcome.seconds:.0f} s"
-        )
+            found = Outcome(f"{name}: broke off: {type(error).__name__}")
+            found.tell(traceback.format_exc())
+            found.seconds = time.perf_counter() - began_s
+        for outcome in found if isinstance(found, list) else [found]:
+            done.outcomes.append(outcome)
+            for line in outcome.details:
+                say(f"  {line}")
+            say(
+                f"{outcome.test}: {outcome.trials} trials, {outcome.lost} lost, {outcome.silent} silent, "
+                f"{outcome.seconds:.0f} s"
+            )
     return done
 
 

@@ -40,6 +40,7 @@ PHASES = (
     *("a new store", "segment write", "between sync and commit", "after commit", CLOCK, "state", "pages"),
     *("forget", "forget_all", "captions", "close", "gap", "compact", "repair"),
 )
+DEAR = ("captions", "compact", "repair")  # in scripts of which a kill is wanted in them
 PER_KIND = frozenset(
     {"state", "pages", "forget", "forget_all", "captions", "close", "gap", "compact", "repair"}
 )
@@ -256,7 +257,7 @@ def run(
 
     def chain(number: int) -> _Chain:
         own = [wanted[(number * KILLS_A_CHAIN + at) % len(wanted)] for at in range(KILLS_A_CHAIN)]
-        needed = tuple(kinds) if "captions" in own else tuple(kind for kind in kinds if kind != "captions")
+        needed = tuple(kind for kind in kinds if kind in own or kind not in DEAR)
         return _Chain(Script(seed * 1000 + number, length, needed), folder, own)
 
     with outcome.timed(), ThreadPoolExecutor(PARALLEL) as threads:

@@ -75,9 +75,6 @@ class Campaign:
         shutil.rmtree(target)
         return findings
 
-    def close(self) -> None:
-        shutil.rmtree(self._folder)
-
     def where(self, at: int) -> str:
         """An event in words."""
         event = self.trace.events[at]
@@ -91,11 +88,11 @@ def _appends(model: Model) -> list[Op]:
     return [Op("append", kept.stream, kept.units + 1, 1) for kept in model.kept.values()]
 
 
-def run(seed: int, trials: int, folder: Path) -> Outcome:
+def run(seed: int, trials: int, folder: Path, *, campaign: Campaign | None = None) -> Outcome:
     """`trials` power cuts spread over the script; 0: all kinds of cut after every step."""
     outcome = Outcome("power cut after each step")
     with outcome.timed():
-        campaign = Campaign(seed, folder)
+        campaign = campaign or Campaign(seed, folder)
         every = [(at, cut, 0) for at in range(campaign.events) for cut in CUTS]
         chance = random.Random(f"{seed} cuts")
         wanted = sorted(chance.sample(every, min(trials, len(every))) if trials else every)
@@ -108,6 +105,5 @@ def run(seed: int, trials: int, folder: Path) -> Outcome:
                 outcome.loses(f"{what}: {lost}")
             for silent in found.silent:
                 outcome.is_silent(f"{what}: {silent}")
-        campaign.close()
         outcome.tell(f"{campaign.events} steps of {len(campaign.trace.ops)} operations")
     return outcome

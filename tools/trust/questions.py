@@ -16,10 +16,10 @@ from memdb.index.key_table import KeyTable
 from memdb.reader import SliceReader
 from memdb.schemas.rows import RecordingRow
 from memdb.schemas.search import CaptionHits
-from memdb.schemas.units import Unit
+from memdb.schemas.units import Bytes, Unit
 from memdb.store import Store
 from tools.trust.model import Kept, Model
-from tools.trust.units import ENCODER, KEY_SIZE, LAYERS, VECTOR_SIZE, make_unit, raw_slices
+from tools.trust.units import ENCODER, KEY_SIZE, LAYERS, VECTOR_SIZE, raw_slices
 
 _WORDS_ASKED = 4  # recordings are asked for the words of so many units, old and new
 _TOLERANCE = 1e-4
@@ -119,19 +119,20 @@ def _key(units: list[Unit], layer: int, number: int, block: int) -> Row:
 
 def _slices(store: Store, kept: Kept, row: RecordingRow) -> Iterator[str]:
     rows = store.units(row.id)
-    wanted = [(unit, np.arange(len(unit.slices))) for unit in rows if len(unit.slices)]
-    expected = [data for unit, _ in wanted for data in raw_slices(kept.stream, kept.unit(unit.number))]
-    with SliceReader(store, threads=1) as reader:
-        batch = reader.read(wanted)
-        for index, whole in enumerate(batch.whole):
-            if whole and not np.array_equal(batch.raw(index), expected[index]):
-                yield f"slice {index} of {row.name} is another"
-
-
-def first_words(kept: Kept) -> list[str]:
-    """Words of the captions that were there at first, forgotten or not."""
-    return [
-        kept.stream.word(number)
-        for number in range(kept.units)
-        if make_unit(kept.stream, number).caption is not None
+    places = [
+        (unit.number, int(piece["layer"]), int(piece["block"])) for unit in rows for piece in unit.slices
     ]
+    expected: dict[tuple[int, int, int], Bytes] = {}
+    for number in range(kept.units):
+        unit = kept.unit(number)
+        if unit.kv is not None:
+            for piece, raw in zip(unit.kv.slices, raw_slices(kept.stream, unit), strict=True):
+                expected[number, int(piece["layer"]), int(piece["block"])] = raw
+    if sorted(expected) != sorted(places):
+        yield f"{row.name} has {len(places)} slices instead of {len(expected)}"
+        return
+    with SliceReader(store, threads=1) as reader:
+        batch = reader.read([(unit, np.arange(len(unit.slices))) for unit in rows if len(unit.slices)])
+        for index, (place, whole) in enumerate(zip(places, batch.whole, strict=True)):
+            if whole and not np.array_equal(batch.raw(index), expected[place]):
+                yield f"slice {place} of {row.name} is another"

@@ -21,6 +21,7 @@ from memdb.files import Step, watched
 from tools.trust.runner import Runner
 from tools.trust.script import script
 
+_PAGE_BYTES = 4096
 WHENS = ("before", "after", "torn")
 
 
@@ -75,8 +76,12 @@ def _die() -> None:
 
 
 def _write_a_part(step: Step) -> None:
+    """Of a segment two thirds; of other files what the system writes at once, which is up to the end of a page."""
+    size = len(step.data) * 2 // 3
+    if step.path.suffix != ".seg":
+        size = max(0, (step.offset + size) // _PAGE_BYTES * _PAGE_BYTES - step.offset)
     fd = os.open(step.path, os.O_WRONLY)
-    os.pwrite(fd, step.data[: len(step.data) * 2 // 3], step.offset)
+    os.pwrite(fd, step.data[:size], step.offset)
     os.close(fd)
 
 

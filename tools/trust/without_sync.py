@@ -137,8 +137,6 @@ def run(seed: int, folder: Path, *, only: Sequence[str] = (), campaigns_max: int
                 outcome.tell(f"{why.text} ({why.place}): {missed.tries} cuts, {took_s:.1f} s: {missed.loss}")
             else:
                 outcome.loses(f"{why.text} ({why.place}): no loss in {missed.tries} cuts, {took_s:.1f} s")
-        for campaign in campaigns:
-            campaign.close()
     return outcome
 
 
