@@ -23,11 +23,13 @@ from memdb.database import CATALOG
 from memdb.locks import FileLock, commit_lock, rewrite_lock
 from memdb.records import Kind
 from memdb.roll_forward import lost_recording, roll_forward
-from memdb.schemas.errors import CorruptionError, StoreFull, UsageError
+from memdb.room import refused
+from memdb.schemas.errors import CorruptionError, UsageError
 from memdb.schemas.rows import RecordingRow, UnitRow
 from memdb.schemas.times import to_s
 from memdb.schemas.units import Unit
 from memdb.sealed import FORGOTTEN_DIGEST, SealedSegment, empty_husk, read_unit
+from memdb.state import StateFiles
 from memdb.store import Store
 
 logger = logging.getLogger(__name__)
@@ -75,14 +77,26 @@ def forget(
             FileLock(commit_lock(store.path, recording_id), wait=True),
         ):
             roll_forward(catalog, store.segments_path, recording_id)
+            if catalog.is_forgotten(
+                recording_id
+            ):  # by a call that died on its way, and was carried out just now
+                return _finished(store, name, recording_id, whole=start_ns is None and end_ns is None)
             run = _Forgetting(store, catalog, catalog.by_id(recording_id), now_ns or time.time_ns())
             if start_ns is None and end_ns is None:
                 return run.all()
             return run.span(start_ns or 0, OPEN_END_NS if end_ns is None else end_ns)
     except OSError as error:
-        raise StoreFull(f"cannot forget: {error.strerror}: make room, then run it again") from error
+        raise refused(error, "cannot forget") from error
     finally:
         catalog.close()
+
+
+def _finished(store: Store, name: str, recording_id: str, *, whole: bool) -> ForgetReport:
+    """The rest of a forgetting that another call had begun. Raises UnknownRecording where a span of it was meant."""
+    if not whole:
+        store.recording(name)
+    states = StateFiles(store.path / "state", recording_id, "").remove_all()
+    return ForgetReport(name, True, 0.0, 0.0, 0, 0, 0, states)
 
 
 class _Forgetting:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from memdb.database import Database
 from memdb.files import Step, watched
 from tests.store_cases import Steps
 
@@ -61,6 +63,14 @@ def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without waiting for the disk: who dies loses nothing by that, only who loses power does."""
     monkeypatch.setattr(os, "fdatasync", lambda fd: None)
     monkeypatch.setattr(os, "fsync", lambda fd: None)
+    plain = Database._open_plain
+
+    def quick(database: Database) -> sqlite3.Connection:
+        connection = plain(database)
+        connection.execute("PRAGMA synchronous = OFF")
+        return connection
+
+    monkeypatch.setattr(Database, "_open_plain", quick)
 
 
 def steps_of(store: Path, work: Callable[[Path], object]) -> list[Step]:
