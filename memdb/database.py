@@ -70,10 +70,11 @@ class Database:
         self._write = write
         self._lock = threading.RLock()
         self._copied_from: tuple[object, ...] | None = None
-        self.on_copy: Callable[[], None] | None = None  # called when a reader's copy was renewed
+        self.on_copy: Callable[[], None] | None = None  # called when a reader sees another file
+        self._inode = 0 if write else _inode(path)
         with _typed():
             self._connection = self._open_plain() if write else self._open_read_only()
-        self._inode = path.stat().st_ino if write else 0
+        self._inode = self._inode or _inode(path)
 
     @property
     def in_memory(self) -> bool:
@@ -89,6 +90,19 @@ class Database:
                 self._connection.backup(memory)
                 self._connection.close()
                 self._connection = memory
+
+    def reopen_if_replaced(self) -> None:
+        """For readers: go on with the catalog that has the name now, where a repair put another there."""
+        with self._lock:
+            found = _inode(self._path)
+            if self._write or self.in_memory or self.in_transaction or found in (0, self._inode):
+                return
+            with _typed():
+                old, self._connection = self._connection, self._open_read_only()
+            old.close()
+            self._inode = found
+            if self.on_copy is not None:
+                self.on_copy()
 
     @property
     def in_transaction(self) -> bool:
@@ -163,11 +177,7 @@ class Database:
 
     def _check_in_place(self) -> None:
         """Whoever has a catalog open that a repair replaced must not commit to what nobody reads any more."""
-        try:
-            in_place = not self._inode or self._path.stat().st_ino == self._inode
-        except FileNotFoundError:
-            in_place = False
-        if not in_place:
+        if self._write and _inode(self._path) != self._inode:
             raise StoreError(f"{CATALOG} was made anew by memdb repair: open the store again")
 
     def checkpoint(self) -> bool:
@@ -282,6 +292,14 @@ def _connect(uri: str) -> sqlite3.Connection:
     return connection
 
 
+def _inode(path: Path) -> int:
+    """Which file has the name, 0 where none has."""
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return 0
+
+
 def _primary_code(error: sqlite3.Error) -> int:
     return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
 
@@ -311,6 +329,8 @@ def _typed() -> Iterator[None]:
                     f"{CATALOG} cannot be read or written: {error}: check free space and permissions"
                 ) from None
             case _:
-                raise CorruptionError(f"{CATALOG} is damaged: {error}: run memdb repair", file=CATALOG) from None
+                raise CorruptionError(
+                    f"{CATALOG} is damaged: {error}: run memdb repair", file=CATALOG
+                ) from None
     except UnicodeDecodeError as error:
         raise CorruptionError(f"{CATALOG} is damaged: {error}: run memdb repair", file=CATALOG) from None

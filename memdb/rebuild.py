@@ -108,7 +108,8 @@ def _put_files(catalog: Catalog, folder: Path, known: Known, state: RecordingSta
     database.insert("recordings", astuple(state))
     for file in truth.standing:
         end = truth.end_bytes(file)
-        units = int((file.units["offset"] < end).sum())
+        # Holes count: whatever lies there is dead, and compaction is to write the file anew without it.
+        units = int((file.units["offset"] < end).sum()) + sum(hole.start < end for hole in file.holes)
         row = SegmentRow(truth.id, file.sequence, file.name, end, _footer_hash(folder, truth, file.name, end))
         database.insert("segments", (*astuple(row)[:5], file.role, units))
     for file in truth.replaced:

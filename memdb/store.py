@@ -131,6 +131,7 @@ class Store:
         """For readers: see what a writer made safe and died before it committed, also while this is open."""
         now_s = time.monotonic()
         if not self._write and not self._catalog.database.in_transaction and now_s - self._looked_s > _LOOK_S:
+            self._catalog.database.reopen_if_replaced()
             see_beyond(self._catalog, self.path)
             self._looked_s = now_s
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from memdb.applying import FORGET
 from memdb.captions import CaptionIndex
 from memdb.catalog import Catalog
+from memdb.compact import compact
 from memdb.database import CATALOG
 from memdb.files import Step, watched
 from memdb.forget import forget
@@ -678,6 +679,32 @@ def test_whoever_had_the_old_catalog_open_commits_nothing_to_it(store: Path) -> 
     catalog.close()
     with Store.open(store) as opened:
         assert opened.last_commit() == sum(UNITS.values())
+
+
+@pytest.mark.usefixtures("bare")
+def test_whoever_reads_goes_on_with_the_new_catalog(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memdb.store._LOOK_S", 0.0)
+    with Store.open(store) as reader:
+        assert reader.recording("attic").units == 5
+        repair(store)
+        with Store.open(store, write=True) as opened, opened.writer(spec("attic", codec="raw")) as writer:
+            writer.append([true_unit(5, "raw")])
+        assert reader.recording("attic").units == 6
+        assert reader.last_commit() == sum(UNITS.values()) + 1
+
+
+@pytest.mark.usefixtures("bare")
+def test_compaction_writes_damaged_files_anew_after_a_repair(house: Path, store: Path) -> None:
+    """What is damaged goes from the disk, with what a forgetting would not find in it."""
+    spoil_in(store, find(house, "lobby", Kind.UNIT, 1), "footer")
+    mended(store)
+    before = digests(store)
+    assert verify_path(store).problems
+    with Store.open(store, write=True) as opened:
+        compact(opened)
+    checked = verify_path(store)
+    assert (checked.problems, checked.notes) == ([], [])
+    assert digests(store) == before
 
 
 @pytest.mark.usefixtures("bare")

@@ -658,6 +658,33 @@ def test_a_kill_at_any_step_leaves_all_or_nothing(files: dict[str, Path], tmp_pa
     assert 0 < whole < counting.steps
 
 
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.usefixtures("bare")
+def test_a_recording_that_comes_back_to_a_name_that_is_taken_gets_another(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
+    """A store must open, whatever was left in it."""
+    with new_store(tmp_path) as made:
+        store = made.path
+    with pytest.MonkeyPatch.context() as dying:
+        dying.setattr("memdb.transfer._check_free", lambda *_: None)
+        dying.setattr("memdb.transfer._Import._commit", interrupted)
+        dying.setattr("memdb.transfer.unlink", lambda path: None)
+        with pytest.raises(KeyboardInterrupt):
+            take_in(store, files["attic"])
+        dying.undo()
+        dying.setattr("memdb.transfer._check_free", lambda *_: None)
+        take_in(store, files["attic"])
+    found = digests(store)
+    assert sorted(found) == ["attic", "attic-2"]
+    assert found["attic"] == found["attic-2"]
+    repair(store)
+    assert digests(store) == found
+
+
 @pytest.mark.usefixtures("bare")
 def test_an_export_that_is_killed_leaves_the_old_file(
     home: Path, files: dict[str, Path], tmp_path: Path
