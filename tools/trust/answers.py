@@ -36,9 +36,12 @@ class Answer:
 Answers = dict[str, Answer]
 
 
-def answers(path: Path, words: tuple[str, ...] = ()) -> Answers:
-    """Ask everything. Never raises."""
-    found = _Asked()
+OnError = Callable[[str, Exception], None]
+
+
+def answers(path: Path, words: tuple[str, ...] = (), on_error: OnError | None = None) -> Answers:
+    """Ask everything. Never raises; `on_error` gets what is raised and is none of memdb's own errors."""
+    found = _Asked(on_error)
     with _heard() as heard:
         found.ask("policy", lambda: (repr(read_policy(path)), False))
         try:
@@ -47,14 +50,17 @@ def answers(path: Path, words: tuple[str, ...] = ()) -> Answers:
             found["open"] = Answer(f"{type(error).__name__}: {error}", True)
             return found
         except Exception as error:
-            found["open"] = Answer(f"{type(error).__name__}: {error}", True, True)
+            found.untyped("open", error)
             return found
         with store:
             rows: list[RecordingRow] = []
             found.ask("model", lambda: (repr(store.model), False))
             found.ask(
                 "recordings",
-                lambda: ([repr(replace(row, generation=0)) for row in _rows(store, rows)], False),
+                lambda: (
+                    [repr(replace(row, generation=0, last_commit=0)) for row in _rows(store, rows)],
+                    False,
+                ),
             )
             for row in rows:
                 _ask_recording(found, store, row, heard)
@@ -63,13 +69,22 @@ def answers(path: Path, words: tuple[str, ...] = ()) -> Answers:
 
 
 class _Asked(Answers):
+    def __init__(self, on_error: OnError | None) -> None:
+        super().__init__()
+        self._on_error = on_error
+
+    def untyped(self, name: str, error: Exception) -> None:
+        self[name] = Answer(f"{type(error).__name__}: {error}", True, True)
+        if self._on_error is not None:
+            self._on_error(name, error)
+
     def ask(self, name: str, question: Callable[[], tuple[object, bool]]) -> None:
         try:
             self[name] = Answer(*question())
         except MemdbError as error:
             self[name] = Answer(f"{type(error).__name__}: {error}", True)
         except Exception as error:
-            self[name] = Answer(f"{type(error).__name__}: {error}", True, True)
+            self.untyped(name, error)
 
 
 def _rows(store: Store, rows: list[RecordingRow]) -> list[RecordingRow]:
@@ -86,6 +101,8 @@ def _ask_recording(found: _Asked, store: Store, row: RecordingRow, heard: list[s
         return [_as_value(unit) for unit in units], False
 
     found.ask(f"units of {name}", list_units)
+    if found[f"units of {name}"].told:
+        return  # that is the answer to all that follows
     for tier in ("all", "kv", "captions"):
         found.ask(
             f"digest of {name}, {tier}",
