@@ -23,7 +23,7 @@ from pathlib import Path
 import xxhash
 
 from memdb import files
-from memdb.schemas.errors import CorruptionError, LockedError, StoreError
+from memdb.schemas.errors import CorruptionError, LockedError, StoreError, StoreFull
 from memdb.tables import COLUMNS, KEYS
 
 CATALOG = "catalog.sqlite"
@@ -317,9 +317,12 @@ def _typed() -> Iterator[None]:
                 raise LockedError(
                     f"{CATALOG} is kept busy by another process: try again, or end that process"
                 ) from None
+            case sqlite3.SQLITE_FULL:
+                raise StoreFull(
+                    f"{CATALOG}: no space left: what was kept is safe; make room, then run it again"
+                ) from None
             case (
-                sqlite3.SQLITE_FULL
-                | sqlite3.SQLITE_IOERR
+                sqlite3.SQLITE_IOERR
                 | sqlite3.SQLITE_READONLY
                 | sqlite3.SQLITE_CANTOPEN
                 | sqlite3.SQLITE_PERM

@@ -193,8 +193,13 @@ def write_whole(path: Path, buffers: Sequence[Buffer], *, sync: str, sync_name: 
     """
     temporary = path.with_name(path.name + ".tmp")
     unlink(temporary)
-    with File(temporary) as file:
-        file.write(buffers, 0)
-        file.sync(sync)
+    try:
+        with File(temporary) as file:
+            file.write(buffers, 0)
+            file.sync(sync)
+    except OSError:
+        with suppress(OSError):
+            unlink(temporary)  # a disk that is full needs its room
+        raise
     replace(temporary, path)
     sync_folder(path.parent, sync_name)

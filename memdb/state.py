@@ -17,7 +17,8 @@ from pathlib import Path
 import xxhash
 
 from memdb.files import unlink, write_whole
-from memdb.schemas.errors import CorruptionError, StoreError
+from memdb.room import UPKEEP_RESERVE_BYTES, refused, require
+from memdb.schemas.errors import CorruptionError
 from memdb.schemas.recording import Tombstone
 
 logger = logging.getLogger(__name__)
@@ -62,18 +63,19 @@ class StateFiles:
         self._encoding_fingerprint = encoding_fingerprint
 
     def save(self, unit_number: int, payload: bytes, *, reach_ns: int = 0, tombstones: int = 0) -> None:
-        """Keep the state that belongs to a unit number. On the disk when this returns. Raises StoreError.
+        """Keep the state that belongs to a unit number. On the disk when this returns. Raises StoreError, StoreFull.
 
         `reach_ns`, `tombstones`: see SavedState; by default it may hold something of everything.
         """
         path = self._folder / f"{self._recording_id}-{unit_number:010d}.state"
         head = _head(SavedState(unit_number, self._encoding_fingerprint, reach_ns, tombstones, b""), payload)
+        require(self._folder, len(payload), reserve_bytes=UPKEEP_RESERVE_BYTES, what="an encoder state")
         try:
             write_whole(path, [head, payload], sync="a saved state", sync_name="the name of a saved state")
             for old in self.files()[_KEEP:]:
                 unlink(old)
         except OSError as error:
-            raise StoreError(f"cannot save the state {path.name}: {error.strerror}") from error
+            raise refused(error, f"cannot save the state {path.name}") from error
 
     def load_latest(
         self, encoding_fingerprint: str, at_most_unit: int, tombstones: Sequence[Tombstone] = ()
