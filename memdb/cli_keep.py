@@ -82,7 +82,7 @@ def policy(store: str, file: str | None, as_json: bool) -> None:
         return
     click.echo(as_toml(found))
     for name, units in due.items():
-        click.echo(f"{name}: {units} units are due: memdb compact --store {store} ages them")
+        click.echo(f"# {name}: {units} units are due: memdb compact --store {store} ages them")
 
 
 @contextmanager
