@@ -45,7 +45,10 @@ def captions_between(
         end = recording.units if below is None else min(recording.units, below.get(recording.id, 0))
         while start < end:
             last = min(start + _CHUNK_UNITS, end) - 1
-            rows = store.units(recording.id, first=start, last=last)
+            try:
+                rows = store.units(recording.id, first=start, last=last)
+            except UnknownRecording:  # forgotten since it was listed
+                break
             yield from (row for row in rows if row.has_caption)
             start = last + 1
 

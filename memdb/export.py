@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from memdb.caption_rows import caption_now
 from memdb.schemas.errors import CorruptionError, UsageError
 from memdb.schemas.rows import UnitRow
 from memdb.schemas.times import format_wall_clock, to_s
@@ -38,7 +39,9 @@ def export(store: Store, recording: str, out: Path, format: str) -> int:
         )
     temporary = out.with_name(f".{out.name}.tmp")
     try:
-        temporary.write_text("".join(lines), encoding="utf-8")
+        # Captions may hold halves of surrogate pairs: JSON has an escape for them, subtitles have not.
+        lost = "replace" if format == "srt" else "backslashreplace"
+        temporary.write_bytes("".join(lines).encode("utf-8", lost))
         temporary.replace(out)
     except OSError as error:
         raise UsageError(f"cannot write {out}: {error.strerror}: name another file with --out") from None
@@ -49,11 +52,13 @@ def _captions(store: Store, recording_id: str) -> Iterator[tuple[UnitRow, Captio
     for unit in store.units(recording_id):
         if unit.has_caption:
             try:
-                yield unit, store.read_caption(unit)
+                caption = caption_now(store, unit)
             except CorruptionError as error:
                 raise CorruptionError(
                     f"{error}; nothing was written: run memdb verify to see what is damaged", file=error.file
                 ) from error
+            if caption is not None:  # else it was forgotten meanwhile
+                yield unit, caption
 
 
 def _json(unit: UnitRow, caption: Caption, started_at_ns: int | None) -> str:

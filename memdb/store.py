@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from memdb.applying import drop_empty
+from memdb.applying import STREAM, drop_empty
 from memdb.catalog import Catalog
 from memdb.contents import caption_from, digests_from, keys_from, stored_element_bytes
 from memdb.database import CATALOG
@@ -57,6 +57,7 @@ from memdb.writer import OwnSegment, RecordingWriter, begin_segment
 
 logger = logging.getLogger(__name__)
 _LOOK_S = 0.5
+_TRIES = 5
 
 
 class Store:
@@ -326,7 +327,21 @@ def recording_digest(store: Store, name: str, tier: str = "all") -> str:
     """
     if tier not in TIERS:
         raise UsageError(f"unknown tier {tier!r}: choose one of {', '.join(TIERS)}")
-    recording = store.recording(name)
+    for left in reversed(range(_TRIES)):
+        recording = store.recording(name)
+        before = _content_marks(store, recording.id)
+        try:
+            found = _digest(store, recording, tier)
+        except (SegmentGone, UnknownRecording):  # compacted or forgotten meanwhile
+            if not left:
+                raise
+            continue
+        if not left or _content_marks(store, recording.id) == before:
+            return found
+    raise AssertionError("not reached")
+
+
+def _digest(store: Store, recording: RecordingRow, tier: str) -> str:
     digests: list[bytes] = []
     for row in store.catalog.units(recording.id, 0, recording.units):
         with reading(store.segments_path, row.segment) as segment:
@@ -336,6 +351,11 @@ def recording_digest(store: Store, name: str, tier: str = "all") -> str:
         check_digest(row, found)
         digests.append(found.of(tier))
     return recording_hash(digests)
+
+
+def _content_marks(store: Store, recording_id: str) -> list[str]:
+    """The files with which units changed that were there: where others come, a digest may be of no one moment."""
+    return [row.name for row in store.catalog.segments(recording_id) if row.role != STREAM]
 
 
 def _check_same(found: RecordingRow, spec: RecordingSpec) -> None:

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
-from memdb import verify
+from memdb import segments, verify
+from memdb import store as store_module
 from memdb.captions import CaptionIndex
 from memdb.client import Client
 from memdb.compact import compact
 from memdb.database import CATALOG
 from memdb.derived import drop_derived
+from memdb.export import export
 from memdb.files import Step, watched
 from memdb.forget import forget
 from memdb.schemas.errors import CorruptionError, NotAStore
 from memdb.schemas.frames import SourceIdentity
 from memdb.segments import OpenSegment
-from memdb.store import Store
+from memdb.store import Store, recording_digest
 from tests.store_cases import MODEL, UNIT_NS, fill, new_store, spec, unit
 
 WAL = f"{CATALOG}-wal"
@@ -157,10 +162,12 @@ def test_a_table_that_is_half_removed_when_a_repair_dies_is_no_damage(tmp_path: 
 class _Meanwhile:
     """A reader's file system, in which another process acts once, just before a segment is opened."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, act: Callable[[], object], module: ModuleType = verify
+    ) -> None:
         self._act: Callable[[], object] | None = act
-        self._reading = verify.reading
-        monkeypatch.setattr(verify, "reading", self)
+        self._reading = segments.reading
+        monkeypatch.setattr(module, "reading", self)
 
     def __call__(self, folder: Path, name: str) -> AbstractContextManager[OpenSegment]:
         act, self._act = self._act, None
@@ -203,3 +210,55 @@ def test_verify_of_a_recording_that_is_forgotten_just_then(
     _Meanwhile(monkeypatch, act)
     with Store.open(store.path) as reader:
         assert Client(reader).verify().problems == []
+
+
+def test_a_digest_beside_compaction_and_forgetting_is_of_one_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files go while the first unit is read; in the middle of it all, the last unit is forgotten."""
+    with new_store(tmp_path) as store:
+        fill(store, 4)
+        forget(store, "lobby", start_ns=0, end_ns=1)
+
+        def act() -> None:
+            with Store.open(store.path, write=True) as other:
+                compact(other)
+                forget(other, "lobby", start_ns=3 * UNIT_NS, end_ns=4 * UNIT_NS)
+
+        with Store.open(store.path) as reader:
+            before = recording_digest(reader, "lobby")
+            _Meanwhile(monkeypatch, act, store_module)
+            found = recording_digest(reader, "lobby")
+            assert found == recording_digest(reader, "lobby") != before
+
+
+def test_a_search_passes_over_a_recording_that_is_forgotten_just_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with new_store(tmp_path) as store:
+        fill(store, 2)
+        fill(store, 2, name="door")
+        first = store.units
+
+        def units(*args: Any, **given: Any) -> Any:
+            monkeypatch.undo()
+            forget(store, "door")
+            return first(*args, **given)
+
+        monkeypatch.setattr(store, "units", units)
+        hits = CaptionIndex(store.path).search(store, spec().caption_encoder, text="unit", limit=9)
+        lobby = store.recording("lobby").id
+        assert {hit.recording_id for hit in hits} <= {lobby}
+
+
+@pytest.mark.parametrize("format", ["jsonl", "srt"])
+def test_captions_with_half_a_surrogate_pair_are_exported(tmp_path: Path, format: str) -> None:
+    text = "a \ud800 star"
+    said = unit(0)
+    assert said.caption is not None
+    with new_store(tmp_path) as store:
+        with store.writer(spec()) as writer:
+            writer.append([dataclasses.replace(said, caption=dataclasses.replace(said.caption, text=text))])
+        assert export(store, "lobby", tmp_path / "out", format) == 1
+    written = (tmp_path / "out").read_text(encoding="utf-8")
+    assert json.loads(written)["caption"] == text if format == "jsonl" else "a ? star" in written
