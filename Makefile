@@ -1,6 +1,7 @@
 # make demo | test | check | soak: each sets up .venv first, in a fresh clone with nothing installed by hand.
 #   make test ARGS="tests/test_layout.py -k bare"      any argument of pytest
 #   make demo SEED=3
+#   make soak SEED=3                                   other kills, flips and power cuts; the table goes to soak.md
 #   make test PYTHON=python3.12                        which Python the environment is made of, the first time
 #   make test WORKERS=8                                processes that share the tests
 PYTHON ?= python3
@@ -41,8 +42,11 @@ lint: install
 types: install
 	$(BIN)/python -m tools.check_types
 
+# The campaigns and their table, then the tests that take long. One after the other also where the first fails.
 soak: install
-	$(BIN)/python -m pytest -o addopts='-q --strict-markers' -m soak $(ARGS)
+	$(BIN)/python -m tools.soak $(if $(SEED),--seed $(SEED)) $(SOAK) --out soak.md; campaigns=$$?; \
+	MEMDB_SEED=$(or $(SEED),1) $(BIN)/python -m pytest -n $(WORKERS) --dist load \
+		-o addopts='-q --strict-markers' -m soak $(ARGS) && exit $$campaigns
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,7 +7,6 @@ from functools import lru_cache
 
 from memdb.age_kv import converted, thinned
 from memdb.digest import unit_digest
-from memdb.files import Step
 from memdb.policy import CODECS, Age, Policy
 from memdb.schemas.rows import ALL_PPM
 from memdb.schemas.units import Unit
@@ -18,31 +17,6 @@ from tools.trust.units import UNIT_NS, Stream, forgotten_from, make_unit, spec
 
 _WIDTHS = ("raw", *CODECS)  # of codecs, the widest first
 LATE_NS = 86_400 * 10**9  # ageing may come a day late
-
-
-class Killed(BaseException):
-    """Stands for kill -9: nothing in the code may catch it."""
-
-
-@dataclass
-class Killer:
-    """A Watch that ends everything at one step: no later step comes through either."""
-
-    at: int
-    when: str  # before or after the step
-    steps: int = 0
-    dead: bool = False
-
-    def before(self, step: Step) -> None:
-        self.dead = self.dead or (self.when == "before" and self.steps == self.at)
-        if self.dead:
-            raise Killed(step)
-
-    def after(self, step: Step) -> None:
-        self.dead = self.dead or (self.when == "after" and self.steps == self.at)
-        if self.dead:
-            raise Killed(step)
-        self.steps += 1
 
 
 @dataclass

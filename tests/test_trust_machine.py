@@ -29,13 +29,15 @@ from hypothesis.stateful import (
 from memdb.backup import backup
 from memdb.captions import CaptionIndex
 from memdb.compact import compact
+from memdb.database import CATALOG
 from memdb.export import export
 from memdb.files import watched
 from memdb.policy import Age, Policy, read_policy, write_policy
 from memdb.repair import repair
 from memdb.store import Store
 from memdb.transfer import export_recording, import_recording
-from tests.machine_cases import Book, Grown, Killed, Killer
+from tests.kill_cases import WHENS, Death, Killed
+from tests.machine_cases import Book, Grown
 from tools.trust.check import differences, must_be_repaired, remains
 from tools.trust.look import look, problems
 from tools.trust.questions import ask_all
@@ -44,7 +46,7 @@ from tools.trust.script import OPEN_END, Op
 from tools.trust.units import ENCODER, UNIT_NS, VECTOR_SIZE, Stream, spec
 
 CODEC_OF = {"lobby": "int4", "door": "raw", "yard": "int8"}
-STEPS_MAX = 40  # of an operation, before which it may be killed
+STEPS = st.integers(0, 12) | st.integers(0, 60)  # of an operation, at which it may be killed
 _S = 10**9
 _DAY_S = 86_400
 AGES = st.sampled_from(
@@ -69,10 +71,12 @@ class StoreMachine(RuleBasedStateMachine):
         self.book = Book()
         self.lives = dict.fromkeys(CODEC_OF, 0)
         self.now_ns = (spec(self._stream("lobby")).started_at_ns or 0) + _DAY_S
-        self.death: Killer | None = None
+        self.death: Death | None = None
         self.reader: Store | None = None
         self.exported: dict[str, Grown] = {}
         self.copies = 0
+        self.append("lobby", 3)
+        self.append("door", 2)
 
     # What is written
 
@@ -148,9 +152,9 @@ class StoreMachine(RuleBasedStateMachine):
 
     # Death, and what comes after it
 
-    @rule(at=st.integers(0, STEPS_MAX), when=st.sampled_from(["before", "after"]))
+    @rule(at=STEPS, when=st.sampled_from(WHENS))
     def kill_in_the_next(self, at: int, when: str) -> None:
-        self.death = Killer(at, when)
+        self.death = Death(at, when)
 
     @rule()
     def reopen(self) -> None:
@@ -224,12 +228,13 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def look_with_an_old_reader(self) -> None:
-        if self.reader is None:
-            self.reader = Store.open(self.path)
+        self.reader = self.reader or Store.open(self.path)
         self._hold(self.reader)
 
     @rule()
     def look_with_the_writer(self) -> None:
+        for kept in self.book.kept.values():  # a writer first brings forward what a killed process left
+            self.runner._writer(kept.stream)
         self._hold(self.runner.store)
 
     @rule(start=st.integers(0, 20), length=st.integers(1, 20), number=st.integers(0, 1 << 16))
@@ -241,7 +246,7 @@ class StoreMachine(RuleBasedStateMachine):
             for unit in map(kept.unit, range(kept.units))
             if unit.caption is not None and unit.start_ns < end_ns and unit.end_ns > start_ns
         }
-        store = self.runner.store
+        self.reader = store = self.reader or Store.open(self.path)
         captions = CaptionIndex(store.path)
         of = {row.id: row.name for row in store.recordings()}
         query = np.random.default_rng(number).normal(size=VECTOR_SIZE).astype(np.float32)
@@ -303,6 +308,8 @@ class StoreMachine(RuleBasedStateMachine):
 
     def _settle(self, outcomes: Sequence[Book], *, aged: bool) -> None:
         """Find out which of the outcomes there was."""
+        if not self.book.kept and not (self.path / CATALOG).exists():  # a repair with nothing to begin with
+            Store.open(self.path, create=True, write=True).close()
         if must_be_repaired(self.path):
             self._drop_reader()
             repair(self.path)
