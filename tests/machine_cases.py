@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -12,10 +13,11 @@ from memdb.schemas.rows import ALL_PPM
 from memdb.schemas.units import Unit
 from tools.trust.look import Seen
 from tools.trust.model import Kept, Model, Span
-from tools.trust.script import Op
+from tools.trust.script import OPEN_END, Op
 from tools.trust.units import UNIT_NS, Stream, forgotten_from, make_unit, spec
 
 _WIDTHS = ("raw", *CODECS)  # of codecs, the widest first
+FOREVER_NS = (1 << 63) - 1
 LATE_NS = 86_400 * 10**9  # ageing may come a day late
 
 
@@ -104,6 +106,21 @@ class Book(Model):
         if op.stream is not None and op.kind != "forget_all" and op.stream.name not in self.kept:
             self.kept[op.stream.name] = Grown(op.stream)
         super()._apply(op, count)
+
+    def with_late(self, late: Op) -> Book:
+        """Once a repair carried out a forgetting that a kill had stopped. `late.first`: the units at that time."""
+        copy = deepcopy(self)
+        assert late.stream is not None
+        kept = copy.kept.get(late.stream.name)
+        if kept is None or kept.stream != late.stream:
+            return copy
+        if late.kind == "forget_all":
+            copy.gone.append(copy.kept.pop(late.stream.name))
+        else:
+            end_ns = FOREVER_NS if late.end_ns == OPEN_END else late.end_ns
+            kept.spans.append(Span(late.start_ns, end_ns, late.first))
+            kept.states = kept.states_left()
+        return copy
 
     def take_ages(self, seen: dict[str, Seen], now_ns: int, *, done: bool) -> None:
         """What a compaction aged, as far as it may have; `done`: what is a day late must be."""
