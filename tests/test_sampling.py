@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memdb.ingest.sampling import sample, slot_ns
+from memdb.ingest.sampling import sample, sample_with_gaps, slot_ns
 from memdb.schemas.errors import BudgetError, SourceError
 from memdb.schemas.frames import DecodedFrame, Frame, Image
+from memdb.schemas.recording import Gap
 
 _TIMES = st.lists(st.integers(0, 20_000_000_000), unique=True, max_size=60).map(sorted)
 _RATES = st.sampled_from([0.1, 0.5, 1.0, 2.0, 3.0, 7.5, 29.97, 1000.0])
@@ -66,6 +67,58 @@ def test_a_film_taken_up_again_gives_the_same_tail(
 
     assert [_plain(f) for f in tail] == [_plain(f) for f in whole[done:]]
     assert shown == [f.start_ns for f in whole[done:]]
+
+
+def _with_gaps(times_ns: list[int], long_ns: int) -> Iterator[DecodedFrame | Gap]:
+    """The frames, with a gap wherever two are further apart than that."""
+    last_ns: int | None = None
+    for frame in _decoded(times_ns):
+        if last_ns is not None and frame.pts_ns - last_ns > long_ns:
+            yield Gap(last_ns + 1, frame.pts_ns, "why")
+        last_ns = frame.pts_ns
+        yield frame
+
+
+@given(_TIMES, _RATES, st.integers(0, 3_000_000_000), st.data())
+def test_gaps_stand_between_slots_and_come_again(
+    times_ns: list[int], fps: float, long_ns: int, data: st.DataObject
+) -> None:
+    whole = list(sample_with_gaps(_with_gaps(times_ns, long_ns), fps))
+    frames = [item for item in whole if isinstance(item, Frame)]
+    plain = [_plain(frame) for frame in sample(_with_gaps(times_ns, long_ns), fps)]
+    assert [_plain(frame) for frame in frames] == plain
+    assert plain == [_plain(frame) for frame in sample(_decoded(times_ns), fps)], "gaps change no frame"
+    given = [item for item in _with_gaps(times_ns, long_ns) if isinstance(item, Gap)]
+    ends = [frame.end_ns for frame in frames]
+    expected = []
+    for gap in given:  # what is left of it behind the slots that were taken before it
+        start_ns = max(
+            [gap.start_ns, *(end for end, f in zip(ends, frames, strict=True) if f.start_ns < gap.end_ns)]
+        )
+        if start_ns < gap.end_ns:
+            expected.append(Gap(start_ns, gap.end_ns, "why"))
+    assert [item for item in whole if isinstance(item, Gap)] == expected
+    for before, after in pairwise(whole):
+        assert before.end_ns <= after.start_ns
+
+    done = data.draw(st.integers(0, len(frames)))
+    after_ns = frames[done - 1].start_ns if done else -1
+    again = list(sample_with_gaps(_with_gaps(times_ns, long_ns), fps, after_ns=after_ns, number=done))
+    place = whole.index(frames[done - 1]) + 1 if done else 0
+    assert [i if isinstance(i, Gap) else _plain(i) for i in again] == [
+        i if isinstance(i, Gap) else _plain(i) for i in whole[place:]
+    ]
+
+
+def test_a_gap_without_an_end_passes_at_once() -> None:
+    def decoded() -> Iterator[DecodedFrame | Gap]:
+        yield from _decoded([0])
+        yield Gap(40_000_000, 40_000_000, "lost")
+        raise AssertionError("nobody asked for more")
+
+    items = sample_with_gaps(decoded(), 1.0)
+    assert isinstance(next(items), Frame)
+    assert next(items) == Gap(40_000_000, 40_000_000, "lost")
 
 
 def test_a_frame_is_given_before_the_next_is_decoded() -> None:
