@@ -186,10 +186,7 @@ class _Chain:
             if not self.outcome.ok:
                 return self
         ending = finish(self._path, self._model, self._ops, self._start)
-        for what in ending.lost:
-            self.outcome.loses(f"{self._given}, run to its end: {what}")
-        for what in ending.silent:
-            self.outcome.is_silent(f"{self._given}, run to its end: {what}")
+        self.outcome.take(f"{self._given}, run to its end", ending.lost, ending.silent)
         shutil.rmtree(self._path, ignore_errors=True)
         return self
 
@@ -228,10 +225,7 @@ class _Chain:
             may_be_new=not self._start,
             repairing=under_way is not None and under_way.kind == "repair",
         )
-        for found in findings.lost:
-            self.outcome.loses(f"{what}: {found}")
-        for found in findings.silent:
-            self.outcome.is_silent(f"{what}: {found}")
+        self.outcome.take(what, findings.lost, findings.silent)
         return True
 
     def _through(self, acknowledged: int) -> None:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Literal
 
 from memdb.digest import recording_hash, unit_digest
 from memdb.schemas.units import Unit
-from tools.trust.script import OPEN_END, Op
-from tools.trust.units import UNIT_NS, Stream, forgotten_from, make_unit
+from tools.trust.script import AGEING, OPEN_END, Op
+from tools.trust.units import UNIT_NS, Stream, forgotten_from, make_unit, without_kv
 
 STATES_KEPT = 2
 WINDOW_UNITS = 2  # of the stub's encoder: what its state holds of the stream
 _FOREVER_NS = (1 << 63) - 1
+
+
+Fate = Literal["whole", "aged", "lost"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,10 @@ class Kept:
     epochs: list[int] = field(default_factory=list)  # first units
     end_units: int | None = None  # units by the last end
     states: dict[int, int] = field(default_factory=dict)  # unit to spans seen
+    aged_below: int = 0  # units below have no KV any more
+    may_be_aged_below: int = 0
+    wounded: set[int] = field(default_factory=set)  # units whose bytes were damaged: a repair may lose them
+    found: dict[int, Fate] = field(default_factory=dict)  # what was seen of those of which two things may be
 
     def spans_of(self, number: int) -> tuple[Span, ...]:
         return tuple(
@@ -46,11 +54,55 @@ class Kept:
             and (number + 1) * UNIT_NS > span.start_ns
         )
 
-    def unit(self, number: int) -> Unit:
+    def remembered(self, number: int) -> Unit:
+        """What forgetting left of a unit, whatever ageing and damage took."""
         return _unit_left(self.stream, number, self.spans_of(number))
 
+    def unit(self, number: int) -> Unit:
+        unit = self.remembered(number)
+        match self._fate(number):
+            case "aged":
+                return without_kv(unit)
+            case "lost":
+                return replace(without_kv(unit), caption=None, keyframe=None)
+        return unit
+
     def digest_of(self, number: int) -> bytes:
-        return _digest_left(self.stream, number, self.spans_of(number))
+        if self._fate(number) == "whole":
+            return _digest_left(self.stream, number, self.spans_of(number))
+        return unit_digest(self.unit(number))
+
+    def fates(self, number: int) -> list[Fate]:
+        """What a unit may be: of one that was found already, the same."""
+        if number in self.found:
+            return [self.found[number]]
+        fates: list[Fate] = [] if number < self.aged_below else ["whole"]
+        if number < max(self.aged_below, self.may_be_aged_below):
+            fates.append("aged")
+        return [*fates, "lost"] if number in self.wounded else fates
+
+    def settle(self, number: int, digest: bytes) -> bool:
+        """Whether a unit may have this digest; what it is from then on."""
+        before = self.found.get(number)
+        for fate in self.fates(number):
+            self.found[number] = fate
+            if self.digest_of(number) == digest:
+                return True
+        if before is None:
+            self.found.pop(number, None)
+        return False
+
+    def wound(self, number: int) -> None:
+        self.wounded.add(number)
+        self.found.pop(number, None)
+
+    def _may_age(self, ages: bool) -> None:
+        if ages:
+            self.may_be_aged_below = self.units
+            self.found = {number: fate for number, fate in self.found.items() if fate != "whole"}
+
+    def _fate(self, number: int) -> Fate:
+        return self.found.get(number, "aged" if number < self.aged_below else "whole")
 
     @property
     def digest(self) -> str:
@@ -105,6 +157,10 @@ class Model:
     kept: dict[str, Kept] = field(default_factory=dict)
     gone: list[Kept] = field(default_factory=list)  # recordings that were forgotten as a whole
     bare: bool = True
+    ages: bool = False  # the policy is that KV goes
+    policy: int = 0  # which one was set
+    copies: dict[str, Model] = field(default_factory=dict)  # backups, as the store was
+    hurt: bool = False  # damaged, and not repaired yet
 
     def after(self, op: Op) -> Model:
         """The model once the operation was acknowledged."""
@@ -129,12 +185,24 @@ class Model:
                 copy = deepcopy(self)
                 copy._apply(op, count)
                 yield copy
+        elif op.kind in ("compact", "wound"):  # some of it may have been done
+            yield self.after(op)
+            yield self._halfway(op)
         else:
             yield self.after(op)
 
+    def _halfway(self, op: Op) -> Model:
+        copy = deepcopy(self)
+        if op.kind == "compact":
+            for kept in copy.kept.values():
+                kept._may_age(self.ages)
+        elif op.stream is not None and op.stream.name in copy.kept:
+            copy.hurt = True
+            copy.kept[op.stream.name].wound(op.first)
+        return copy
+
     def _apply(self, op: Op, count: int) -> None:
-        if op.kind == "compact" and not op.count:
-            self.bare = True
+        self._apply_to_all(op)
         if op.stream is None:
             return
         name = op.stream.name
@@ -157,8 +225,29 @@ class Model:
             kept.epochs.append(kept.units)
         elif op.kind == "end":
             kept.end_units = kept.units
+        elif op.kind == "wound":
+            kept.wound(op.first)
+            self.hurt = True  # the damaged record stays where it is until it is compacted
+        elif op.kind == "import":
+            copy = deepcopy(kept)
+            copy.states = {}
+            self.kept.setdefault(op.why, copy)
         elif op.kind == "forget":
             self.bare = False
             end_ns = _FOREVER_NS if op.end_ns == OPEN_END else op.end_ns
             kept.spans.append(Span(op.start_ns, end_ns, kept.units))
             kept.states = kept.states_left()
+
+    def _apply_to_all(self, op: Op) -> None:
+        """What is about the store."""
+        if op.kind == "compact":
+            for kept in self.kept.values():
+                kept._may_age(self.ages)
+                if self.ages and not op.count:
+                    kept.aged_below = kept.units
+            self.bare = self.bare or not op.count
+            self.hurt = self.hurt and bool(op.count)
+        elif op.kind == "policy":
+            self.policy, self.ages = op.count, op.count == AGEING
+        elif op.kind == "backup":
+            self.copies.setdefault(op.why, replace(deepcopy(self), copies={}))

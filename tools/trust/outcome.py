@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 DETAILS_MAX = 40
+_TOLD_EACH = 3
 
 
 @dataclass
@@ -38,6 +39,15 @@ class Outcome:
     def is_silent(self, what: str) -> None:
         self.silent += 1
         self.tell(f"silent: {what}")
+
+    def take(self, what: str, lost: Sequence[str], silent: Sequence[str]) -> None:
+        """Count what one trial found, and tell it in one line."""
+        self.lost += len(lost)
+        self.silent += len(silent)
+        if lost or silent:
+            found = [*(f"lost: {one}" for one in lost), *(f"silent: {one}" for one in silent)]
+            more = f"; and {len(found) - _TOLD_EACH} more" if len(found) > _TOLD_EACH else ""
+            self.tell(f"{what}: {'; '.join(found[:_TOLD_EACH])}{more}")
 
     def tell(self, what: str) -> None:
         if len(self.details) < DETAILS_MAX:

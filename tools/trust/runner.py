@@ -17,16 +17,23 @@ from memdb.digest import unit_digest
 from memdb.files import Step, Watch, watched
 from memdb.forget import forget
 from memdb.index.page_writer import index_recording
-from memdb.schemas.errors import UnknownRecording
+from memdb.policy import Age, Policy
+from memdb.schemas.errors import UnknownRecording, UsageError
 from memdb.schemas.recording import Tombstone
 from memdb.sealed import FORGOTTEN_DIGEST
 from memdb.store import Store
 from memdb.writer import RecordingWriter
 from tools.trust.model import WINDOW_UNITS, reach_ns, running_hash
-from tools.trust.script import OPEN_END, Op
-from tools.trust.units import ENCODER, UNIT_NS, Stream, make_unit, marks, spec
+from tools.trust.script import AGEING, OPEN_END, Op
+from tools.trust.units import ENCODER, STARTED_NS, UNIT_NS, Stream, make_unit, marks, spec
 
 Say = Callable[[str], None]
+NOW_NS = STARTED_NS + 400 * 86_400 * 1_000_000_000  # the wall clock of whoever ages: every unit is old enough
+POLICIES = {
+    1: Policy(store_bytes_max=1 << 40),
+    AGEING: Policy(ages=(Age(86_400 * 1_000_000_000, captions_only=True),)),
+}
+WOUND = bytes(range(96))
 SEGMENT_BYTES_MAX = 12_000  # some four units: scripts roll over into the next segment often
 
 
@@ -214,7 +221,7 @@ class Runner:
 
         if not op.count:
             self._close_writers()
-        report = compact(self.store, segment_bytes_max=SEGMENT_BYTES_MAX)
+        report = compact(self.store, now_ns=NOW_NS, age_now=True, segment_bytes_max=SEGMENT_BYTES_MAX)
         self.left = [*report.left, *(what for done in report.recordings for what in done.left)]
 
     def _repair(self, op: Op) -> None:
@@ -224,6 +231,52 @@ class Runner:
         report = repair(self.path)
         if report.spans:
             raise Failed(f"repair of a whole store found damage: {[str(span) for span in report.spans]}")
+
+    def _wound(self, op: Op) -> None:
+        """Damage the end of a unit's record, where it says what it is; then repair a store that nobody closed."""
+        from memdb.repair import repair
+
+        stream = _stream(op)
+        self._writer(stream)
+        row = self.store.unit(self.store.recording(stream.name).id, op.first)
+        path = self.store.segments_path / row.segment
+        offset = row.offset + row.length - len(WOUND)
+        if row.parts and _read(path, offset, len(WOUND)) != WOUND:
+            self._damage(path, offset)
+        self._abandon()
+        repair(self.path)
+
+    def _damage(self, path: Path, offset: int) -> None:
+        """Bytes that change on the disk without anybody's doing."""
+        with open(path, "r+b") as file:
+            file.seek(offset)
+            file.write(WOUND)
+        self._say(f"wound {path.relative_to(self.path)} {offset}")
+
+    def _policy(self, op: Op) -> None:
+        from memdb.clock import set_policy
+
+        set_policy(self.store, POLICIES[op.count], now_ns=NOW_NS)
+
+    def _backup(self, op: Op) -> None:
+        from memdb.backup import backup
+
+        target = self.path.with_name(op.why)
+        if target.exists() and any(target.iterdir()):
+            return  # it was under way when the process died, and had come through
+        report = backup(self.path, target)
+        if report.problems:
+            raise Failed(f"a backup of a whole store found damage: {report.problems}")
+
+    def _import(self, op: Op) -> None:
+        """A recording by way of a file into the same store under another name."""
+        from memdb.transfer import export_recording, import_recording
+
+        file = self.path.with_name("recording.memdb-export")
+        with suppress(UsageError):  # the name is taken: it had come through before the process died
+            export_recording(self.path, _stream(op).name, file)
+            import_recording(self.store, file, recording=op.why)
+        file.unlink(missing_ok=True)
 
     def _writer(self, stream: Stream) -> RecordingWriter:
         writer = self._writers.get(stream.name)
@@ -245,6 +298,12 @@ class Runner:
             first = self.store.unit(row.id, number).first_digest
             if first not in (FORGOTTEN_DIGEST, unit_digest(make_unit(stream, number))):
                 raise Diverged(f"unit {number} of {row.name} came out otherwise than at first")
+
+
+def _read(path: Path, offset: int, size: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(size)
 
 
 def _stream(op: Op) -> Stream:

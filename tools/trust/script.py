@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from tools.trust.units import CODECS, UNIT_NS, Stream
 
 UNITS_IN_PROTOCOLS = 3
+AGEING = 2  # of the policies: nothing but captions is to be left
 OPEN_END = -1  # of a span: everything up to now
 BASIC = ("append", "state", "gap", "epoch", "end", "close", "pages", "forget", "forget_all")
 
@@ -22,10 +23,10 @@ class Op:
     kind: str
     stream: Stream | None = None  # the recording that it is about, None: the store
     first: int = 0  # append: the first unit; state, gap, epoch, end: the number of units by then
-    count: int = 0  # append: how many units; compact: 1 beside open writers
+    count: int = 0  # append: how many units; compact: 1 beside open writers; policy: which
     start_ns: int = 0  # forget
     end_ns: int = 0
-    why: str = ""  # die: the sync at which the writer dies
+    why: str = ""  # die: the sync at which the writer dies; backup, import: the name of the copy
 
     def __str__(self) -> str:
         name = f" {self.stream.name}" if self.stream else ""
@@ -49,6 +50,7 @@ class ScriptMaker:
         self, seed: int, *, names: Sequence[str] = ("lobby", "door"), codecs: Sequence[str] = CODECS
     ):
         self._seed, self._random = seed, random.Random(seed)
+        self._copied = 0
         self._alive = {
             name: _Recording(Stream(seed, name, 0, codecs[at % len(codecs)])) for at, name in enumerate(names)
         }
@@ -97,6 +99,10 @@ class ScriptMaker:
             return start_ns, OPEN_END
         return start_ns, start_ns + 1 + self._random.randrange(2 * UNIT_NS)
 
+    def _copies(self) -> int:
+        self._copied += 1
+        return self._copied
+
     def draw(self, kinds: Collection[str]) -> Op:
         weights = {"append": 10, "close": 1, "gap": 1, "epoch": 1, "end": 1, "forget_all": 1}
         names = sorted(self._alive)
@@ -107,6 +113,14 @@ class ScriptMaker:
                 return self.append(name, self._random.randint(1, 3))
             if kind == "compact":
                 return Op(kind, count=self._random.choice([0, 0, 1]))
+            if kind == "policy":
+                return Op(kind, count=self._random.choice([1, AGEING]))
+            if kind == "backup":
+                return Op(kind, why=f"copy-{self._copies()}.memdb")
+            if kind == "import" and self.units(name):
+                return replace(self.about(kind, name), why=f"copy {self._copies()}")
+            if kind == "wound" and self.units(name):
+                return replace(self.about(kind, name), first=self._random.randrange(self.units(name)))
             if kind in PER_STORE:
                 return Op(kind)
             if not self.units(name):
@@ -120,9 +134,7 @@ class ScriptMaker:
             return self.about(kind, name)
 
 
-PER_STORE = frozenset(
-    {"captions", "compact", "age", "backup", "repair", "policy", "captions_compact", "import", "reopen"}
-)
+PER_STORE = frozenset({"captions", "compact", "backup", "repair", "policy", "reopen"})
 
 
 def script(seed: int, length: int, kinds: Collection[str] = BASIC) -> list[Op]:
@@ -147,15 +159,20 @@ def protocols(seed: int) -> list[Op]:
         ops.append(maker.about(kind, "lobby"))
     ops += [maker.append("door", units), maker.append("lobby", 1), maker.append("lobby", units)]
     ops += [maker.about("state", "lobby"), maker.about("state", "door"), maker.about("pages", "lobby")]
-    ops += [maker.append("lobby", 1), maker.about("state", "lobby")]  # the third: the first is removed
+    ops += [
+        maker.append("lobby", 1),
+        maker.about("state", "lobby"),
+        Op("captions"),
+    ]  # the first state is removed
     ops += [maker.forget(name, *maker.span(name)) for name in chance.sample(["lobby", "door"], 2)]
     ops += [maker.dying("lobby", 1, "a unit's bytes, before it is committed"), maker.append("lobby", 1)]
     ops += [maker.about("close", "door"), maker.dying("door", 1, "the name of a new segment")]
     ops += [maker.about("pages", "door"), Op("compact", count=1), maker.append("lobby", 1), Op("compact")]
-    ops += [maker.about("state", "door"), maker.forget_all("door"), maker.append("door", 2), Op("repair")]
-    ops += [
-        maker.about("state", "lobby"),
-        maker.append("lobby", 1),
-        maker.forget("lobby", *maker.span("lobby")),
-    ]
-    return [*ops, Op("compact"), maker.append("lobby", 1)]
+    ops += [maker.about("state", "door"), maker.forget_all("door"), maker.append("door", 2)]
+    ops += [maker.about("state", "lobby"), maker.append("lobby", 1), maker.about("pages", "lobby")]
+    ops += [replace(maker.about("wound", "lobby"), first=chance.randrange(maker.units("lobby")))]
+    ops.append(Op("compact"))
+    ops += [maker.append("lobby", 1), maker.forget("lobby", *maker.span("lobby")), Op("compact")]
+    ops += [replace(maker.about("import", "lobby"), why="copy"), Op("policy", count=1), Op("repair")]
+    ops += [maker.append("lobby", 2), maker.about("state", "lobby"), Op("policy", count=AGEING)]
+    return [*ops, Op("compact"), maker.append("lobby", 2), Op("backup", why="copy.memdb")]

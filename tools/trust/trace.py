@@ -15,7 +15,7 @@ from pathlib import Path
 
 from memdb.database import CATALOG
 from memdb.files import Step, watched
-from tools.trust.runner import Runner
+from tools.trust.runner import WOUND, Runner
 from tools.trust.script import Op
 from tools.trust.shadow import CUTS, Crash, Folder, Inode, Shadow
 
@@ -32,6 +32,7 @@ class Event:
     said: str = ""
     sqlite: tuple[Path, bytes, bytes] | None = None  # at a point: a database, what is in it, and in its WAL
     is_safe: bool = False
+    wound: tuple[Path, int] | None = None  # a file, and where in it bytes changed by themselves
     loose: dict[str, bytes] | None = None  # files that nobody syncs: path in the store to content
 
 
@@ -88,6 +89,10 @@ class Recorder:
             self._trace.events.append(Event(step))
 
     def say(self, line: str) -> None:
+        if line.startswith("wound "):
+            _, name, offset = line.split()
+            self._trace.events.append(Event(None, wound=(self._path / name, int(offset))))
+            return
         loose = self._loose() if line.startswith("done") else None
         self._trace.events.append(Event(None, line, loose=loose))
 
@@ -130,12 +135,15 @@ class Recorder:
         return found
 
 
-def record(path: Path, ops: Sequence[Op], start: int = 0) -> Trace:
-    """Run a script on the store at `path`, alone in its folder, from operation `start` on."""
-    trace = Trace(path.parent, path.name, ops, start)
-    trace.base = Folder.of(path.parent, without=(f"{CATALOG}-shm",))
+STORE = "house/s.memdb"  # in a folder that is made with it
+
+
+def record(root: Path, ops: Sequence[Op], start: int = 0) -> Trace:
+    """Run a script on the store in the folder `root`, where nothing else is, from operation `start` on."""
+    trace = Trace(root, STORE, ops, start)
+    trace.base = Folder.of(root, without=(f"{CATALOG}-shm",))
     recorder = Recorder(trace)
-    with watched(recorder), Runner(path, recorder.say) as runner:
+    with watched(recorder), Runner(root / STORE, recorder.say) as runner:
         runner.run(ops, start)
     return trace
 
@@ -158,6 +166,8 @@ class Player:
             self._shadow.see(event.step)
         if event.sqlite is not None:
             self._see_sqlite(*event.sqlite, is_safe=event.is_safe)
+        if event.wound is not None:
+            self._wound(*event.wound)
         if event.loose is not None:
             self._loose = event.loose
         return event
@@ -176,6 +186,13 @@ class Player:
         if store.is_dir():
             for name, content in self._loose.items():
                 _write_loose(store / name, content, chance)
+
+    def _wound(self, path: Path, offset: int) -> None:
+        folder = self._shadow.folder(path.parent)
+        node = folder.current.get(path.name) if folder is not None else None
+        assert isinstance(node, Inode)
+        assert not node.pending
+        node.durable = node.durable[:offset] + WOUND + node.durable[offset + len(WOUND) :]
 
     def _see_sqlite(self, path: Path, database: bytes, wal: bytes, *, is_safe: bool) -> None:
         folder = self._shadow.folder(path.parent)

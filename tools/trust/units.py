@@ -26,6 +26,7 @@ from memdb.schemas.units import BLOCK_DTYPE, SLICE_DTYPE, Bytes, Caption, Packed
 LAYERS, HEADS, TOKENS, HEAD_SIZE, VECTOR_SIZE = 2, 1, 4, 6, 8
 KEY_SIZE = HEADS * HEAD_SIZE
 UNIT_NS = 2_000_000_000
+STARTED_NS = 1_700_000_000_000_000_000  # wall clock of the first unit
 ENCODER = "stub"
 CODECS = ("int4", "raw")
 _BITS = {"int4": 4, "int8": 8}
@@ -61,7 +62,7 @@ def spec(stream: Stream) -> RecordingSpec:
         source=SourceIdentity("file", 1234, f"{stream.seed:08x}{stream.life}"),
         source_name=f"{stream.name}.mp4",
         live=False,
-        started_at_ns=1_700_000_000_000_000_000,
+        started_at_ns=STARTED_NS,
         sample_fps=0.5,
         seed=stream.seed,
         dtype="float32",
@@ -174,6 +175,13 @@ def forgotten_from(stream: Stream, unit: Unit, start_ns: int, end_ns: int) -> Un
         if is_gone:
             keys[:, index, :] = 0
     return replace(bare, kv=_repacked(unit.kv, kept, raw), keys=keys)
+
+
+def without_kv(unit: Unit) -> Unit:
+    """What ageing leaves at last: caption and key frame, and the rows of blocks without tokens."""
+    blocks = np.array(unit.blocks, copy=True)
+    blocks["tokens"] = 0
+    return replace(unit, blocks=blocks, kv=None, keys=None)
 
 
 def _repacked(kv: PackedKV, kept: list[int], raw: list[Bytes]) -> PackedKV:
