@@ -14,7 +14,7 @@ SEED = 3
 
 
 def test_everybody_at_once(tmp_path: Path) -> None:
-    outcome = crowd.run(SEED, 5.0, tmp_path, readers=3, writers=2)
+    outcome = crowd.run(SEED, 3.0, tmp_path, readers=2, writers=2)
     assert outcome.ok, outcome.details
     assert outcome.trials > 20
 
@@ -41,7 +41,7 @@ def test_the_log_tells_what_may_be_seen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("samples", "grows"), [([10] * 40, False), ([10] * 20 + [30] * 20, True), ([5] * 12 + [30] * 28, False)]
+    ("samples", "grows"), [([10] * 40, False), ([10] * 24 + [60] * 16, True), ([5] * 12 + [30] * 28, False)]
 )
 def test_growth_is_that_after_warming_up(samples: list[int], grows: bool) -> None:
     outcome = Outcome("crowd")

@@ -156,6 +156,10 @@ class StoreMachine(RuleBasedStateMachine):
     def kill_in_the_next(self, at: int, when: str) -> None:
         self.death = Death(at, when)
 
+    @rule(at=st.integers(0, 6), when=st.sampled_from(WHENS))
+    def kill_early_in_the_next(self, at: int, when: str) -> None:
+        self.death = Death(at, when)
+
     @rule()
     def reopen(self) -> None:
         self.runner.close()
