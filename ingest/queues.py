@@ -106,5 +106,6 @@ class Sink(Generic[T]):
         try:
             while (item := self._queue.get()) is not _END:
                 self._work(item)  # type: ignore[arg-type]
+                del item  # units and states are large, and the next may be long in coming
         except BaseException as error:  # it is raised again in the thread that puts
             self._error = error

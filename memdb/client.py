@@ -574,7 +574,8 @@ def _indexer(store: Store, spec: RecordingSpec) -> Callable[[bool], None]:
         index_recording(store, recording_id, flush=flush)
         try:
             if searchable:
-                captions.index_captions(store, spec.caption_encoder, flush=flush)
+                # With the first caption, so that what LanceDB takes of memory is there from the start.
+                captions.index_captions(store, spec.caption_encoder, flush=flush or keeper is None)
         except MissingDependency as error:  # derived data: searches scan until somebody indexes
             searchable = False
             log.warning("captions are kept but not indexed: %s", error)
