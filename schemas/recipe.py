@@ -14,6 +14,7 @@ Value = str | int | float | bool | None
 PROFILES = ("paper", "code", "fixed")
 # The stages that decide what is stored: they make the encoding fingerprint. The rest is chosen at question time.
 ENCODING_STAGES = ("unit", "reduce", "encode", "caption", "retain")
+_FILE_BYTES_MAX = 1 << 16  # of a TOML file
 STAGES = ("unit", "reduce", "encode", "caption", "write", "retain", "index", "retrieve", "rebuild", "answer")
 
 
@@ -126,8 +127,10 @@ class Recipe:
 def read_toml(path: Path, bases: Mapping[str, Recipe]) -> Recipe:
     """A recipe from a TOML file: `base = "hybrid"`, then a table per stage that differs."""
     try:
+        if path.stat().st_size > _FILE_BYTES_MAX:
+            raise RecipeError(f"{path} is too long for a recipe: a few tables are enough")
         data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(f"cannot read the recipe {path}: {error}") from None
     base_name = data.get("base")
     if base_name is not None and (not isinstance(base_name, str) or base_name not in bases):
