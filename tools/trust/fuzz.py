@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from memdb.transfer import export_recording
@@ -28,12 +28,35 @@ HANG_S = 60.0  # for one input, which takes a fraction of a second
 _STDERR_LINES = 3
 
 
-def run(seed: int, trials: int, folder: Path, *, targets: Sequence[str] = tuple(TARGETS)) -> list[Outcome]:
-    """`trials` inputs of each kind, a row a kind."""
+def sample(seed: int, trials: int, folder: Path) -> Outcome:
+    """`trials` inputs, of one kind after another, in one process."""
+    _prepare(seed, folder)
+    return _target(",".join(TARGETS), seed, trials, folder)
+
+
+def _prepare(seed: int, folder: Path) -> None:
     ground = make_ground(seed, folder)
     (folder / "seed").write_text(str(seed))
     export_recording(ground.path, "lobby", folder / EXPORT)
-    return [_target(name, seed, trials, folder) for name in targets]
+
+
+def run(
+    seed: int,
+    trials: int,
+    folder: Path,
+    *,
+    targets: Sequence[str] = tuple(TARGETS),
+    tell: Callable[[str], None] = lambda line: None,
+) -> list[Outcome]:
+    """`trials` inputs of each kind, a row a kind. `tell` gets what was found as soon as a kind is done."""
+    _prepare(seed, folder)
+    return [_told(_target(name, seed, trials, folder), tell) for name in targets]
+
+
+def _told(outcome: Outcome, tell: Callable[[str], None]) -> Outcome:
+    for line in outcome.details:
+        tell(line)
+    return outcome
 
 
 def _target(name: str, seed: int, trials: int, folder: Path) -> Outcome:
@@ -91,6 +114,10 @@ def _alarm(process: subprocess.Popen[str]) -> threading.Timer:
     return timer
 
 
+def _print(line: str) -> None:
+    print(line, flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seed", type=int, default=1)
@@ -98,11 +125,10 @@ def main() -> int:
     parser.add_argument("--target", action="append", choices=tuple(TARGETS), default=[])
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        outcomes = run(given.seed, given.trials, Path(folder), targets=given.target or tuple(TARGETS))
+        outcomes = run(
+            given.seed, given.trials, Path(folder), targets=given.target or tuple(TARGETS), tell=_print
+        )
     print(table(outcomes))
-    for outcome in outcomes:
-        for line in outcome.details:
-            print(line)
     return int(not all(outcome.ok for outcome in outcomes))
 
 

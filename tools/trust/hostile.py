@@ -21,7 +21,6 @@ from memdb.records import PROLOGUE_BYTES, canonical_ascii, encode_prologue, read
 from memdb.schemas.errors import MemdbError
 from memdb.schemas.rows import PART_DTYPE, Part, UnitRow
 from memdb.schemas.units import BLOCK_DTYPE, SLICE_DTYPE, Table
-from memdb.segments import reading
 from memdb.tables import COLUMNS, KEYS
 
 NUMBERS = (
@@ -155,11 +154,12 @@ class Raw:
 
 def take_apart(path: Path) -> list[Raw]:
     found = []
-    with reading(path.parent, path.name) as file:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
         offset = 0
-        while offset < file.size_bytes:
-            record = read_record(file.fd, offset, file.size_bytes, file=path.name)
-            body = read_body(file.fd, record, file.size_bytes, file=path.name)
+        while offset < size:
+            record = read_record(file.fileno(), offset, size, file=path.name)
+            body = read_body(file.fileno(), record, size, file=path.name)
             tables = [
                 np.frombuffer(data, dtype).copy()
                 for data, dtype in (
