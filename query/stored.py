@@ -13,7 +13,7 @@ import torch
 from memdb.index.key_search import KeySearch
 from memdb.index.key_table import KeyTable
 from memdb.models.window import LayerKV
-from memdb.pieces import Pieces, PieceTable, piece_keys
+from memdb.pieces import MISSING, Pieces, PieceTable, piece_keys
 from memdb.query.retrieve.topk import Rows
 from memdb.query.unpack import Unpacker
 from memdb.reader import SliceReader
@@ -83,6 +83,7 @@ class StoredKV:
         """One verified read of each layer's blocks, layer after layer, not yet unpacked."""
         batch = self.reader.read_pieces(self.pieces(layers, rows))
         self._pieces.replace(batch.renewed)
+        self._see_tokens(batch, np.concatenate(rows))
         readings.bytes_read += batch.bytes_read
         readings.read_ms += batch.read_s * 1e3
         readings.calls += 1
@@ -91,6 +92,13 @@ class StoredKV:
             start = format_time(to_s(int(self.table.blocks["start_ns"][at])))
             readings.bad.append(f"{self.row.name} at {start}, layer {bad.layer}: {bad.reason} ({bad.file})")
         return batch
+
+    def _see_tokens(self, batch: SliceBatch, rows: Rows) -> None:
+        """Ageing may have thinned blocks since their key pages were written: what was read says what they hold."""
+        table, kinds = batch.pieces.table, batch.pieces.names.kinds
+        there = table["file"] != MISSING
+        tokens = np.array([kind.tokens for kind in kinds], np.uint32)
+        self.table.blocks["tokens"][rows[there]] = tokens[table["kind"][there]]
 
     @contextmanager
     def knowing(self, rows: Sequence[Rows], readings: Readings) -> Iterator[None]:
