@@ -89,7 +89,7 @@ def restored(store: Store, recording: RecordingRow, row: UnitRow) -> dict[tuple[
             raw = planes.unpack(raw, int(piece["raw_bytes"]), planes.element_bytes(name, "float32"))
         k, v = unpack_slices(
             codecs.codec(name),
-            raw[None],
+            raw[None].copy(),
             dtype=torch.float32,
             scale_bytes=int(piece["scale_bytes"]),
             H=H,
