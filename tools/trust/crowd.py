@@ -32,7 +32,7 @@ GROWTH_MIN_S = (
 GROWTH_SHARE = 0.15
 GROWTH_BYTES = 16 << 20
 GROWTH_FILES = 8
-_START_S = 60.0
+_START_S = 300.0  # of so many processes on a busy machine
 
 
 @dataclass(frozen=True)
