@@ -70,7 +70,7 @@ def _crowd(seed: int, scale: float, folder: Path) -> Outcome:
 
 
 KILLS = 200
-POWER_CUTS = 4000  # about as many as an exhaustive run has
+POWER_CUTS = 8600  # about as many as an exhaustive run has
 FLIPS = 200  # of each class of files
 FUZZ = 500  # of each kind of input
 CROWD_S, CROWD_MIN_S = 600.0, 5.0
