@@ -6,9 +6,12 @@ account of what was acknowledged before that step, and gone on with to the end o
 
 from __future__ import annotations
 
+import logging
+import multiprocessing
 import random
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from tools.trust.check import Findings, check, finish
@@ -19,6 +22,7 @@ from tools.trust.shadow import CUTS
 from tools.trust.trace import DERIVED, Player, record
 
 WHOLE_EVERY = 6
+WORKERS = 2
 REPAIRING = ("repair", "wound")
 
 
@@ -47,35 +51,40 @@ class Campaign:
         """What is found after power cuts: each behind an event, of a kind, with a seed. Events in order.
 
         `ignored`: syncs of this reason do nothing. `whole_every`: one in so many goes on to the end of the script,
-        the others with the operation that was under way and an append to every recording.
+        the others with the operation that was under way and an append to every recording; 0: none goes on.
         """
         player = Player(self.trace, ignored)
         for number, (at, cut, seed) in enumerate(sorted(wanted)):
             while player.at <= at:
                 player.step()
-            yield self._crash(player, at, cut, seed, whole=number % whole_every == 0)
+            findings, model = self._crash(player, at, cut, seed)
+            if findings.ok and whole_every:
+                self._go_on(at, model, findings, whole=number % whole_every == 0)
+            shutil.rmtree(self._folder / "crash")
+            yield findings
 
-    def _crash(self, player: Player, at: int, cut: str, seed: int, *, whole: bool) -> Findings:
+    def _crash(self, player: Player, at: int, cut: str, seed: int) -> tuple[Findings, Model]:
         done, under_way = self.trace.acknowledged(at + 1)
         target = self._folder / "crash"
         player.crash(target, cut, f"{self._seed} {at} {cut} {seed}")
         path = target / self.trace.store
-        findings, model = check(
+        return check(
             path,
             self._models[done].outcomes(under_way),
             may_be_new=done == 0,
             repairing=under_way is not None and under_way.kind in REPAIRING,
             derived_may_be_damaged=True,
         )
-        if findings.ok:
-            ops = list(self.trace.ops)
-            if not whole and done < len(ops):
-                ops = [*ops[: done + 1], *_appends(model.after(ops[done]))]
-            ending = finish(path, model, ops, done, derived_may_be_damaged=True)
-            findings.lost += [f"at the end: {what}" for what in ending.lost]
-            findings.silent += [f"at the end: {what}" for what in ending.silent]
-        shutil.rmtree(target)
-        return findings
+
+    def _go_on(self, at: int, model: Model, findings: Findings, *, whole: bool) -> None:
+        done, _ = self.trace.acknowledged(at + 1)
+        ops = list(self.trace.ops)
+        if not whole and done < len(ops):
+            ops = [*ops[: done + 1], *_appends(model.after(ops[done]))]
+        path = self._folder / "crash" / self.trace.store
+        ending = finish(path, model, ops, done, derived_may_be_damaged=True)
+        findings.lost += [f"at the end: {what}" for what in ending.lost]
+        findings.silent += [f"at the end: {what}" for what in ending.silent]
 
     def cuts(self, at: int) -> list[str]:
         """The kinds of power cut that are tried behind an event: all, but two behind a step of derived data's."""
@@ -98,18 +107,43 @@ def _appends(model: Model) -> list[Op]:
 
 
 def run(seed: int, trials: int, folder: Path, *, campaign: Campaign | None = None) -> Outcome:
-    """`trials` power cuts spread over the script; 0: all kinds of cut after every step."""
+    """`trials` power cuts spread over the script; 0: every kind after every step, in two processes."""
     outcome = Outcome("power cut after each step")
     with outcome.timed():
-        campaign = campaign or Campaign(seed, folder)
-        every = [(at, cut, 0) for at in range(campaign.events) for cut in campaign.cuts(at)]
-        chance = random.Random(f"{seed} cuts")
-        wanted = sorted(chance.sample(every, min(trials, len(every))) if trials else every)
-        for (at, cut, _), found in zip(
-            wanted, campaign.crashes(wanted, whole_every=WHOLE_EVERY), strict=True
-        ):
-            outcome.trials += 1
-            what = f"seed {seed}, {campaign.where(at)}, {cut}"
-            outcome.take(what, found.lost, found.silent)
+        if trials:
+            outcome.add(_part(seed, trials, folder, 0, 1, campaign))
+        else:
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(WORKERS, mp_context=context) as processes:
+                parts = [
+                    processes.submit(_part, seed, 0, folder / str(number), number, WORKERS)
+                    for number in range(WORKERS)
+                ]
+                for part in parts:
+                    outcome.add(part.result())
+    return outcome
+
+
+def _part(
+    seed: int, trials: int, folder: Path, number: int, of: int, campaign: Campaign | None = None
+) -> Outcome:
+    """One of several equal shares of a campaign."""
+    logging.disable(logging.WARNING)  # the store tells of what it found after each power cut
+    try:
+        return _run(seed, trials, campaign or Campaign(seed, folder), number, of)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _run(seed: int, trials: int, campaign: Campaign, number: int, of: int) -> Outcome:
+    outcome = Outcome("power cuts")
+    every = [(at, cut, 0) for at in range(campaign.events) for cut in campaign.cuts(at)]
+    wanted = every[number::of]
+    if trials:
+        wanted = sorted(random.Random(f"{seed} cuts").sample(every, min(trials, len(every))))
+    for (at, cut, _), found in zip(wanted, campaign.crashes(wanted, whole_every=WHOLE_EVERY), strict=True):
+        outcome.trials += 1
+        outcome.take(f"seed {seed}, {campaign.where(at)}, {cut}", found.lost, found.silent)
+    if number == 0:
         outcome.tell(f"{campaign.events} steps of {len(campaign.trace.ops)} operations")
     return outcome

@@ -21,7 +21,7 @@ from memdb.store import Store
 from tools.trust.model import Kept, Model
 from tools.trust.units import ENCODER, KEY_SIZE, LAYERS, VECTOR_SIZE, raw_slices
 
-_WORDS_ASKED = 4  # recordings are asked for the words of so many units, old and new
+_WORDS_ASKED = 2  # each recording is asked for the words of about so many units, old and new
 _TOLERANCE = 1e-4
 Row = npt.NDArray[np.float32]
 

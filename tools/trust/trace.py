@@ -85,6 +85,8 @@ class Recorder:
             self._with_wal.add(step.path)
             sqlite = (step.path, _read(step.path), _read(wal_of(step.path)))
             self._trace.events.append(Event(step, sqlite=sqlite, is_safe=step.name in _SAFE_POINTS))
+        elif step.what == "sync" and ".sqlite" in step.path.name:  # of a database that SQLite wrote
+            self._trace.events.append(Event(step, sqlite=(step.path, _read(step.path), b""), is_safe=True))
         else:
             self._trace.events.append(Event(step))
 
@@ -154,6 +156,7 @@ class Player:
     def __init__(self, trace: Trace, ignored: str = "") -> None:
         self._trace = trace
         self._path = trace.root / trace.store
+        self._ignored = ignored
         self._shadow = Shadow(trace.root, _copy(trace.base), ignored)
         self._loose: dict[str, bytes] = {}
         self.at = 0  # events that were made
@@ -165,7 +168,8 @@ class Player:
         if event.step is not None:
             self._shadow.see(event.step)
         if event.sqlite is not None:
-            self._see_sqlite(*event.sqlite, is_safe=event.is_safe)
+            ignored = event.step is not None and event.step.name == self._ignored
+            self._see_sqlite(*event.sqlite, is_safe=event.is_safe and not ignored)
         if event.wound is not None:
             self._wound(*event.wound)
         if event.loose is not None:

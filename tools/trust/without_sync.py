@@ -90,13 +90,13 @@ class Missed:
 
 def without(why: Why, campaigns: Sequence[Campaign], tries_max: int = TRIES_MAX) -> Missed:
     """Look for a loss without the syncs of one reason."""
-    tries = 0
+    tries = rounds = 0
     chance = random.Random(why.text)
     while tries < tries_max:
-        before = tries
+        before, rounds = tries, rounds + 1
         for campaign in campaigns:
             wanted = _moments(campaign, why.text, chance)
-            for found in campaign.crashes(wanted, why.text, whole_every=3):
+            for found in campaign.crashes(wanted, why.text, whole_every=(rounds - 1) % 3):
                 tries += 1
                 if not found.ok:
                     return Missed(why, tries, str(found))
