@@ -1,23 +1,29 @@
 """What a catalog that is to be made anew still says, row by row, wherever a row's own checksum is right.
 
-The segments are the truth, and a repair needs nothing else. But where a footer or a header is damaged there, the
-row that was made of it may be whole, and then nothing is lost.
+The segments are the truth, and a repair needs nothing else. But where a record is damaged there, the row that was
+made of it may be whole: then nothing is lost, and what was forgotten stays so.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
-from memdb.applying import RecordingState
+from memdb.applying import EVENTS, RecordingState
 from memdb.database import CATALOG, Database, Value
+from memdb.records import Record, encode
 from memdb.schemas.errors import FormatVersionError, RecipeError, StoreError
 from memdb.schemas.format import FORMAT_VERSION
 from memdb.schemas.rows import RecordingSpec, UnitRow
 
+_NUMBERS = {
+    table: f"SELECT number FROM {table} WHERE recording = ? ORDER BY number"  # noqa: S608
+    for table, _, _ in EVENTS.values()
+}
 logger = logging.getLogger(__name__)
 
 
@@ -61,6 +67,25 @@ class Remembered:
         except (ValueError, TypeError, KeyError, RecipeError):
             return None
 
+    def forgotten_at_ns(self, recording_id: str) -> int | None:
+        """When a recording was forgotten as a whole, None where nothing says so."""
+        rows = self._select("forgotten", "WHERE recording = ?", (recording_id,))
+        return int(rows[0][1] or 0) if rows else None
+
+    def events(self, recording_id: str) -> list[Record]:
+        """Gaps, epochs, ends and tombstones as records of no file."""
+        found: list[Record] = []
+        for kind, (table, integers, texts) in EVENTS.items():
+            for row in self._each(table, recording_id):
+                meta = dict(zip((*integers, *texts), row[2:], strict=True))
+                found.append(encode(kind, cast("int", row[1]), meta, offset=0, previous=b"")[1])
+        return found
+
+    def unit_count(self, recording_id: str) -> int:
+        """How many units were acknowledged at least."""
+        state = self._state(recording_id)
+        return state.units if state else 0
+
     def generation(self, recording_id: str) -> int:
         """Of the key pages, 0 where nobody knows."""
         state = self._state(recording_id)
@@ -77,6 +102,17 @@ class Remembered:
     def _meta(self, key: str) -> Value:
         rows = self._select("meta", "WHERE key = ?", (key,))
         return rows[0][1] if rows else None
+
+    def _each(self, table: str, recording_id: str) -> Iterator[tuple[Value, ...]]:
+        """The rows of a table that are whole: one that is damaged hides none of the others."""
+        if self._database is None:
+            return
+        try:
+            numbers = self._database.execute(_NUMBERS[table], (recording_id,))
+        except StoreError:
+            return
+        for (number,) in numbers:
+            yield from self._select(table, "WHERE recording = ? AND number = ?", (recording_id, number))
 
     def _select(self, table: str, tail: str, parameters: tuple[Value, ...]) -> list[tuple[Value, ...]]:
         if self._database is None:

@@ -32,6 +32,7 @@ from memdb.locks import FileLock, commit_lock, many_files, rewrite_lock, writer_
 from memdb.mend import Mender, Touched
 from memdb.network import check_locks_hold
 from memdb.rebuild import Known, check, fill
+from memdb.records import Kind, Record
 from memdb.remembered import Remembered
 from memdb.roll_forward import check_format
 from memdb.room import refused
@@ -40,6 +41,7 @@ from memdb.schemas.errors import NotAStore, StoreError
 from memdb.schemas.fingerprint import ModelIdentity
 from memdb.schemas.rows import RecordingRow
 from memdb.schemas.times import to_s
+from memdb.sealed import SealedSegment
 from memdb.segments import segment_files
 from memdb.state import StateFiles, read_state, recording_of, state_files
 from memdb.truth import Truth
@@ -164,33 +166,46 @@ class _Repair:
             if self._progress is not None:
                 self._progress(min(done, total), total)
 
-        truths = []
-        for recording_id, found in sorted(names.items()):
-            files = [read_contents(self._segments, name, sequence, told) for sequence, name in found]
-            for file in files:
-                if file.header is not None:
-                    check_format(file.header)
-            truths.append(Truth(recording_id, files))
-        return self._own(truths)
+        read = {
+            recording_id: [read_contents(self._segments, name, sequence, told) for sequence, name in found]
+            for recording_id, found in sorted(names.items())
+        }
+        headers = [file.header for files in read.values() for file in files if file.header is not None]
+        for header in headers:
+            check_format(header)
+        self._find_store_id(headers)
+        own = {
+            recording_id: [file for file in files if self._is_own(recording_id, file)]
+            for recording_id, files in read.items()
+        }
+        return [self._truth(recording_id, files) for recording_id, files in own.items() if files]
 
-    def _own(self, truths: list[Truth]) -> list[Truth]:
-        ids = Counter(str(header.meta["store_id"]) for truth in truths for header in truth.headers)
+    def _truth(self, recording_id: str, files: list[SegmentContents]) -> Truth:
+        told = self._remembered
+        return Truth(
+            recording_id,
+            files,
+            told.events(recording_id),
+            told.unit_count(recording_id),
+            told.forgotten_at_ns(recording_id),
+        )
+
+    def _find_store_id(self, headers: list[Record]) -> None:
+        """The id that the old catalog tells, if any header has it; else that of most headers."""
+        ids = Counter(str(header.meta["store_id"]) for header in headers)
         told = self._remembered.store_id
         most = max(sorted(ids), key=ids.__getitem__) if ids else uuid.uuid4().hex
         self._store_id = told if told is not None and (told in ids or not ids) else most
-        for truth in truths:
-            own = [file for file in truth.files if self._is_own(truth.id, file)]
-            for file in truth.files:
-                if file not in own:
-                    self.report.dropped.append(
-                        f"{file.file} is of another recording or store, and is left out"
-                    )
-            truth.files = own
-        return [truth for truth in truths if truth.files]
 
     def _is_own(self, recording_id: str, file: SegmentContents) -> bool:
         meta = file.header.meta if file.header else None
-        return meta is None or (meta["recording_id"], meta["store_id"]) == (recording_id, self._store_id)
+        own = meta is None or (meta["recording_id"], meta["store_id"]) == (recording_id, self._store_id)
+        if not own:
+            self.report.dropped.append(
+                f"{file.file} is of another recording or store: if it was not always, what it held is lost, and "
+                "if that was a forgetting, what it forgot may be back"
+            )
+        return own
 
     # Settling
 
@@ -208,6 +223,7 @@ class _Repair:
             self._warn_of_lost_files(truth)
             if truth.forgotten_at_ns is not None:
                 self._forgotten[truth.id] = truth.forgotten_at_ns
+                self._put_on_record(catalog, truth)
                 continue
             if not truth.standing and not len(truth.copies) and not truth.events:
                 self.report.dropped += [f"{file.file}: nothing in it ever counted" for file in truth.files]
@@ -220,10 +236,25 @@ class _Repair:
             self.report.notes += mender.notes
             self._add_spans(row.name, mender.touched)
             if written is not None:
-                truth = Truth(truth.id, [*truth.files, written])
+                truth = self._truth(truth.id, [*truth.files, written])
             self._warn_of_tails(truth, row.name)
             found.append((truth, row))
         return self._named(found)
+
+    def _put_on_record(self, catalog: Catalog, truth: Truth) -> None:
+        """Write the tombstone of a recording again, where only the old catalog knows of it."""
+        row = self._described(truth)
+        if row is None or any(file.tombstones(whole=True) and file.sealed for file in truth.files):
+            return
+        segment = SealedSegment(catalog, self._segments, row, FORGET)
+        try:
+            for number in range(2):
+                meta: dict[str, object] = {"whole": True, "at_ns": truth.forgotten_at_ns}
+                segment.event(Kind.TOMBSTONE, number, meta)
+            segment.seal_whole()
+        finally:
+            segment.close()
+        self.report.notes.append(f"the tombstone of {row.name!r} is damaged, and was written again")
 
     def _described(self, truth: Truth) -> RecordingRow | None:
         """What is known of a recording beside its units: by its headers, else by the old catalog."""

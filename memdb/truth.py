@@ -36,14 +36,17 @@ class Truth:
 
     id: str
     files: list[SegmentContents]  # of this recording, in order of their sequence
+    told: list[Record] = field(default_factory=list)  # events that an old catalog knows
+    told_units: int = 0  # that an old catalog knows, at least
+    told_forgotten_ns: int | None = None
     notes: list[str] = field(default_factory=list)  # what could not be settled
 
     @cached_property
     def forgotten_at_ns(self) -> int | None:
-        """When all of the recording was forgotten, None if it was not."""
+        """When all of the recording was forgotten, None if it was not. Any one that says so is enough."""
         obeyed = [file for file in self.files if file in self.standing or file in self.obeyed]
         moments = [meta_int(stone, "at_ns") for file in obeyed for stone in file.tombstones(whole=True)]
-        return min(moments, default=None)
+        return min(moments, default=self.told_forgotten_ns)
 
     # Which files count
 
@@ -105,7 +108,7 @@ class Truth:
     @cached_property
     def events(self) -> dict[EventKey, Record]:
         """Gaps, epochs, ends and tombstones of spans. Those that only a spare file has are among them."""
-        found: dict[EventKey, Record] = {}
+        found: dict[EventKey, Record] = {(event.kind, event.number): event for event in self.told}
         streams = [file for file in self.standing if file.role == STREAM]
         sealed = [file for file in self.standing if file.role != STREAM]
         for file in (*self.spare, *streams, *sealed):
@@ -171,7 +174,7 @@ class Truth:
         A damaged unit at the very end of a stream file may be one that was never acknowledged: it is left out,
         and the next ingest writes it again.
         """
-        bounds = [0]
+        bounds = [self.told_units]
         bounds += [meta_int(event, name) for event in self.events.values() for name in _bounds(event)]
         # A rewriting holds all that its sources held: they are asked only where it is damaged itself.
         asked = [*self.standing, *(file for file in self.spare if file not in self.replaced)]

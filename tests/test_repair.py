@@ -462,6 +462,50 @@ def test_what_the_old_catalog_knows_of_a_damaged_record_is_not_lost(
     assert digests_after(store) == digests(house)
 
 
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.usefixtures("bare")
+def test_a_gap_that_the_old_catalog_knows_is_not_lost(house: Path, store: Path, number: int) -> None:
+    spoil_in(store, find(house, "lobby", Kind.GAP, number), "footer")
+    report = repair(store)
+    assert report.notes == []
+    with Store.open(store) as opened, Store.open(house) as whole:
+        assert opened.recording("lobby").gaps == whole.recording("lobby").gaps
+    assert digests_after(store) == digests(house)
+    with Store.open(store) as opened, Store.open(house) as whole:
+        assert opened.recording("lobby").gaps == whole.recording("lobby").gaps
+
+
+@pytest.mark.usefixtures("bare")
+def test_a_last_unit_that_the_old_catalog_knows_is_not_left_out(house: Path, store: Path) -> None:
+    spoil_in(store, find(house, "attic", Kind.UNIT, 4), "body")
+    assert spans(repair(store)) == [("attic", 4, 4, DAMAGED)]
+    with Store.open(store) as opened:
+        assert opened.recording("attic").units == 5
+
+
+@pytest.mark.parametrize("harm", ["lost", "of another recording", "zeros"])
+@pytest.mark.usefixtures("bare")
+def test_what_the_old_catalog_says_is_forgotten_stays_so(house: Path, store: Path, harm: str) -> None:
+    """The files that say so are gone: they are written again."""
+    with Store.open(store) as opened:
+        [forgotten] = opened.catalog.forgotten()
+        names = [row.name for row in opened.catalog.segments(opened.recording("hall").id)]
+        other = opened.catalog.segments(opened.recording("attic").id)[0].name
+    stone = [name for name in sorted(os.listdir(store / "segments")) if name.startswith(forgotten)][-1]
+    for path in (store / "segments" / names[-1], store / "segments" / stone):
+        if harm == "lost":
+            path.unlink()
+        else:
+            strange = (store / "segments" / other).read_bytes()
+            path.write_bytes(strange if harm == "of another recording" else bytes(path.stat().st_size))
+    repair(store)
+    assert digests(store) == digests(house)
+    assert digests_after(store) == digests(house)
+    with Store.open(store) as opened, Store.open(house) as whole:
+        assert opened.catalog.forgotten() == [forgotten]
+        assert opened.recording("hall").tombstones == whole.recording("hall").tombstones
+
+
 @pytest.mark.usefixtures("bare")
 def test_files_of_another_store_are_left_out(house: Path, store: Path, tmp_path: Path) -> None:
     with new_store(tmp_path / "other") as other:
