@@ -553,7 +553,8 @@ def test_questions_find_in_aged_kv_what_they_find_in_an_ingest_of_that_codec(
     film = run_cases.small_film(tmp_path / "film.mp4")
     paths = {codec: tmp_path / f"{codec}.memdb" for codec in ("raw", "int4")}
     for codec, path in paths.items():
-        run_cases.ingested(path, model, film, "rekv", codec=codec)
+        stamps = (*run_cases.SETTINGS["rekv"], "rebuild.time_text_s=2")  # they stand between blocks
+        run_cases.ingested(path, model, film, "rekv", codec=codec, settings=stamps)
     with Store.open(paths["raw"], write=True) as store:
         # By the second half of the film's time, so that both codecs stand in one recording.
         row = store.recording(run_cases.NAME)
