@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 RAW_BYTES_MAX = 1 << 30  # of one slice; a row that claims more is damaged
 DEADLINE_S = 30.0
+PINNED_MAX = 256  # files; one read may open as many again
 _STUCK_MAX = 16  # threads left behind at a time: with so many, only the page cache is read
 _CORES = os.cpu_count() or 1
 # A second thread pays for its start from here on where everything lies in the page cache.
@@ -89,7 +90,8 @@ class SliceReader:
     def pinned(self) -> Iterator[None]:
         """Keep the files of the reads inside open: what one read found, the next ones find too.
 
-        For the length of one question: a file that is open is not removed by a compaction.
+        For the length of one question: a file that is open is not removed by a compaction. Of so many files that a
+        process could not hold them, the earlier ones are let go.
         """
         if self._pinned is not None:
             yield
@@ -116,6 +118,9 @@ class SliceReader:
     def _read(self, pieces: Pieces) -> SliceBatch:
         began_s = time.perf_counter()
         with ExitStack() as own:
+            if self._pinned is not None and len(self._pinned) > PINNED_MAX:
+                self._pins.close()
+                self._pinned.clear()
             opened = self._pinned if self._pinned is not None else {}
             pins = self._pins if self._pinned is not None else own
             files, refused = self._open(pieces, opened, pins)

@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import memdb.reader
 from memdb.reader import SliceReader
 from memdb.schemas.errors import CorruptionError
 from memdb.schemas.rows import UnitRow
 from memdb.store import Store
-from tests.store_cases import LAYERS, fill, flip, new_store, raw_slices
+from tests.store_cases import LAYERS, fill, flip, new_store, pack, raw_slices, spec, unit
 
 UNITS = 6
 
@@ -146,8 +147,6 @@ def test_the_buffer_can_be_given(store: Store) -> None:
 
 
 def test_slices_of_different_sizes_are_read_but_not_stacked(tmp_path: Path) -> None:
-    from tests.store_cases import pack, spec, unit
-
     with new_store(tmp_path) as store:
         raw = [*raw_slices(0, 1, "int4"), *raw_slices(1, 1, "int4", raw_bytes=100)]
         made = unit(0)
@@ -198,6 +197,27 @@ def test_a_file_that_is_cut_or_gone_gives_bad_slices(tmp_path: Path) -> None:
             batch = reader.read(wanted)
             assert [bad.index for bad in batch.bad] == list(range(12))
             assert batch.bytes_read == 0
+
+
+def test_a_question_over_many_files_holds_few_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memdb.reader, "PINNED_MAX", 3)
+    with new_store(tmp_path) as store:
+        with store.writer(spec(), segment_bytes_max=1) as writer:
+            for number in range(12):
+                writer.append([unit(number)])
+        rows = rows_of(store)
+        assert len({row.segment for row in rows}) == 12
+        before = len(os.listdir("/proc/self/fd"))
+        with SliceReader(store) as reader:
+            with reader.pinned():
+                for row in [*rows, *rows]:
+                    assert np.array_equal(
+                        reader.read([(row, every)]).stacked(), expected(store, [(row, every)])
+                    )
+                    assert len(os.listdir("/proc/self/fd")) <= before + 5
+            assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_nothing_asked_is_nothing_read(store: Store) -> None:
