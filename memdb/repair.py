@@ -19,21 +19,21 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from memdb.applying import FORGET
 from memdb.catalog import Catalog
 from memdb.database import CATALOG
 from memdb.derived import drop_derived, next_generation, rebuild_derived
-from memdb.files import File, make_folder, replace, sync_folder, unlink
+from memdb.files import make_folder, unlink
 from memdb.folder import FILES, FOLDERS, TRUTH, has_segments
 from memdb.locks import FileLock, commit_lock, many_files, rewrite_lock, writer_lock
-from memdb.mend import Mender, Touched
+from memdb.mend import Mender
 from memdb.network import check_locks_hold
 from memdb.rebuild import Known, check, fill
 from memdb.records import Kind, Record
 from memdb.remembered import Remembered
+from memdb.repair_report import Repaired, RepairReport
 from memdb.roll_forward import check_format
 from memdb.room import refused
 from memdb.salvage import SegmentContents, read_contents
@@ -43,58 +43,12 @@ from memdb.schemas.rows import RecordingRow
 from memdb.schemas.times import to_s
 from memdb.sealed import SealedSegment
 from memdb.segments import segment_files
-from memdb.state import StateFiles, read_state, recording_of, state_files
+from memdb.swap import BESIDE, NEW, drop_states, swap
 from memdb.truth import Truth
 
 logger = logging.getLogger(__name__)
 
-NEW = f"{CATALOG}.new"
-_BESIDE = ("-wal", "-shm", "-journal")
 Progress = Callable[[int, int], None]  # bytes of segments read, bytes in all
-
-
-@dataclass(frozen=True)
-class Span:
-    """Units one after another that were not whole, and what became of them."""
-
-    recording: str
-    first_unit: int
-    last_unit: int
-    start_s: float
-    end_s: float
-    what: str
-
-    def __str__(self) -> str:
-        units = (
-            f"unit {self.first_unit}"
-            if self.first_unit == self.last_unit
-            else (f"units {self.first_unit} to {self.last_unit}")
-        )
-        return f"{self.recording}: {units} ({self.start_s:g} to {self.end_s:g} s) {self.what}"
-
-
-@dataclass(frozen=True)
-class Repaired:
-    """A recording as it is in the new catalog."""
-
-    name: str
-    units: int
-    segments: int
-    tombstones: int
-    watermark_s: float
-
-
-@dataclass
-class RepairReport:
-    recordings: list[Repaired] = field(default_factory=list)
-    spans: list[Span] = field(default_factory=list)  # what was not whole, and what became of it
-    forgotten: int = 0  # whole recordings that stay forgotten
-    dropped: list[str] = field(default_factory=list)  # what was taken out of the store's view, and why
-    notes: list[str] = field(default_factory=list)  # what else a user should know
-
-    @property
-    def units(self) -> int:
-        return sum(recording.units for recording in self.recordings)
 
 
 def repair(path: str | os.PathLike[str], *, progress: Progress | None = None) -> RepairReport:
@@ -146,9 +100,10 @@ class _Repair:
                 finally:
                     catalog.close()
                 self._remembered.close()
-                self._drop_states(rows)
+                if removed := drop_states(self._folder, rows, self._forgotten):
+                    self.report.dropped.append(f"{removed} encoder states that fit no more")
                 drop_derived(self._folder)
-                self._swap()
+                swap(self._folder)
             self.report.notes += rebuild_derived(self._folder)
         self._tell(rows)
         return self.report
@@ -211,7 +166,7 @@ class _Repair:
 
     def _new_catalog(self, truths: list[Truth]) -> Catalog:
         path = self._folder / NEW
-        for suffix in ("", *_BESIDE):
+        for suffix in ("", *BESIDE):
             unlink(path.with_name(NEW + suffix))
         begun = [truth.created_ns for truth in truths if truth.created_ns]
         Catalog.create(path, store_id=self._store_id, created_ns=min(begun, default=time.time_ns()))
@@ -234,7 +189,7 @@ class _Repair:
             mender = Mender(catalog, self._segments, truth, row, self._remembered)
             written = mender.run()
             self.report.notes += mender.notes
-            self._add_spans(row.name, mender.touched)
+            self.report.add_spans(row.name, mender.touched)
             if written is not None:
                 truth = self._truth(truth.id, [*truth.files, written])
             self._warn_of_tails(truth, row.name)
@@ -335,16 +290,6 @@ class _Repair:
                     f"acknowledged, or the last units of {name!r}; the next ingest goes on before them"
                 )
 
-    def _add_spans(self, name: str, touched: list[Touched]) -> None:
-        spans = self.report.spans
-        for one in sorted(touched, key=lambda one: one.unit):
-            last = spans[-1] if spans else None
-            first, start_s = one.unit, to_s(one.start_ns)
-            if last and (last.recording, last.last_unit + 1, last.what) == (name, one.unit, one.fate):
-                first, start_s = last.first_unit, last.start_s
-                spans.pop()
-            spans.append(Span(name, first, one.unit, start_s, to_s(one.end_ns), one.fate))
-
     def _tell(self, rows: list[RecordingRow]) -> None:
         report = self.report
         report.forgotten = len(self._forgotten)
@@ -356,43 +301,6 @@ class _Repair:
             logger.info("%s: %d units are in the new catalog", row.name, row.units)
         for line in (*map(str, report.spans), *report.dropped, *report.notes):
             logger.warning("%s", line)
-
-    # Putting it in place
-
-    def _drop_states(self, rows: list[RecordingRow]) -> None:
-        """Remove encoder states that do not fit any more: ahead of the units, or with what was forgotten."""
-        known = {row.id: row for row in rows}
-        removed = 0
-        for recording_id in sorted({recording_of(path) for path in state_files(self._folder / "state")}):
-            row = known.get(recording_id)
-            states = StateFiles(self._folder / "state", recording_id, "")
-            if row is None:
-                removed += states.remove_all() if recording_id in self._forgotten else 0
-                continue
-            removed += states.remove_forgotten(row.tombstones)
-            for path in states.files():
-                state = read_state(path)
-                if state.unit > row.units or state.tombstones > len(row.tombstones):
-                    unlink(path)
-                    removed += 1
-        if removed:
-            self.report.dropped.append(f"{removed} encoder states that fit no more")
-            sync_folder(self._folder / "state", "the removal of states that fit a repaired catalog no more")
-
-    def _swap(self) -> None:
-        """The old catalog goes before its WAL, and both before the new one comes: none is ever read with the
-        other's, whatever reaches the disk.
-        """
-        old, new = self._folder / CATALOG, self._folder / NEW
-        with File(new, new=False) as file:
-            file.sync("a catalog made anew, before it gets its name")
-        unlink(old)
-        sync_folder(self._folder, "the removal of a catalog, before that of its WAL")
-        for suffix in _BESIDE:
-            unlink(old.with_name(CATALOG + suffix))
-        sync_folder(self._folder, "the removal of a WAL, before another catalog comes")
-        replace(new, old)
-        sync_folder(self._folder, "the name of a catalog made anew")
 
 
 @contextmanager

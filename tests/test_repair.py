@@ -24,7 +24,8 @@ from memdb.forget import forget
 from memdb.locks import FileLock, rewrite_lock
 from memdb.mend import DAMAGED, HIDDEN, LOST, MENDED
 from memdb.records import Kind
-from memdb.repair import NEW, RepairReport, repair
+from memdb.repair import repair
+from memdb.repair_report import RepairReport
 from memdb.schemas.errors import (
     CorruptionError,
     FormatVersionError,
@@ -37,6 +38,7 @@ from memdb.schemas.rows import Part
 from memdb.sealed import SealedSegment
 from memdb.segments import OpenSegment, next_prologue
 from memdb.store import Store
+from memdb.swap import NEW
 from memdb.verify import verify_path
 from tests.repair_cases import (
     UNITS,
