@@ -54,7 +54,8 @@ def ingest(
 
     A live source has no beginning to go back to: connected again it goes on behind what was seen, after a gap.
     Where a source gives a gap itself, the batch in hand is encoded and the open unit closes there. A file that is
-    still being written ends like a stopped ingest, so that a later one goes on as if it had been whole.
+    still being written, or that could not be read to its end, ends like a stopped ingest, so that a later one
+    goes on as if it had been whole.
 
     What is forgotten meanwhile goes before the next batch, from the encoder and from the frames in hand (see
     memdb/forget.py). StoreError where all of the recording was forgotten.
@@ -115,7 +116,7 @@ def ingest(
             warnings.append(f"the last {waiting} frames make no full batch of {size} and were not kept")
         elif source.growing:
             warnings.append(
-                f"{spec.source_name} is still growing: run the same command again for the rest of it"
+                f"{spec.source_name} is not at its end yet: run the same command again for the rest of it"
             )
         ended_ns = None if goes_on or ready.stopped else source.media_end_ns
         report = run.report(resumed, warnings, ended_ns)

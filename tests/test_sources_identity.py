@@ -98,13 +98,53 @@ def test_another_film_at_the_same_address_is_refused(
     assert directory_digest(store) == before
 
 
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
+def test_a_film_whose_connection_is_lost_is_read_on(suffix: str, tmp_path: Path) -> None:
+    data = film(tmp_path / f"film.{suffix}").read_bytes()
+    with (
+        serving(data, losses=1) as server,
+        open_source(f"http://127.0.0.1:{server.server_port}/film.{suffix}") as source,
+    ):
+        assert server.losses == 0
+        assert sum(1 for _ in source.frames()) == 4 * SECONDS
+        assert not source.growing
+        assert source.warnings == []
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_what_the_network_did_not_bring_is_fetched_by_the_next_ingest(
+    suffix: str, model: VideoModel, tmp_path: Path
+) -> None:
+    """The server knows no ranges: what came is kept, the film is not taken for whole, and the rest follows."""
+    path, store, straight = (
+        film(tmp_path / f"film.{suffix}"),
+        tmp_path / "s.memdb",
+        tmp_path / "straight.memdb",
+    )
+    ingested(straight, model, path, "hybrid")
+    with serving(path.read_bytes(), losses=1, ranges=False) as server:
+        address = f"http://127.0.0.1:{server.server_port}/film.{suffix}"
+        report = ingested(store, model, address, "hybrid")
+        assert any("breaks off" in warning for warning in report.warnings)
+        assert any("not at its end yet" in warning for warning in report.warnings)
+        with Store.open(store) as found:
+            row = found.recording(NAME)
+            assert row.units > 0
+            assert not row.finished
+        report = ingested(store, model, address, "hybrid")
+        assert (report.epoch, report.replayed_units) == (0, 0)
+    assert content(store) == content(straight)
+
+
 class _Server(http.server.ThreadingHTTPServer):
     """Serves `data`, with ranges, to who knows the password; counts what it sent."""
 
     daemon_threads = True
 
-    def __init__(self, data: bytes, *, password: str = "", length: bool = True) -> None:
-        self.sent_bytes = 0
+    def __init__(
+        self, data: bytes, *, password: str = "", length: bool = True, losses: int = 0, ranges: bool = True
+    ) -> None:
+        self.sent_bytes, self.losses = 0, losses
         server = self
         wanted = "Basic " + base64.b64encode(f"guard:{password}".encode()).decode()
 
@@ -117,15 +157,20 @@ class _Server(http.server.ThreadingHTTPServer):
                     self.send_response(401)
                     self.end_headers()
                     return
-                first, _, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
+                wanted_range = self.headers.get("Range", "bytes=0-") if ranges else "bytes=0-"
+                first, _, last = wanted_range.removeprefix("bytes=").partition("-")
                 part = data[int(first) : int(last or len(data)) + 1] if length else data
-                self.send_response(206 if length else 200)
-                if length:
+                self.send_response(206 if length and ranges else 200)
+                if length and ranges:
                     self.send_header(
                         "Content-Range", f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}"
                     )
+                if length:
                     self.send_header("Content-Length", str(len(part)))
                 self.end_headers()
+                if server.losses and len(part) > len(data) // 2:
+                    server.losses -= 1
+                    part = part[: len(part) * 6 // 10]
                 self.wfile.write(part)
                 server.sent_bytes += len(part)
 

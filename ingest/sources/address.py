@@ -67,14 +67,17 @@ class VideoAddress(Video):
         if self._kind == "rtsp" and decoder.duration_ns is not None:  # a film that a server of films plays
             whole = (self.media_end_ns or 0) + NS_PER_S >= decoder.duration_ns
         self.lost_by = None if whole else decoder.stopped_by or "it hung up"
+        if not self.info.live and decoder.breaks_off(self.media_end_ns or 0):
+            self.growing = True  # the server has more of it than the network brought
 
     def _openings(self) -> Sequence[Opening]:
         from memdb.ingest.sources.decoder import Opening
 
         options = {"protocol_whitelist": _PROTOCOLS[self._kind]}
-        if (
-            self._kind == "rtsp"
-        ):  # over UDP, the default, lost datagrams are lost pictures, and firewalls drop all
+        if self._kind == "http":  # a film is read on from where it was, for some seconds
+            options |= {"reconnect": "1", "reconnect_delay_max": "4"}
+        # Over UDP, the default, lost datagrams are lost pictures, and firewalls drop them all.
+        if self._kind == "rtsp":
             options["rtsp_transport"] = "tcp"
         timeout_s = (video.OPEN_TIMEOUT_S, video.READ_TIMEOUT_S)
         return [Opening(options, timeout_s=timeout_s, track=self._track, silence_s=video.READ_TIMEOUT_S)]

@@ -28,8 +28,8 @@ class Source(Protocol):
     with an end that is its start, where nothing comes for now and nobody knows for how long.
 
     When the frames have come to their end, `warnings` is complete, `media_end_ns` (the end of the last frame) is
-    set, and `growing` says whether more is being written. A context manager; `close()` may be called from
-    another thread, and ends a running `frames()` at its next frame.
+    set, and `growing` says that there is more than came: more is being written, or a disk or network failed. A
+    context manager; `close()` may be called from another thread, and ends a running `frames()` at its next frame.
     """
 
     info: SourceInfo

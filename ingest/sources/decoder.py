@@ -83,6 +83,7 @@ class Decoder:
         self.damaged = 0  # packets and frames that could not be used
         self.stopped_by: str | None = None  # why reading ended before the film did
         self.ends_damaged = False  # nothing whole came after the last damage
+        self.unread = False  # what stopped it was the disk or the network, not the film: there is more
         self.growing = False  # the file was longer at the end of the pass than at its beginning
         self._rest = self._whole()
         self.first = next(self._rest, None)
@@ -111,6 +112,7 @@ class Decoder:
             pass  # PyAV trips, at the very end, over tracks that appeared on the way; ours was flushed before
         except FFmpegError as error:
             self.stopped_by = reason(error)
+            self.unread = isinstance(error, OSError | av.error.ExitError | av.error.HTTPError)
         if self.stopped_by is not None and not self._ends_growing():
             # what the decoder's threads still hold was whole
             yield from self._survived(partial(self._stream.codec_context.decode, None))

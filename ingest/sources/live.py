@@ -12,7 +12,7 @@ from memdb.ingest.sources.address import VideoAddress
 from memdb.ingest.sources.base import Source
 from memdb.ingest.sources.times import later, told, told_time
 from memdb.ingest.sources.video import clock_ns
-from memdb.schemas.errors import BudgetError, SourceError
+from memdb.schemas.errors import BudgetError, MemdbError
 from memdb.schemas.frames import DecodedFrame
 from memdb.schemas.recording import Gap
 from memdb.schemas.times import NS_PER_S
@@ -101,7 +101,7 @@ class Reconnecting(Source):
             self._called_ns = self._now_ns()
             try:
                 return lost.again()
-            except SourceError as error:
+            except MemdbError as error:
                 log.info("%s", error)
 
     def _gap(self, connection: VideoAddress) -> Gap:

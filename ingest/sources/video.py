@@ -80,7 +80,7 @@ class Video(Source):
                 else:
                     yield DecodedFrame(item.pts_ns, partial(self._image, decoder, item))
             self.media_end_ns = times.end_ns
-            self.growing = decoder.growing
+            self.growing = decoder.growing or decoder.unread
             self._note_end(decoder)
         finally:
             self.warnings += [*times.warnings(self._label), *gaps.warnings(self._label)]
