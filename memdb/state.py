@@ -85,7 +85,7 @@ class StateFiles:
         Damaged states and those of another encoding are passed over with a warning in the log.
         """
         for path in self.files():
-            number = _number_of(path)
+            number = unit_of(path)
             if number > at_most_unit:
                 continue
             try:
@@ -178,7 +178,8 @@ def _digest(head: bytes, payload: bytes) -> bytes:
     return digest
 
 
-def _number_of(path: Path) -> int:
+def unit_of(path: Path) -> int:
+    """The unit number in a state's file name."""
     found = _NAME.fullmatch(path.name)
     assert found is not None
     return int(found[2])

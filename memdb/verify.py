@@ -21,7 +21,7 @@ from memdb.schemas.errors import CodecError, CorruptionError, UnknownRecording
 from memdb.schemas.rows import RecordingRow, UnitRow
 from memdb.schemas.times import to_s
 from memdb.segments import OpenSegment, SegmentGone, parse_segment_name, reading, scan
-from memdb.state import OlderState, read_state, recording_of, state_files
+from memdb.state import OlderState, read_state, recording_of, state_files, unit_of
 from memdb.stats import size_bytes
 from memdb.store import Store
 from memdb.verify_segments import Events, SegmentCheck
@@ -227,6 +227,8 @@ class _Verification:
                 self._checked(len(state.payload))
                 if recording and state.encoding_fingerprint != recording.spec.encoding_fingerprint:
                     self.add(f"state/{path.name}", "is of another encoding than its recording", recording)
+                elif state.unit != unit_of(path):
+                    self.add(f"state/{path.name}", f"is the state of unit {state.unit}", recording)
 
     def _tail(
         self, file: OpenSegment, end: int, recording: RecordingRow | None, *, recording_id: str = ""

@@ -10,6 +10,7 @@ import pytest
 from memdb.captions import CaptionIndex
 from memdb.schemas.rows import Part
 from memdb.store import Store
+from memdb.verify import verify_path
 from tools.trust.flips import run
 from tools.trust.runner import Runner
 from tools.trust.script import Op
@@ -50,3 +51,21 @@ def test_a_search_says_which_caption_it_could_not_read(tmp_path: Path, indexed: 
     ]
     assert len(hits.warnings) == 1
     assert f"the vector of unit {rows[1].number}" in hits.warnings[0]
+
+
+def test_a_state_under_the_name_of_another_is_reported(tmp_path: Path) -> None:
+    """It was whole in itself, and passed over by whoever loads states only."""
+    path = tmp_path / "s.memdb"
+    stream = Stream(5, "lobby")
+    with Runner(path) as runner:
+        for op in (
+            Op("append", stream, 0, 2),
+            Op("state", stream),
+            Op("append", stream, 2, 2),
+            Op("state", stream),
+        ):
+            runner.do(op)
+    first, second = sorted((path / "state").glob("*.state"))
+    second.write_bytes(first.read_bytes())
+    problems = verify_path(path).problems
+    assert [problem.file for problem in problems] == [f"state/{second.name}"]

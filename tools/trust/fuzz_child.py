@@ -347,7 +347,7 @@ def _toml(given: _Input) -> None:
         file = given.folder / "fuzzed.toml"
         file.write_bytes(data)
         with given.typed(f"{data[:60]!r}"):
-            read(file)  # type: ignore[no-untyped-call]
+            read(file)
 
 
 def _query(given: _Input) -> None:

@@ -17,9 +17,9 @@ import zstandard
 
 from memdb.contents import digests_from
 from memdb.database import row_checksum
-from memdb.records import PROLOGUE_BYTES, canonical_ascii, encode_prologue, read_body, read_record
+from memdb.records import canonical_ascii, encode_prologue, read_body, read_record
 from memdb.schemas.errors import MemdbError
-from memdb.schemas.rows import PART_DTYPE, Part, UnitRow
+from memdb.schemas.rows import PART_DTYPE, PROLOGUE_BYTES, Part, UnitRow
 from memdb.schemas.units import BLOCK_DTYPE, SLICE_DTYPE, Table
 from memdb.tables import COLUMNS, KEYS
 
@@ -177,11 +177,16 @@ def put_together(records: list[Raw], chance: Chance) -> bytes:
     """The file, with every checksum right and every record after the one before."""
     out, previous = bytearray(), b""
     for record in records:
-        meta = {**record.meta, "previous": previous.hex(), "body_xxh3": xxhash.xxh3_64_intdigest(record.body)}
-        if chance.random() < 0.99:
+        meta: Any = record.meta
+        if isinstance(meta, dict):
+            hashes = {"previous": previous.hex(), "body_xxh3": xxhash.xxh3_64_intdigest(record.body)}
+            meta = {**meta, **hashes}
+        if isinstance(meta, dict) and chance.random() < 0.99:
             meta["counts"] = [len(record.blocks), len(record.slices), len(record.parts)]
-        with suppress(ValueError, TypeError):
+        try:
             text = deep(canonical_ascii(meta))
+        except (ValueError, TypeError):
+            text = b"{}"
         tables = record.blocks.tobytes() + record.slices.tobytes() + record.parts.tobytes()
         content = len(text).to_bytes(4, "little") + text + tables
         content += bytes(-(len(content) + 16) % 64)
@@ -216,8 +221,8 @@ def _hostile(record: Raw, chance: Chance) -> Raw:
         case 0 | 1 | 2:
             found = replace(record, meta=odd_json(record.meta, chance))
         case 3:
-            number = chance.choice(NUMBERS)
-            found = replace(record, **{chance.choice(("kind", "number")): number})
+            field: dict[str, Any] = {chance.choice(("kind", "number")): chance.choice(NUMBERS)}
+            found = replace(record, **field)
         case 4:
             found = replace(record, blocks=odd_field(record.blocks, chance))
         case 5:
