@@ -12,17 +12,17 @@ from memdb.applying import STREAM
 from memdb.catalog import Catalog
 from memdb.compact import compact
 from memdb.forget import forget
-from memdb.policy import read_policy
 from memdb.room import used_bytes
 from memdb.schemas.rows import RecordingRow
 from memdb.schemas.times import NS_PER_S
+from memdb.stats import size_bytes
 from memdb.store import Store
 
 logger = logging.getLogger(__name__)
 
 # Of a recording that is being written, the last hour is never forgotten to make room.
 KEPT_LIVE_NS = 3600 * NS_PER_S
-# A step frees at least this share of the limit: each leaves a tombstone behind for good.
+# A step frees at least this share of the store: each leaves a tombstone behind for good.
 STEP_SHARE = 64
 _STEPS_MAX = 256
 
@@ -45,15 +45,16 @@ def make_room(store_path: Path, size_bytes: int, *, own: str, move_on: Callable[
     one in hand can be compacted. Raises StoreError.
     """
     with Store.open(store_path, write=True) as store:
-        limit = read_policy(store_path).store_bytes_max or 0
         before, known = used_bytes(store_path), -1
+        for recording_id in _waiting(store):
+            compact(store, only=recording_id)  # perhaps nobody reads it any more
         for _ in range(_STEPS_MAX):
-            done = before - used_bytes(store_path) + _waiting_bytes(store)
+            done = before - used_bytes(store_path) + sum(_waiting(store).values())
             missing = size_bytes - done
             if missing <= 0 or done == known:
                 return  # or nothing came of the last step, and more of the same would forget for nothing
             known = done
-            span = _oldest(store, max(missing, limit // STEP_SHARE), own)
+            span = _oldest(store, max(missing, before // STEP_SHARE), own)
             if span is None:
                 return
             name = span.recording.name
@@ -67,14 +68,16 @@ def make_room(store_path: Path, size_bytes: int, *, own: str, move_on: Callable[
             compact(store, only=span.recording.id)
 
 
-def _waiting_bytes(store: Store) -> int:
-    """Bytes that are on their way out, once nobody reads them any more: forgetting more would not help."""
+def _waiting(store: Store) -> dict[str, int]:
+    """Recording id to bytes that are on their way out, once nobody reads them any more."""
     catalog = store.catalog
-    names = [name for row in catalog.recordings() for name in catalog.replaced(row.id)]
-    gone = catalog.forgotten()
-    paths = [store.segments_path / name for name in names]
-    paths += [path for path in store.segments_path.iterdir() if path.name[:32] in gone]
-    return sum(path.stat().st_size for path in paths if path.exists())
+    names = {name for row in catalog.recordings() for name in catalog.replaced(row.id)}
+    gone = set(catalog.forgotten())
+    found: dict[str, int] = {}
+    for path in store.segments_path.iterdir():
+        if path.name in names or path.name[:32] in gone:
+            found[path.name[:32]] = found.get(path.name[:32], 0) + size_bytes(path)
+    return found
 
 
 def _oldest(store: Store, step_bytes: int, own: str) -> Span | None:

@@ -42,7 +42,7 @@ CODECS = ("int8", "int4")  # that ageing turns KV into, the wider first
 RETAINERS = ("uniform",)
 CAPTIONS = "captions"
 AGES_MAX = 16
-STORE_BYTES_MIN = 1 << 20
+STORE_BYTES_MIN = 16 << 20  # the catalog and its WAL alone take some of that
 _STORE_BYTES_MAX = 1 << 60
 _FILE_BYTES_MAX = 1 << 16
 _FORMAT = 1
@@ -246,7 +246,8 @@ def read_policy(store_path: Path) -> Policy:
 
 
 def write_policy(store_path: Path, policy: Policy) -> None:
-    """Put a policy in place, whole or not at all. Raises StoreError."""
+    """Put a policy in place, whole or not at all. Raises UsageError for one that makes no sense, StoreError."""
+    parse(policy.as_table())
     with FileLock(store_path / "locks" / "policy.lock", wait=True):
         try:
             write_whole(

@@ -25,6 +25,7 @@ _MEASURE_S = 60.0
 _MEASURE_BYTES = 64 << 20
 _CLOSE_SHARE = 32
 _RECORD_BYTES = 16 << 10  # of a unit beside its big parts, about: footer, caption, row
+_COMMIT_BYTES = 128 << 10  # of the catalog's WAL
 
 # Makes room for so many bytes more, by forgetting what is oldest.
 MakeRoom = Callable[[int], None]
@@ -32,11 +33,14 @@ MakeRoom = Callable[[int], None]
 
 def batch_bytes(units: Sequence[Unit]) -> int:
     """About what a batch takes on the disk."""
-    return sum(unit.payload_bytes + _RECORD_BYTES for unit in units)
+    return _COMMIT_BYTES + sum(unit.payload_bytes + _RECORD_BYTES for unit in units)
 
 
 class Quota:
-    """What one writer asks before each batch. Cheap: the store is measured now and then, and counted on between."""
+    """What one writer asks before each batch. Cheap: the store is measured now and then, and counted on between.
+
+    The limit holds for what a batch adds. What is derived of it, and encoder states, may pass it until the next.
+    """
 
     def __init__(self, store_path: Path) -> None:
         self._path = store_path

@@ -80,12 +80,12 @@ def test_what_is_written_is_what_is_meant(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "size"),
     [
-        ('"1 MiB"', 1 << 20),
-        ('"1.5 MB"', 1_500_000),
+        ('"16 MiB"', 1 << 24),
+        ('"17.5 MB"', 17_500_000),
         ('"20GB"', 20_000_000_000),
         ('"2 TiB"', 2 << 40),
-        ("1048576", 1 << 20),
-        ('"2000000 B"', 2_000_000),
+        ("16777216", 1 << 24),
+        ('"20000000 B"', 20_000_000),
     ],
 )
 def test_sizes(tmp_path: Path, text: str, size: int) -> None:
