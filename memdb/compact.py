@@ -24,7 +24,7 @@ from memdb.schemas.errors import CorruptionError, LockedError, StoreFull
 from memdb.schemas.rows import RecordingRow
 from memdb.segments import SEGMENT_BYTES_MAX, segment_files
 from memdb.store import Store
-from memdb.sweep import make_removals_safe, remove_forgotten, remove_strangers, size_of
+from memdb.sweep import make_removals_safe, remove_forgotten, remove_strangers, remove_unfinished, size_of
 from memdb.upkeep import (
     SCRUB,
     CompactProgress,
@@ -133,6 +133,8 @@ class _Compaction:
                     done.left += remove_forgotten(store, catalog, recording_id)
                 elif catalog.state(recording_id) is not None:
                     self._steps(recording_id, done)
+                else:  # an import that died, or a recording that was never begun
+                    done.left += remove_unfinished(store, catalog, recording_id)
         except (CorruptionError, LockedError) as error:
             done.left.append(str(error))
         done.freed_bytes = before - size_of(store, recording_id)
