@@ -15,4 +15,4 @@ _cache = tempfile.mkdtemp(prefix="memdb-tests-")
 os.environ["MEMDB_CACHE_DIR"] = _cache
 atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 
-pytest_plugins = ["tests.question_cases"]
+pytest_plugins = ["tests.question_cases", "tests.repair_cases"]

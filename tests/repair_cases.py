@@ -2,23 +2,62 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import fields, replace
 from pathlib import Path
 
+import pytest
+
 from memdb.applying import REWRITE
+from memdb.database import CATALOG
 from memdb.files import Step
 from memdb.forget import forget
+from memdb.mend import DAMAGED
 from memdb.records import Kind, Record
+from memdb.repair import repair
+from memdb.repair_report import RepairReport
 from memdb.schemas.errors import MemdbError
 from memdb.schemas.rows import RecordingRow
 from memdb.schemas.units import Unit
 from memdb.sealed import SealedSegment, read_unit
 from memdb.segments import reading, scan
 from memdb.store import Store, recording_digest
+from memdb.transfer import ImportReport, export_recording, import_recording
 from tests.store_cases import UNIT_NS, fill, flip, new_store, pack, raw_slices, spec, unit
 
 FORGOTTEN = "cellar"  # a recording that was forgotten as a whole
 UNITS = {"lobby": 9, "attic": 5, "hall": 8, "shed": 0}
+
+
+@pytest.fixture(scope="session")
+def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The furnished store. Nobody writes it."""
+    return furnish(tmp_path_factory.mktemp("furnished"))
+
+
+@pytest.fixture(scope="session")
+def exported(furnished: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Each of its recordings as a file."""
+    folder = tmp_path_factory.mktemp("files")
+    for name in UNITS:
+        export_recording(furnished, name, folder / f"{name}.memdb")
+    return {name: folder / f"{name}.memdb" for name in UNITS}
+
+
+@pytest.fixture
+def copied(furnished: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be damaged."""
+    shutil.copytree(furnished, tmp_path / "lobby.memdb")
+    return tmp_path / "lobby.memdb"
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Repairs, backups and imports without making derived data anew, which takes most of their time."""
+    monkeypatch.setattr("memdb.repair.rebuild_derived", lambda folder: [])
+    monkeypatch.setattr("memdb.backup.rebuild_derived", lambda folder: [])
+    monkeypatch.setattr("memdb.transfer.index", lambda *_: None)
 
 
 def true_unit(number: int, codec: str = "int4") -> Unit:
@@ -184,3 +223,62 @@ class Axe:
     def after(self, step: Step) -> None:
         if not self._before and self.steps == self._left:
             raise Killed
+
+
+def lose_catalog(store: Path) -> None:
+    for path in store.glob(f"{CATALOG}*"):
+        path.unlink()
+
+
+def mended(store: Path) -> RepairReport:
+    """What a repair of a store without a catalog says. A second one finds nothing more to do."""
+    lose_catalog(store)
+    report = repair(store)
+    known, files = facts(store), sorted(os.listdir(store / "segments"))
+    again = repair(store)
+    assert again.spans == [span for span in report.spans if span.what == DAMAGED]
+    assert facts(store) == known
+    assert sorted(os.listdir(store / "segments")) == files
+    return report
+
+
+def contents(store: Path) -> dict[tuple[str, int], tuple[bytes, int, int]]:
+    """Recording and unit to the digest and the times."""
+    with Store.open(store) as opened:
+        return {
+            (row.name, one.number): (one.digest, one.start_ns, one.end_ns)
+            for row in opened.recordings()
+            for one in opened.units(row.id)
+        }
+
+
+def spans(report: RepairReport) -> list[tuple[str, int, int, str]]:
+    return [(span.recording, span.first_unit, span.last_unit, span.what) for span in report.spans]
+
+
+def go_on(store: Path, name: str = "lobby") -> None:
+    """Write one more unit and forget something: what is there can be gone on with."""
+    with Store.open(store, write=True) as opened:
+        row = opened.recording(name)
+        with opened.writer(row.spec) as writer:
+            writer.append([true_unit(writer.next_unit, row.spec.recipe.codec)])
+        forget(opened, name, start_ns=UNIT_NS // 2, end_ns=UNIT_NS)
+        assert opened.recording(name).units == row.units + 1
+
+
+def digests_after(store: Path) -> dict[str, str]:
+    lose_catalog(store)
+    repair(store)
+    return digests(store)
+
+
+def wipe(path: Path, at: int) -> None:
+    """Damage more than one bit."""
+    flip(path, at, 1)
+    flip(path, at, 6)
+
+
+def take_in(store: Path, file: Path, name: str | None = None) -> ImportReport:
+    """Import a file into a store, which is made if it is not there."""
+    with Store.open(store, create=True, write=True) as opened:
+        return import_recording(opened, file, recording=name)

@@ -31,22 +31,10 @@ from tests.repair_cases import (
     facts,
     files_of,
     find,
-    furnish,
     spoil,
     true_unit,
 )
 from tests.store_cases import UNIT_NS, Steps, directory_digest, fill, new_store, spec, unit
-
-
-@pytest.fixture(scope="module")
-def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return furnish(tmp_path_factory.mktemp("house"))
-
-
-@pytest.fixture
-def bare(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without making derived data anew, which takes most of the time."""
-    monkeypatch.setattr("memdb.backup.rebuild_derived", lambda folder: [])
 
 
 @pytest.fixture
@@ -63,15 +51,15 @@ def content(store: Path) -> dict[str, object]:
     }
 
 
-def test_a_copy_is_a_store_that_holds_the_same(house: Path, target: Path) -> None:
-    before = directory_digest(house)
+def test_a_copy_is_a_store_that_holds_the_same(furnished: Path, target: Path) -> None:
+    before = directory_digest(furnished)
     told: list[tuple[int, int]] = []
-    report = backup(house, target, progress=lambda done, all_bytes: told.append((done, all_bytes)))
-    assert directory_digest(house) == before
+    report = backup(furnished, target, progress=lambda done, all_bytes: told.append((done, all_bytes)))
+    assert directory_digest(furnished) == before
     assert os.listdir(target.parent) == [target.name]
     assert set(os.listdir(target)) == {CATALOG, "segments", "state", "locks", "keys", "captions.lance"}
     assert not [name for name in os.listdir(target / "locks") if name == module._LOCK]
-    assert content(target) == content(house)
+    assert content(target) == content(furnished)
     assert {row.name: row.units for row in report.recordings} == {
         "attic": 5,
         "hall": 8,
@@ -85,9 +73,9 @@ def test_a_copy_is_a_store_that_holds_the_same(house: Path, target: Path) -> Non
     assert not verify_path(target).notes, "nothing lies there that does not count"
 
 
-def test_a_copy_is_searched_and_gone_on_with(house: Path, target: Path) -> None:
+def test_a_copy_is_searched_and_gone_on_with(furnished: Path, target: Path) -> None:
     (target).mkdir()  # an empty folder is as good as none
-    backup(house, target)
+    backup(furnished, target)
     with Store.open(target, write=True) as store:
         found = CaptionIndex(target).search(store, "fake", text="unit 8")
         assert found.indexed_commit > 0, "its table was made"
@@ -101,7 +89,7 @@ def test_a_copy_is_searched_and_gone_on_with(house: Path, target: Path) -> None:
         forget(store, "lobby", start_ns=0, end_ns=1)
         compact(store)
     assert verify_path(target).ok
-    assert digests(target)["hall"] == digests(house)["hall"]
+    assert digests(target)["hall"] == digests(furnished)["hall"]
     repair(target)
     with Store.open(target) as store:
         assert store.recording("attic").units == 6
@@ -202,10 +190,10 @@ def test_bytes_behind_the_moment_are_not_copied(tmp_path: Path, target: Path) ->
 
 
 @pytest.mark.usefixtures("bare")
-def test_damage_is_copied_and_told(house: Path, target: Path, tmp_path: Path) -> None:
+def test_damage_is_copied_and_told(furnished: Path, target: Path, tmp_path: Path) -> None:
     """A copy of what is left is worth having; nobody takes it for whole."""
     store = tmp_path / "s.memdb"
-    shutil.copytree(house, store)
+    shutil.copytree(furnished, store)
     path, record = find(store, "lobby", Kind.UNIT, 3)
     spoil(path, record, "body")
     lost = files_of(store, "attic")[0]
@@ -213,15 +201,15 @@ def test_damage_is_copied_and_told(house: Path, target: Path, tmp_path: Path) ->
     report = backup(store, target)
     assert {problem.file for problem in report.problems} == {f"segments/{path.name}", f"segments/{lost}"}
     assert [note for note in report.notes if lost in note]
-    assert digests(target)["hall"] == digests(house)["hall"]
+    assert digests(target)["hall"] == digests(furnished)["hall"]
 
 
 @pytest.mark.usefixtures("bare")
 def test_sectors_that_cannot_be_read_cost_no_more_than_themselves(
-    house: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+    furnished: Path, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = files_of(house, "attic")[0]
-    bad = os.stat(house / "segments" / name).st_ino
+    name = files_of(furnished, "attic")[0]
+    bad = os.stat(furnished / "segments" / name).st_ino
     pread = os.pread
 
     def failing(fd: int, length: int, offset: int) -> bytes:
@@ -231,8 +219,8 @@ def test_sectors_that_cannot_be_read_cost_no_more_than_themselves(
 
     with monkeypatch.context() as patched:
         patched.setattr("memdb.backup.os.pread", failing)
-        report = backup(house, target)
-    data, copy = ((at / "segments" / name).read_bytes() for at in (house, target))
+        report = backup(furnished, target)
+    data, copy = ((at / "segments" / name).read_bytes() for at in (furnished, target))
     assert copy[:4096] == data[:4096]
     assert copy[4096:8192] == bytes(4096)
     assert copy[8192:] == data[8192 : len(copy)]
@@ -267,40 +255,40 @@ def test_states_of_another_moment_are_left_out(
 
 
 @pytest.mark.usefixtures("bare")
-def test_a_target_that_is_not_free_is_refused(house: Path, tmp_path: Path) -> None:
+def test_a_target_that_is_not_free_is_refused(furnished: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letters").touch()
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     for path in ("full", "file", "link", "missing/folder"):
         with pytest.raises(UsageError):
-            backup(house, tmp_path / path)
-    for inside in (house, house / "copy"):
+            backup(furnished, tmp_path / path)
+    for inside in (furnished, furnished / "copy"):
         with pytest.raises(UsageError, match="lie in each other"):
-            backup(house, inside)
+            backup(furnished, inside)
     assert sorted(os.listdir(tmp_path)) == ["file", "full", "link"]
 
 
 @pytest.mark.usefixtures("bare")
 def test_a_disk_without_room_is_refused_before_a_segment_is_copied(
-    house: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+    furnished: Path, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("memdb.room.free_bytes", lambda folder: 9 << 20)
     monkeypatch.setattr(module, "UPKEEP_RESERVE_BYTES", 9 << 20)
     with watched(steps := Steps()), pytest.raises(StoreFull, match="no room for a backup"):
-        backup(house, target)
+        backup(furnished, target)
     assert not [step for step in steps.seen if step.path.suffix == ".seg"]
     assert os.listdir(target.parent) == []
 
 
 @pytest.mark.parametrize("what", ["write", "sync", "create", "sync_folder"])
 @pytest.mark.usefixtures("bare")
-def test_a_disk_that_fills_up_leaves_nothing(house: Path, target: Path, what: str) -> None:
-    before = directory_digest(house)
+def test_a_disk_that_fills_up_leaves_nothing(furnished: Path, target: Path, what: str) -> None:
+    before = directory_digest(furnished)
     with watched(Steps(lambda step: step.what == what)), pytest.raises(StoreError, match="make room"):
-        backup(house, target)
+        backup(furnished, target)
     assert os.listdir(target.parent) == []
-    assert directory_digest(house) == before
+    assert directory_digest(furnished) == before
 
 
 # Kills
@@ -314,10 +302,10 @@ def steps_of(run: Callable[[], object]) -> list[Step]:
 
 @pytest.mark.usefixtures("bare")
 def test_a_kill_at_any_step_leaves_all_or_nothing(
-    house: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+    furnished: Path, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The process dies, so nothing is tidied up; the next backup removes what lies there."""
-    count = len(steps_of(lambda: backup(house, target)))
+    count = len(steps_of(lambda: backup(furnished, target)))
     good = content(target)
     shutil.rmtree(target)
     named = 0
@@ -325,7 +313,7 @@ def test_a_kill_at_any_step_leaves_all_or_nothing(
         with monkeypatch.context() as dying:
             dying.setattr("memdb.backup.shutil.rmtree", lambda *_, **__: None)
             with watched(Axe(at, at % 4 == 1)), pytest.raises(Killed):
-                backup(house, target)
+                backup(furnished, target)
         if target.exists():
             named += 1
             assert content(target) == good
@@ -333,14 +321,14 @@ def test_a_kill_at_any_step_leaves_all_or_nothing(
     assert named
     assert [name for name in os.listdir(target.parent) if ".tmp-" in name]
     (target.parent / "monday.txt").touch()
-    backup(house, target)
+    backup(furnished, target)
     assert sorted(os.listdir(target.parent)) == ["monday", "monday.txt"]
     assert content(target) == good
 
 
 @pytest.mark.usefixtures("bare")
-def test_all_is_on_the_disk_before_it_has_its_name(house: Path, target: Path) -> None:
-    seen = steps_of(lambda: backup(house, target))
+def test_all_is_on_the_disk_before_it_has_its_name(furnished: Path, target: Path) -> None:
+    seen = steps_of(lambda: backup(furnished, target))
     [renamed] = [at for at, step in enumerate(seen) if step.what == "replace"]
     written = {step.path for step in seen if step.what == "write"} | {
         next(step.path for step in seen if step.name == "the catalog of a backup")
