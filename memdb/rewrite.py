@@ -1,9 +1,9 @@
-"""Writing whole segments anew, as one sealed segment that replaces them.
+"""Writing whole segments anew, as a sealed segment that replaces them, or as several where they are big.
 
 Every unit that counts goes over as a later revision of itself, and every event: gaps, epochs, ends, tombstones.
-What was dead stays behind. Until the seal is committed the sources count, from then on the new file does, so
-that a kill costs the step in hand. A source with damage in what counts is left alone: nothing may be lost by
-it, and nothing that is wrong may get a fresh checksum.
+What was dead stays behind. Until a seal is committed the sources count, from then on the new file does for the
+units in it, so that a kill costs the file in hand. The last one replaces the sources. A source with damage in
+what counts is left alone: nothing may be lost by it, and nothing that is wrong may get a fresh checksum.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Change = Callable[[UnitRow], Changed | None]
 
 @dataclass(frozen=True)
 class Written:
-    segment: str
+    segments: int
     units: int
     changed: int  # of them, by ageing
 
@@ -55,38 +55,40 @@ def rewrite(
     recording_id: str,
     sources: Sequence[Held],
     *,
+    bytes_max: int,
     change: Change | None = None,
     told: Callable[[int], None] = lambda _: None,
 ) -> Written:
-    """Write `sources` anew and commit that; their files then wait for their removal.
+    """Write `sources` anew, in files of about `bytes_max`, and commit that; they then wait for their removal.
 
     The recording's rewrite lock is held. `told` gets the bytes of each unit that went over. Raises
     CorruptionError where something that counts is damaged, and OSError; the sources then count as before.
     """
     recording = catalog.by_id(recording_id)
     run = _Rewrite(store, catalog, recording, sources, change, told)
-    events, numbers = run.look_through()
-    segment = SealedSegment(catalog, store.segments_path, recording, REWRITE)
-    sealing = False
-    try:
-        run.write_events(segment, events)
-        for number in numbers:
-            run.write_unit(segment, number)
-        run.write_tombstones(segment, events)
-        sealing = True
-        # What waits for its removal must not count again in a catalog that is built from the segments.
-        waiting = catalog.replaced(recording_id)
-        replaces = [*(held.row.name for held in sources), *waiting]
-        segment.seal(replaces=replaces, kv_from_unit=run.kv_from_unit())
-    except (OSError, MemdbError):
-        if not sealing:  # it never counted: its room is free at once
-            with suppress(OSError):
-                unlink(store.segments_path / segment.name)
-        raise
-    finally:
-        segment.close()
-    logger.info("%s: %s replaces %d files", recording.name, segment.name, len(sources))
-    return Written(segment.name, len(numbers), run.changed)
+    events, units = run.look_through()
+    files = list(_shared_out(units, bytes_max))
+    for numbers in files[:-1]:
+        run.write(numbers, [], replaces=[])
+    # What waits for its removal must not count again in a catalog that is built from the segments.
+    waiting = catalog.replaced(recording_id)
+    run.write(files[-1], events, replaces=[*(held.row.name for held in sources), *waiting])
+    logger.info("%s: %d files replace %d", recording.name, len(files), len(sources))
+    return Written(len(files), len(units), run.changed)
+
+
+def _shared_out(units: Sequence[tuple[int, int]], bytes_max: int) -> Iterator[list[int]]:
+    """Numbers of units, given with their bytes, a list for each file; the last file may be a quarter bigger."""
+    left = sum(size for _, size in units)
+    numbers: list[int] = []
+    room = bytes_max
+    for number, size in units:
+        if room <= 0 and left > bytes_max // 4:
+            yield numbers
+            numbers, room = [], bytes_max
+        numbers.append(number)
+        room, left = room - size, left - size
+    yield numbers
 
 
 class _Rewrite:
@@ -105,39 +107,51 @@ class _Rewrite:
         self._first_kv: int | None = None  # the first unit here that has KV afterwards
         self._last_without: int | None = None  # the last one that has lost it to ageing
 
-    def look_through(self) -> tuple[list[Record], list[int]]:
-        """The events of the sources, each once, and the numbers of the units that count, both in order."""
+    def look_through(self) -> tuple[list[Record], list[tuple[int, int]]]:
+        """The events of the sources, each once, and the units that count, by number and bytes; both in order."""
         events: dict[tuple[int, int], Record] = {}
-        numbers: list[int] = []
+        units: list[tuple[int, int]] = []
         for held in self._sources:
-            before = len(numbers)
+            before = len(units)
             with reading(self._store.segments_path, held.row.name) as segment:
                 for record in self._records(segment, held.row.end_bytes):
                     if record.kind is Kind.UNIT:
                         if self._counts(held.row.name, record.number, record.offset):
-                            numbers.append(record.number)
+                            units.append((record.number, record.length))
                     elif record.kind in EVENTS:
                         events[record.kind, record.number] = record
                     elif record.kind not in (Kind.HEADER, Kind.SEAL):
                         raise CorruptionError(f"{segment.file}: {record.kind.name} cannot be carried over")
-            if len(numbers) - before != held.units:
+            if len(units) - before != held.units:
                 raise CorruptionError(
-                    f"segments/{held.row.name} holds {len(numbers) - before} of {held.units} units",
+                    f"segments/{held.row.name} holds {len(units) - before} of {held.units} units",
                     file=f"segments/{held.row.name}",
                 )
-        return [events[key] for key in sorted(events)], sorted(numbers)
+        return [events[key] for key in sorted(events)], sorted(units)
 
-    def write_events(self, segment: SealedSegment, events: Sequence[Record]) -> None:
-        for record in events:
-            segment.carry(record)
-
-    def write_tombstones(self, segment: SealedSegment, events: Sequence[Record]) -> None:
-        """Once more, so that no single flip brings back what they mean."""
-        for record in events:
-            if record.kind is Kind.TOMBSTONE:
+    def write(self, numbers: Sequence[int], events: Sequence[Record], *, replaces: Sequence[str]) -> None:
+        """One file, sealed and committed. Tombstones stand in it twice: no single flip brings back what they mean."""
+        segment = SealedSegment(self._catalog, self._store.segments_path, self._row, REWRITE)
+        sealing = False
+        try:
+            for record in events:
                 segment.carry(record)
+            for number in numbers:
+                self._write_unit(segment, number)
+            for record in events:
+                if record.kind is Kind.TOMBSTONE:
+                    segment.carry(record)
+            sealing = True
+            segment.seal(replaces=replaces, kv_from_unit=self._kv_from_unit())
+        except (OSError, MemdbError):
+            if not sealing:  # it never counted: its room is free at once
+                with suppress(OSError):
+                    unlink(self._store.segments_path / segment.name)
+            raise
+        finally:
+            segment.close()
 
-    def write_unit(self, segment: SealedSegment, number: int) -> None:
+    def _write_unit(self, segment: SealedSegment, number: int) -> None:
         row = self._catalog.unit(self._row.id, number)
         changed = self._change(row) if self._change is not None else None
         if changed is None:
@@ -154,7 +168,7 @@ class _Rewrite:
             self._first_kv = number
         self._told(row.length)
 
-    def kv_from_unit(self) -> int:
+    def _kv_from_unit(self) -> int:
         """The first unit below which none has KV once this is committed, as far as ageing came."""
         known = self._row.kv_from_unit
         if self._last_without is None:

@@ -121,12 +121,20 @@ class Upkeep:
             require(self._store.path, size, reserve_bytes=UPKEEP_RESERVE_BYTES, what=what)
             will_scrub(self._catalog)
             change = self._ager.change if self._ager is not None else None
-            result = rewrite(self._store, self._catalog, self._id, group, change=change, told=told)
+            result = rewrite(
+                self._store,
+                self._catalog,
+                self._id,
+                group,
+                bytes_max=self._bytes_max,
+                change=change,
+                told=told,
+            )
         except (StoreFull, CorruptionError) as error:
             self._done.left.append(str(error))
             return
         told(before_bytes + size - written)
-        self._done.segments += 1
+        self._done.segments += result.segments
         self._done.aged_units += result.changed
         remove_replaced(self._store, self._catalog, self._id)
 

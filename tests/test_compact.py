@@ -26,7 +26,7 @@ from memdb.schemas.units import Unit
 from memdb.segments import reading, scan
 from memdb.store import Store, recording_digest
 from memdb.verify import verify
-from tests.kill_cases import copied, deaths, quick_disk
+from tests.kill_cases import Death, Killed, copied, deaths, quick_disk
 from tests.needle_cases import holders, needles
 from tests.store_cases import UNIT_NS, Steps, fill, flip, new_store, spec, unit
 
@@ -524,3 +524,33 @@ def test_watch_sees_its_pages(tmp_path: Path) -> None:
     assert {".seg", ".pages"} <= written
     removed = {step.path.suffix for step in steps.seen if step.what == "unlink"}
     assert {".seg", ".pages", ".state"} <= removed
+
+
+def test_a_file_that_is_too_big_becomes_several_and_a_kill_costs_one_of_them(tmp_path: Path) -> None:
+    """As an import may bring one: a file of all units, far above the size of ours."""
+    with new_store(tmp_path) as store:
+        fill(store, 40, batch=40)
+        forget_span(store)
+        size = sum(path.stat().st_size for path in store.segments_path.iterdir())
+    path = tmp_path / "lobby.memdb"
+    before, most = digest_of(path), size // 5
+    counted = Steps()
+    other = copied(path, "counted")
+    with watched(counted):
+        report = compacted(other, segment_bytes_max=most)
+    assert [done.segments for done in report.recordings] == [4]
+    assert max(file.stat().st_size for file in other.rglob("*.seg")) < 1.5 * most
+    assert digest_of(other) == before
+    seals = [
+        at for at, step in enumerate(counted.seen) if step.name == "a sealed segment, before it is committed"
+    ]
+    assert len(seals) == 4
+    death = Death(seals[2], "before")
+    with pytest.raises(Killed), watched(death):
+        compacted(path, segment_bytes_max=most)
+    assert digest_of(path) == before
+    (done,) = compacted(path, segment_bytes_max=most).recordings
+    assert done.segments < 4  # what was done is done
+    assert digest_of(path) == before
+    assert left_of(path) == {}
+    assert_whole(path)
