@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memdb.codecs.planes import element_bytes
+from memdb.database import CATALOG
 from memdb.schemas.errors import CodecError, CorruptionError, UsageError
 from memdb.schemas.rows import RecordingSpec, UnitRow
 from memdb.schemas.units import Table
@@ -29,6 +30,7 @@ PIECE_DTYPE = np.dtype(
         ("element_bytes", "<i8"),
     ]
 )
+RAW_BYTES_MAX = 1 << 30  # of one slice; a row that claims more is damaged
 MISSING = 0  # the file of a slice that its unit does not hold
 ROWS_REMEMBERED = 1 << 20  # of one recording: 56 MiB
 _BLOCK_BITS = _LAYER_BITS = 16  # as SLICE_DTYPE has room for
@@ -47,7 +49,7 @@ class PieceFile:
     @property
     def name(self) -> str:
         """Relative to the store."""
-        return f"segments/{self.segment}" if self.segment else "catalog.sqlite"
+        return f"segments/{self.segment}" if self.segment else CATALOG
 
 
 @dataclass(frozen=True)
@@ -117,12 +119,14 @@ def unit_pieces(row: UnitRow, spec: RecordingSpec, names: Names) -> Table:
     try:
         table["element_bytes"] = element_bytes(codec, spec.dtype)
     except CodecError as error:
-        raise CorruptionError(f"unit {row.number} of {spec.name!r}: {error}", file="catalog.sqlite") from None
+        raise CorruptionError(f"unit {row.number} of {spec.name!r}: {error}", file=CATALOG) from None
     table["offset"] = slices["offset"].astype(np.int64) + row.payload_offset
     table["file"] = names.file(PieceFile(row.recording_id, row.segment))
     table["key"] = piece_keys(row.number, slices["layer"].astype(np.int64), slices["block"].astype(np.int64))
     for name in ("xxh3", "stored_bytes", "raw_bytes"):
         table[name] = slices[name]
+    if (table["stored_bytes"] > table["raw_bytes"]).any() or int(table["raw_bytes"].max()) > RAW_BYTES_MAX:
+        raise CorruptionError(f"unit {row.number} of {spec.name!r} has slices that cannot be", file=CATALOG)
     sizes = np.stack([slices[name].astype(np.int64) for name in ("tokens", "scale_bytes", "raw_bytes")])
     distinct, which = (
         (sizes[:, :1], 0) if (sizes == sizes[:, :1]).all() else np.unique(sizes, axis=1, return_inverse=True)

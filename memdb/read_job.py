@@ -25,7 +25,7 @@ from memdb.codecs.planes import unpack
 from memdb.schemas.errors import CodecError
 from memdb.schemas.units import Bytes, Table
 
-# With flags in the fourth place, as os.preadv takes them.
+# Descriptor, buffers, offset: os.preadv, or a disk of a test's own.
 Preadv = Callable[[int, Sequence[memoryview], int], int]
 # Small enough that a run is still in the cache of the core that read it when it is hashed.
 RUN_BYTES_MAX = 512 << 10
@@ -156,11 +156,11 @@ class Job:
         self.left = False
         self.idle: queue.SimpleQueue[None] = (
             queue.SimpleQueue()
-        )  # gets one when a thread finds nothing to take
+        )  # one for each thread that found nothing to take
         self._view = buffer.data
         self._preadv, self._delay_s = preadv, delay_s
         self._todo = deque(runs.runs)
-        self._taken = bytearray(len(runs))
+        self._held = bytearray(len(runs))  # by a thread just now
 
     @property
     def complete(self) -> bool:
@@ -181,9 +181,9 @@ class Job:
         """Runs that nobody took yet."""
         return len(self._todo)
 
-    def stuck(self) -> list[int]:
-        """Runs that a thread took and has not come back from."""
-        return [run for run in range(len(self.runs)) if self._taken[run] and not self.finished[run]]
+    def held(self) -> int:
+        """Runs that threads are at: in the kernel, where they do not come back from them."""
+        return sum(self._held)
 
     def wait(self, until_s: float) -> None:
         """Wait until every run is finished, or until that moment of `time.perf_counter`."""
@@ -224,8 +224,11 @@ class Job:
                 run = self._todo.popleft()
             except IndexError:
                 return
-            self._taken[run[0]] = 1
-            yield run
+            self._held[run[0]] = 1
+            try:
+                yield run
+            finally:
+                self._held[run[0]] = 0
 
     def _take(self, order: Iterator[Run], flags: int) -> Run | None:
         """Read runs and verify them. With `flags`, up to one that is not read at once, which is returned."""

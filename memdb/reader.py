@@ -33,7 +33,6 @@ from memdb.store import Store
 
 logger = logging.getLogger(__name__)
 
-RAW_BYTES_MAX = 1 << 30  # of one slice; a row that claims more is damaged
 DEADLINE_S = 30.0
 PINNED_MAX = 256  # files; one read may open as many again
 _STUCK_MAX = 16  # threads left behind at a time: with so many, only the page cache is read
@@ -70,7 +69,7 @@ class SliceReader:
         self._buffer = np.zeros(0, np.uint8)
         self._names = Names()
         self._threads = ReadThreads(threads)
-        self._stuck: list[tuple[Job, int]] = []  # runs whose threads were left behind
+        self._left: list[Job] = []  # of which threads were left behind in the kernel
         self._pinned: dict[str, OpenSegment] | None = None
         self._pins = ExitStack()
         self._lock = threading.Lock()
@@ -174,8 +173,7 @@ class SliceReader:
         if not len(kinds):
             return np.zeros(0, np.int64), raw
         if int(kinds.min()) == int(kinds.max()):
-            largest = int(raw[0])
-            stride = aligned(largest)
+            stride = aligned(int(raw[0]))
             starts = np.arange(0, len(raw) * stride, stride) if stride else np.zeros(len(raw), np.int64)
             size = len(raw) * stride
         else:
@@ -183,9 +181,7 @@ class SliceReader:
             order = np.argsort(kinds, kind="stable")
             starts = np.empty(len(raw), np.int64)
             starts[order] = np.cumsum(room[order]) - room[order]
-            largest, size = int(raw.max()), int(room.sum())
-        if largest > RAW_BYTES_MAX:
-            raise CorruptionError(f"a slice of {largest} bytes cannot be", file="catalog.sqlite")
+            size = int(room.sum())
         if self._buffer.size < size:  # kept between reads: fresh pages cost more than the read itself
             self._buffer = self._allocate(size)
         return starts, raw
@@ -208,17 +204,18 @@ class SliceReader:
 
     def _run(self, job: Job, began_s: float, failed: list[tuple[int, str]]) -> None:
         """Read the runs of a job: what is cached here, the rest in threads, until the deadline."""
-        self._stuck = [(old, run) for old, run in self._stuck if not old.finished[run]]
-        deadline_s = self._deadline_s / 2 ** len(self._stuck)
+        self._left = [left for left in self._left if left.held()]
+        stuck = sum(left.held() for left in self._left)
+        deadline_s = self._deadline_s / 2**stuck
         try:
             if self._cached_first:
                 helpers = min(self._threads.count, _CORES - 1, job.runs.length_bytes // _SHARE_BYTES)
                 if helpers > 0:
                     self._threads.put(job, helpers)
                 job.take_cached(shared=helpers > 0)
-            if job.todo and len(self._stuck) < _STUCK_MAX:
+            if job.todo and stuck < _STUCK_MAX:
                 self._threads.put(job, min(self._threads.count, job.todo))
-            if not job.todo or len(self._stuck) < _STUCK_MAX:
+            if not job.todo or stuck < _STUCK_MAX:
                 job.wait(began_s + deadline_s)
             if job.error is not None:
                 raise job.error
@@ -234,7 +231,6 @@ class SliceReader:
         """Go on without the runs that are not finished: what the others brought moves to a new buffer."""
         finished, failed, buffer = bytes(job.finished), list(job.failed), self._buffer
         runs = job.runs
-        self._stuck += [(job, run) for run in job.stuck()]
         self._leave(job)
         self._buffer = self._allocate(buffer.size)
         late = []
@@ -251,6 +247,7 @@ class SliceReader:
     def _leave(self, job: Job) -> None:
         """Use neither the threads of a job nor its buffer again: some of them may still be in the kernel."""
         job.left = True
+        self._left.append(job)
         self._threads.leave()
         self._buffer = np.zeros(0, np.uint8)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import partialmethod
 from pathlib import Path
@@ -34,9 +35,15 @@ every = np.arange(2 * LAYERS)
 class Disk:
     """A disk of the test's own. `hang` decides by the offset which reads wait for `release`."""
 
-    def __init__(self, hang: Callable[[int], bool] = lambda _: True, error: OSError | None = None) -> None:
+    def __init__(
+        self,
+        hang: Callable[[int], bool] = lambda _: True,
+        error: OSError | None = None,
+        *,
+        short: bool = False,
+    ) -> None:
         self.release, self.came_back = threading.Event(), threading.Event()
-        self.hang, self.error, self.calls = hang, error, 0
+        self.hang, self.error, self.short, self.calls = hang, error, short, 0
 
     def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
         self.calls += 1
@@ -48,7 +55,7 @@ class Disk:
         for buffer in buffers:  # what a read that comes too late would do to its buffer
             buffer[:] = b"\xee" * len(buffer)
         self.came_back.set()
-        return sum(map(len, buffers))
+        return 7 if self.short else sum(map(len, buffers))
 
 
 def rows_of(store: Store) -> list[UnitRow]:
@@ -59,12 +66,15 @@ def truth(wanted: Sequence[UnitRow]) -> np.ndarray:  # type: ignore[type-arg]
     return np.stack([raw for row in wanted for raw in raw_slices(row.number, 2, "int4")])
 
 
-def test_a_hung_read_costs_its_slices_and_never_writes_to_a_buffer_in_use(tmp_path: Path) -> None:
+@pytest.mark.parametrize("short", [False, True])
+def test_a_hung_read_costs_its_slices_and_never_writes_to_a_buffer_in_use(
+    tmp_path: Path, short: bool
+) -> None:
     with new_store(tmp_path) as store:
         fill(store, 6)
         rows = rows_of(store)
         wanted = [(row, every) for row in rows]
-        disk = Disk(lambda offset: rows[2].offset <= offset < rows[3].offset)
+        disk = Disk(lambda offset: rows[2].offset <= offset < rows[3].offset, short=short)
         with SliceReader(store, preadv=disk.preadv, deadline_s=DEADLINE_S) as reader:
             batch = reader.read(wanted)
             assert [(bad.index, bad.unit) for bad in batch.bad] == [(8 + at, 2) for at in range(4)]
@@ -79,6 +89,13 @@ def test_a_hung_read_costs_its_slices_and_never_writes_to_a_buffer_in_use(tmp_pa
             again = reader.read(wanted)  # new threads, a new buffer, and nothing is stuck any more
             assert again.bad == []
             assert np.array_equal(again.stacked(), truth(rows))
+            while any(left.held() for left in reader._left):  # until its thread has ended
+                time.sleep(0.001)
+            disk.hang = lambda _: True
+            disk.release.clear()
+            late = reader.read(wanted)  # the disk came back in between: it has the whole deadline again
+            assert "within 0.2 s" in late.bad[0].reason
+            disk.release.set()
 
 
 def test_all_the_reads_of_a_dead_disk_wait_at_most_twice_the_deadline(tmp_path: Path) -> None:

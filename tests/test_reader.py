@@ -6,6 +6,7 @@ import errno
 import os
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -218,6 +219,17 @@ def test_a_question_over_many_files_holds_few_of_them(
                     )
                     assert len(os.listdir("/proc/self/fd")) <= before + 5
             assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize(("column", "value"), [("raw_bytes", 2**31), ("stored_bytes", 2**31)])
+def test_sizes_that_cannot_be_are_refused_before_anything_is_allocated(
+    store: Store, column: str, value: int
+) -> None:
+    row = rows_of(store)[1]
+    slices = row.slices.copy()
+    slices[column][2] = value
+    with SliceReader(store) as reader, pytest.raises(CorruptionError, match="cannot be"):
+        reader.read([(replace(row, slices_table=slices.tobytes()), every)])
 
 
 def test_nothing_asked_is_nothing_read(store: Store) -> None:
