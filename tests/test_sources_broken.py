@@ -96,7 +96,7 @@ def test_stopped_anywhere_around_a_hole_it_ends_the_same(
     ingested(straight, model, path, recipe)
     check(straight)
     step = StreamEncoder.step
-    for batch in range(6):
+    for batch in (1, 2, 3, 5):
         store, stop, calls = tmp_path / f"{batch}.memdb", threading.Event(), itertools.count()
 
         def stopping(self: StreamEncoder, frames: Any, batch: int = batch) -> list[Unit]:
