@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from memdb.applying import FORGET
+from memdb.files import watched
 from memdb.mend import HIDDEN, LOST, MENDED
 from memdb.records import Kind
 from memdb.repair import repair
@@ -35,7 +36,7 @@ from tests.repair_cases import (
     spoil,
     spoil_in,
 )
-from tests.store_cases import UNIT_NS
+from tests.store_cases import UNIT_NS, Steps
 
 # What was forgotten
 
@@ -173,11 +174,17 @@ def test_states_that_do_not_fit_any_more_are_removed(copied: Path) -> None:
         ids = {name: opened.recording(name).id for name in UNITS}
         opened.state(ids["attic"]).save(5, b"behind unit 4", reach_ns=0)
         opened.state(ids["attic"]).save(4, b"behind unit 3", reach_ns=0)
+        opened.state(ids["hall"]).save(8, b"of a forgetting that nobody knows", reach_ns=0, tombstones=3)
     spoil(*find(copied, "attic", Kind.UNIT, 4), "body")  # left out: the state behind it is ahead
-    mended(copied)
+    lose_catalog(copied)
+    with watched(steps := Steps()):
+        repair(copied)
     with Store.open(copied) as opened:
-        assert [path.name[-16:-6] for path in opened.state(ids["attic"]).files()] == ["0000000004"]
-        assert len(opened.state(ids["lobby"]).files()) == 1
+        kept = {name: [path.name[-16:-6] for path in opened.state(ids[name]).files()] for name in UNITS}
+    assert kept == {"lobby": ["0000000009"], "attic": ["0000000004"], "hall": ["0000000004"], "shed": []}
+    names = [step.name for step in steps.seen]
+    gone = "the removal of states that fit a repaired catalog no more"
+    assert names.index(gone) < names.index("the name of a catalog made anew"), "none comes back beside it"
 
 
 # Anything
