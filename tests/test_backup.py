@@ -17,6 +17,7 @@ from memdb.compact import compact
 from memdb.database import CATALOG
 from memdb.files import Step, watched
 from memdb.forget import forget
+from memdb.policy import parse, read_policy, write_policy
 from memdb.records import Kind
 from memdb.repair import repair
 from memdb.schemas.errors import StoreError, StoreFull, UsageError
@@ -327,8 +328,10 @@ def test_a_kill_at_any_step_leaves_all_or_nothing(
 
 
 @pytest.mark.usefixtures("bare")
-def test_all_is_on_the_disk_before_it_has_its_name(furnished: Path, target: Path) -> None:
-    seen = steps_of(lambda: backup(furnished, target))
+def test_all_is_on_the_disk_before_it_has_its_name(copied: Path, target: Path) -> None:
+    write_policy(copied, parse({"when_full": "forget-oldest"}))
+    seen = steps_of(lambda: backup(copied, target))
+    assert read_policy(target) == read_policy(copied) == parse({"when_full": "forget-oldest"})
     [renamed] = [at for at, step in enumerate(seen) if step.what == "replace"]
     written = {step.path for step in seen if step.what == "write"} | {
         next(step.path for step in seen if step.name == "the catalog of a backup")
@@ -346,4 +349,4 @@ def test_all_is_on_the_disk_before_it_has_its_name(furnished: Path, target: Path
             assert syncs[-1] < max(folders) < renamed, path
     assert [step.what for step in seen[renamed + 1 :] if step.path == target.parent] == ["sync_folder"]
     whys = [step.name for step in seen if step.what.startswith("sync")]
-    assert len(set(whys)) == 7
+    assert len(set(whys)) == 8
