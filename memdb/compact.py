@@ -171,8 +171,9 @@ class _Compaction:
     def captions(self) -> None:
         """Rid captions.lance of captions that there are not any more."""
         captions = CaptionIndex(self._store.path)
-        if captions.holds_forgotten(self._store):
-            with FileLock(self._store.path / "locks" / "derived.lock", wait=True):
+        # Under the lock also the question: an indexer may be about to publish what was forgotten a moment ago.
+        with FileLock(self._store.path / "locks" / "derived.lock", wait=True):
+            if captions.holds_forgotten(self._store):
                 captions.purge(self._store)
 
     def scrub(self) -> None:
