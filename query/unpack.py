@@ -17,6 +17,8 @@ from memdb.schemas.rows import RecordingSpec
 from memdb.schemas.units import Bytes
 from memdb.slice_batch import SliceBatch
 
+CPU_VALUES = 1 << 19  # of keys, and as many of values
+
 
 class Unpacker:
     """Unpacks what one recording stored: each kind (codec, tokens, scale width) in one strided call."""
@@ -39,9 +41,6 @@ class Unpacker:
         They are those of the batch from `first` on.
         """
         kinds = batch.kinds(first, first + len(whole))
-        if len(kinds) == 1 and whole.all():  # the ordinary case
-            k, v = self._unpack(kinds[0][0], kinds[0][2], device, dtype)
-            return LayerKV(_joined(k), _joined(v))
         tokens = np.zeros(len(whole), np.int64)
         for kind, own, _ in kinds:
             tokens[own] = kind.tokens
@@ -49,18 +48,33 @@ class Unpacker:
         if not tokens.any():
             return None
         ends = np.cumsum(tokens)
-        H, D = self._heads, self._head_size
-        K, V = (torch.empty(H, int(ends[-1]), D, dtype=dtype, device=device) for _ in range(2))
+        shape = (self._heads, int(ends[-1]), self._head_size)
+        K, V = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
         for kind, own, raw in kinds:
             good = whole[own]
-            if not good.any():
-                continue
-            k, v = self._unpack(kind, raw if good.all() else raw[good], device, dtype)
-            begins = ends[own[good]] - kind.tokens
-            places = torch.from_numpy((begins[:, None] + np.arange(kind.tokens)).ravel()).to(device)
-            K.index_copy_(1, places, _joined(k))
-            V.index_copy_(1, places, _joined(v))
+            if good.all() and len(kinds) == 1:  # the ordinary case
+                self._into(K, V, kind, raw)
+            elif good.any():
+                mine = (self._heads, int(good.sum()) * kind.tokens, self._head_size)
+                k, v = (torch.empty(mine, dtype=dtype, device=device) for _ in range(2))
+                self._into(k, v, kind, raw if good.all() else raw[good])
+                begins = ends[own[good]] - kind.tokens
+                places = torch.from_numpy((begins[:, None] + np.arange(kind.tokens)).ravel()).to(device)
+                K.index_copy_(1, places, k)
+                V.index_copy_(1, places, v)
         return LayerKV(K, V)
+
+    def _into(self, K: Tensor, V: Tensor, kind: Kind, raw: Bytes) -> None:
+        """Slices of one kind (n, raw_bytes) to K and V (H, n*T, D), never views of what was read.
+
+        On a GPU in one call; on a CPU in steps whose values stay in its cache, which takes half the time.
+        """
+        H, D, T, n = self._heads, self._head_size, kind.tokens, len(raw)
+        step = max(1, CPU_VALUES // max(1, H * T * D)) if K.device.type == "cpu" else n
+        for first in range(0, n, step):
+            k, v = self._unpack(kind, raw[first : first + step], K.device, K.dtype)
+            K.view(H, n, T, D)[:, first : first + step] = k.transpose(0, 1)
+            V.view(H, n, T, D)[:, first : first + step] = v.transpose(0, 1)
 
     def _unpack(
         self, kind: Kind, raw: Bytes, device: torch.device, dtype: torch.dtype
@@ -79,10 +93,3 @@ class Unpacker:
             device=device,
             out=dtype,
         )
-
-
-def _joined(x: Tensor) -> Tensor:
-    """(n, H, T, D) -> (H, n*T, D), time order kept; never a view of what was read."""
-    n, H, T, D = x.shape
-    joined = x.permute(1, 0, 2, 3).reshape(H, n * T, D)
-    return joined.clone() if joined.data_ptr() == x.data_ptr() else joined
