@@ -7,6 +7,7 @@ what share of its tokens was kept. So the outcome does not depend on when ageing
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from memdb.catalog import Catalog
@@ -39,7 +40,7 @@ class Ager:
     """Ages the units of one recording as of one moment."""
 
     def __init__(self, store: Store, recording: RecordingRow, ages: tuple[Age, ...], now_ns: int) -> None:
-        self._store, self._row = store, recording
+        self._store, self._row, self._now_ns = store, recording, now_ns
         began_ns = wall_clock_ns(recording)
         reached = [Step(age, now_ns - age.after_ns - began_ns) for age in ages]
         self._steps = [step for step in reached if step.until_ns > recording.start_ns]
@@ -50,24 +51,51 @@ class Ager:
         """Whether no unit is old enough for anything."""
         return not self._steps or not self._row.spec.recipe.keeps_kv
 
-    def due(self, catalog: Catalog) -> dict[str, Due]:
-        """By segment, how many of its units would change, and how many are a day late."""
+    def due(self, catalog: Catalog, *, since_ns: int | None = None) -> dict[str, Due]:
+        """By segment, how many of its units would change, and how many are a day late.
+
+        `since_ns`: when somebody looked last and left nothing that was a day late: units that were older than
+        that already are not looked at again.
+        """
         if self.idle:
             return {}
-        units, late = self._due_units(catalog, 0), self._due_units(catalog, LATE_NS)
-        return {name: Due(count, late.get(name, 0)) for name, count in units.items()}
+        passed_ns = None if since_ns is None else max(0, self._now_ns - since_ns) + LATE_NS
+        found: dict[str, Due] = {}
+        for name, units, late in self._rows(catalog, passed_ns):
+            known = found.get(name, Due())
+            found[name] = Due(known.units + units, known.late_units + late)
+        return found
 
-    def _due_units(self, catalog: Catalog, late_ns: int) -> dict[str, int]:
-        terms: list[str] = []
+    def _rows(self, catalog: Catalog, passed_ns: int | None) -> Iterator[tuple[str, int, int]]:
+        """Segment name, due units, late ones: of each stretch of units that reached the same steps."""
+        stop = self._first_after(catalog, self._steps[0].until_ns)
+        for at, step in enumerate(self._steps):  # the youngest first: it reached furthest
+            older = self._steps[at + 1 : at + 2]
+            bounds = [one.until_ns for one in older]
+            if passed_ns is not None:
+                bounds.append(step.until_ns - passed_ns)
+            first = max([self._row.kv_from_unit, *(self._first_after(catalog, bound) for bound in bounds)])
+            yield from self._due_between(catalog, first, stop, self._steps[: at + 1])
+            stop = self._first_after(catalog, older[0].until_ns) if older else 0
+
+    def _first_after(self, catalog: Catalog, moment_ns: int) -> int:
+        """The first unit that ends behind a moment of media time."""
+        return catalog.first_unit(self._row, lambda unit: unit.end_ns > moment_ns)
+
+    def _due_between(
+        self, catalog: Catalog, first: int, stop: int, steps: Sequence[Step]
+    ) -> Iterator[tuple[str, int, int]]:
+        """Of units `first` to before `stop`, which have reached these steps and no others."""
+        late_values: list[int | str] = []
+        late = " OR ".join(f"(end_ns <= ? AND {self._sql(step, late_values, LATE_NS)})" for step in steps)
         values: list[int | str] = []
-        for step in self._steps:
-            terms.append(f"(end_ns <= ? AND {self._sql(step.age, values, step.until_ns - late_ns)})")
+        due = " OR ".join(f"(end_ns <= ? AND {self._sql(step, values, 0)})" for step in steps)
         rows = catalog.database.execute(
-            "SELECT segment, count(*) FROM units WHERE recording = ? AND number BETWEEN ? AND ? "  # noqa: S608
-            f"AND length(slices) > 0 AND ({' OR '.join(terms)}) GROUP BY segment",
-            [self._row.id, self._row.kv_from_unit, self._last_unit(catalog), *values],
+            f"SELECT segment, count(*), sum({late}) FROM units WHERE recording = ? "  # noqa: S608
+            f"AND number BETWEEN ? AND ? AND length(slices) > 0 AND ({due}) GROUP BY segment",
+            [*late_values, self._row.id, first, stop - 1, *values],
         )
-        return {str(name): int(count or 0) for name, count in rows}
+        return ((str(name), int(count or 0), int(late or 0)) for name, count, late in rows)
 
     def change(self, row: UnitRow) -> Changed | None:
         """The unit as it is to be from now on; None where nothing is due. Raises CorruptionError."""
@@ -115,20 +143,16 @@ class Ager:
     def _changes(self, age: Age, codec: str, kept_ppm: int) -> bool:
         return bool(age.codec and _wider(codec, age.codec)) or age.keep_ppm < kept_ppm
 
-    def _sql(self, age: Age, values: list[int | str], until_ns: int) -> str:
-        """What `_changes` says, for the catalog; its parameters go to `values`."""
-        values.append(until_ns)
+    def _sql(self, step: Step, values: list[int | str], late_ns: int) -> str:
+        """What `_changes` says, for the catalog; its parameters go to `values`, behind the time that is asked for."""
+        values.append(step.until_ns - late_ns)
+        age = step.age
         if age.captions_only:
             return "1"
         wider = [name for name in _WIDTHS if age.codec and _wider(name, age.codec)]
         wider += [""] if self._own_codec in wider else []
         values += [*wider, age.keep_ppm]
         return f"(codec IN ({', '.join('?' * len(wider))}) OR kept_ppm > ?)"
-
-    def _last_unit(self, catalog: Catalog) -> int:
-        """The last unit that has reached any step."""
-        latest = max(step.until_ns for step in self._steps)
-        return catalog.first_unit(self._row, lambda unit: unit.end_ns > latest) - 1
 
 
 def due_now(store: Store, ages: tuple[Age, ...], now_ns: int) -> dict[str, int]:

@@ -144,17 +144,18 @@ class _Compaction:
     def _steps(self, recording_id: str, done: RecordingCompacted) -> None:
         row = self._catalog.by_id(recording_id)
         done.recording = row.name
+        ager = self._ager(row, done)
         upkeep = Upkeep(
             self._store,
             self._catalog,
             recording_id,
             done,
-            ager=self._ager(row, done),
+            change=ager.change if ager else None,
             progress=self._progress,
             segment_bytes_max=self._bytes_max,
         )
         upkeep.clean_up()
-        upkeep.write_anew()
+        upkeep.write_anew(ager.due(self._catalog) if ager else {})
         upkeep.tell_left()
         upkeep.make_pages_anew()
 

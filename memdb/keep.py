@@ -10,14 +10,16 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from memdb.age import Ager, clock_was_wrong
 from memdb.catalog import Catalog
 from memdb.clock import believe, doubt
 from memdb.database import CATALOG
 from memdb.locks import FileLock, rewrite_lock
-from memdb.policy import read_policy
+from memdb.policy import Age, read_policy
 from memdb.schemas.errors import Interrupted, LockedError, MemdbError
+from memdb.schemas.rows import RecordingRow
 from memdb.segments import SEGMENT_BYTES_MAX
 from memdb.store import Store
 from memdb.upkeep import CompactProgress, RecordingCompacted, Upkeep, come_forward
@@ -27,9 +29,22 @@ logger = logging.getLogger(__name__)
 EVERY_S = 60.0
 
 
+@dataclass
+class Seen:
+    """What was seen of a recording when nothing was left to do: only what came since is looked at again."""
+
+    since_ns: int | None = None
+    ages: tuple[Age, ...] = ()
+    tombstones: int = 0
+
+    def all_done(self, ages: tuple[Age, ...], now_ns: int, tombstones: int) -> None:
+        self.since_ns, self.ages, self.tombstones = now_ns if ages else None, ages, tombstones
+
+
 def keep_one(
     store: Store,
     recording_id: str,
+    seen: Seen,
     *,
     now_ns: int,
     stop: threading.Event | None = None,
@@ -43,14 +58,12 @@ def keep_one(
     try:
         row = catalog.by_id(recording_id)
         done = RecordingCompacted(row.name)
-        ager: Ager | None = None
-        if ages := read_policy(store.path).ages:
-            doubted = doubt(catalog, now_ns)
-            if doubted or clock_was_wrong(row):
-                done.left.append(doubted or f"{row.name} is not aged: the clock was wrong when it was begun")
-            else:
-                believe(catalog, now_ns)
-                ager = Ager(store, row, ages, now_ns)
+        ages = _ages(store, catalog, row, now_ns, done)
+        ager = Ager(store, row, ages, now_ns)
+        due = ager.due(catalog, since_ns=seen.since_ns if ages == seen.ages else None)
+        if not due and len(row.tombstones) == seen.tombstones:
+            seen.all_done(ages, now_ns, seen.tombstones)
+            return done
 
         def go_on(_: CompactProgress) -> None:
             if stop is not None and stop.is_set():
@@ -63,14 +76,30 @@ def keep_one(
                 catalog,
                 recording_id,
                 done,
-                ager=ager,
+                change=ager.change,
                 progress=go_on,
                 segment_bytes_max=segment_bytes_max,
             )
-            upkeep.write_anew(steps_max=1)
+            if not upkeep.write_anew(due, steps_max=1):
+                seen.all_done(ages, now_ns, len(row.tombstones))
         return done
     finally:
         catalog.close()
+
+
+def _ages(
+    store: Store, catalog: Catalog, row: RecordingRow, now_ns: int, done: RecordingCompacted
+) -> tuple[Age, ...]:
+    """The steps of the policy; none where the clock cannot be believed."""
+    ages = read_policy(store.path).ages
+    if not ages:
+        return ()
+    doubted = doubt(catalog, now_ns)
+    if doubted or clock_was_wrong(row):
+        done.left.append(doubted or f"{row.name} is not aged: the clock was wrong when it was begun")
+        return ()
+    believe(catalog, now_ns)
+    return ages
 
 
 class Keeper:
@@ -89,6 +118,7 @@ class Keeper:
         self._next_s = time.monotonic() + self._every_s
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._seen = Seen()
         self._told: set[str] = set()
 
     def __call__(self, flush: bool) -> None:
@@ -107,7 +137,7 @@ class Keeper:
     def _step(self) -> None:
         try:
             with Store.open(self._path, write=True) as store:
-                done = keep_one(store, self._id, now_ns=self._clock_ns(), stop=self._stop)
+                done = keep_one(store, self._id, self._seen, now_ns=self._clock_ns(), stop=self._stop)
             for left in done.left:
                 self._tell(left)
         except (Interrupted, LockedError):

@@ -9,17 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from memdb.age import Ager
 from memdb.catalog import Catalog
 from memdb.index.pages import page_path
 from memdb.index.rebuild import is_due, rebuild
 from memdb.locks import FileLock, commit_lock
-from memdb.rewrite import rewrite
+from memdb.rewrite import Change, rewrite
 from memdb.roll_forward import roll_forward
 from memdb.room import UPKEEP_RESERVE_BYTES, require
 from memdb.schemas.errors import CorruptionError, StoreFull
 from memdb.store import Store
-from memdb.survey import Held, groups, survey
+from memdb.survey import Due, Held, groups, survey
 from memdb.sweep import remove_invalid_states, remove_pages, remove_replaced, remove_unfinished
 
 SCRUB = "scrub"  # in the catalog's meta: 1 while its file may hold what was removed
@@ -58,13 +57,13 @@ class Upkeep:
         recording_id: str,
         done: RecordingCompacted,
         *,
-        ager: Ager | None = None,
+        change: Change | None = None,
         progress: Progress | None = None,
         segment_bytes_max: int,
     ) -> None:
-        """`done` is told what was done, and what is left."""
+        """`done` is told what was done, and what is left. `change` ages units as they are written anew."""
         self._store, self._catalog, self._id, self._done = store, catalog, recording_id, done
-        self._ager, self._progress, self._bytes_max = ager, progress, segment_bytes_max
+        self._change, self._progress, self._bytes_max = change, progress, segment_bytes_max
         self._name = catalog.by_id(recording_id).name
         self._open: Held | None = None  # the file in a writer's hand
 
@@ -75,9 +74,11 @@ class Upkeep:
         self._done.left += remove_unfinished(self._store, self._catalog, self._id)
         remove_replaced(self._store, self._catalog, self._id)
 
-    def write_anew(self, *, steps_max: int | None = None) -> int:
-        """Write what is due anew, at most so many files of it; how many. Their sources go at once, or are left."""
-        due = self._ager.due(self._catalog) if self._ager is not None else {}
+    def write_anew(self, due: dict[str, Due], *, steps_max: int | None = None) -> int:
+        """Write what is due anew, at most so many files of it; how many. Their sources go at once, or are left.
+
+        `due`: what ageing would change, see `Ager.due`.
+        """
         found = survey(self._store, self._catalog, self._id, due)
         waiting = groups(found.held, bytes_max=self._bytes_max)[:steps_max]
         sizes = [sum(held.kept_bytes for held in group) for group in waiting]
@@ -120,14 +121,13 @@ class Upkeep:
             what = f"writing {len(group)} segments anew"
             require(self._store.path, size, reserve_bytes=UPKEEP_RESERVE_BYTES, what=what)
             will_scrub(self._catalog)
-            change = self._ager.change if self._ager is not None else None
             result = rewrite(
                 self._store,
                 self._catalog,
                 self._id,
                 group,
                 bytes_max=self._bytes_max,
-                change=change,
+                change=self._change,
                 told=told,
             )
         except (StoreFull, CorruptionError) as error:

@@ -26,7 +26,7 @@ from memdb.files import watched
 from memdb.forget import forget
 from memdb.index.key_table import KeyTable
 from memdb.index.page_writer import index_recording
-from memdb.keep import Keeper, keep_one
+from memdb.keep import Keeper, Seen, keep_one
 from memdb.locks import FileLock, rewrite_lock
 from memdb.models.window import LayerKV
 from memdb.page_check import check_pages
@@ -445,15 +445,25 @@ def test_a_running_ingest_ages_the_files_that_it_has_closed(tmp_path: Path) -> N
             for number in range(12):  # a file a day, for each takes no more than that
                 writer.append([kv_unit(number, DAY_NS)])
             lobby = writer.recording.id
-            steps = []
+            steps, seen = [], Seen()
+            now_ns = STARTED_NS + 13 * DAY_NS
             for _ in range(20):
-                done = keep_one(store, lobby, now_ns=STARTED_NS + 13 * DAY_NS, segment_bytes_max=10_000)
+                done = keep_one(store, lobby, seen, now_ns=now_ns, segment_bytes_max=10_000)
                 steps.append(done.aged_units)
                 assert done.left == []
             assert max(steps) <= 3  # one file a step
             assert sum(steps) == 6
+            assert seen.since_ns == now_ns
+            # What it does not look at again it has not forgotten: what becomes due later is aged later.
+            for days in (14, 15, 16, 17, 20, 25, 26):
+                for _ in range(4):
+                    keep_one(store, lobby, seen, now_ns=STARTED_NS + days * DAY_NS, segment_bytes_max=10_000)
+            assert states(path) == "t" * 11 + "r"  # the last is in the writer's hand
+            set_policy(store, Policy(ages=(replace(THIN, after_ns=DAY_NS, keep_ppm=200_000),)), now_ns=now_ns)
+            for _ in range(20):  # another policy is looked at from the beginning
+                keep_one(store, lobby, seen, now_ns=STARTED_NS + 26 * DAY_NS, segment_bytes_max=10_000)
+            assert {row.kept_ppm for row in rows_of(path)[:11]} == {200_000}
             writer.append([kv_unit(12, DAY_NS)])
-        assert states(path) == "444444rrrrrrr"
         assert verify(store).problems == []
 
 
@@ -527,7 +537,7 @@ def test_an_ingest_that_ends_gives_the_step_in_hand_up(tmp_path: Path) -> None:
         lobby = store.recording("lobby").id
         before = sorted(file.name for file in store.segments_path.iterdir())
         with pytest.raises(Interrupted):
-            keep_one(store, lobby, now_ns=STARTED_NS + 20 * DAY_NS, stop=stop)
+            keep_one(store, lobby, Seen(), now_ns=STARTED_NS + 20 * DAY_NS, stop=stop)
         assert sorted(file.name for file in store.segments_path.iterdir()) == before
     assert states(path) == "rrrrrr"
 
@@ -576,7 +586,7 @@ def test_questions_find_in_aged_kv_what_they_find_in_an_ingest_of_that_codec(
         set_thin = Policy(ages=(Age(10**9, "int4", "uniform", HALF),))
         with Store.open(paths["raw"], write=True) as store:
             set_policy(store, set_thin, now_ns=row.created_ns + 20 * DAY_NS)
-            keep_one(store, row.id, now_ns=row.created_ns + 20 * DAY_NS)
+            keep_one(store, row.id, Seen(), now_ns=row.created_ns + 20 * DAY_NS)
             assert {found.kept_ppm for found in store.units(row.id)} == {HALF}
         # Its pages still say how many tokens there were; on the connection that was open all the time, and on others.
         stale = [client.ask("what is there?", mode=mode) for mode in ("kv", "recent")]
