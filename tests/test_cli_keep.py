@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import select
 import sys
 from pathlib import Path
 
@@ -99,7 +100,9 @@ def test_a_progress_line_on_a_terminal_and_none_in_a_pipe(
         patch.setattr("contextlib.redirect_stderr", lambda _: _Nothing())
         ran = command("compact", "--store", str(path))
         screen.flush()
-        text = os.read(terminal, 1 << 20).decode()
+        text = ""
+        while "MiB" not in text and select.select([terminal], [], [], 10)[0]:
+            text += os.read(terminal, 1 << 20).decode()
     os.close(terminal)
     assert ran.code == 0
     assert "lobby: 0.0 of 0.0 MiB" in text
