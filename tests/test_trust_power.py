@@ -32,7 +32,7 @@ def campaign(tmp_path_factory: pytest.TempPathFactory) -> Campaign:
 def test_nothing_acknowledged_is_lost_whatever_a_power_cut_leaves(tmp_path: Path, campaign: Campaign) -> None:
     found = power.run(SEED, TRIALS, tmp_path, campaign=campaign)
     assert found.ok, found.details
-    assert found.trials == TRIALS
+    assert found.trials >= TRIALS
 
 
 @pytest.mark.parametrize("why", QUICK)

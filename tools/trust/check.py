@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,13 +10,16 @@ from pathlib import Path
 from memdb.policy import Policy, read_policy
 from memdb.repair import repair
 from memdb.schemas.errors import CorruptionError, MemdbError, NotAStore
-from memdb.store import Store
+from memdb.store import Store, recording_digest
+from memdb.transfer import import_recording
 from tools.trust.look import Seen, files_of, is_derived, look, problems
 from tools.trust.model import Kept, Model, running_hash
 from tools.trust.questions import ask_all
 from tools.trust.runner import POLICIES, Runner
 from tools.trust.script import Op
 from tools.trust.units import UNIT_NS, make_unit, marks
+
+REPAIRING = ("repair", "wound")  # operations of which a repair is a part
 
 
 @dataclass
@@ -68,8 +72,8 @@ def check(
         if not may_be_new:
             found.lost.append(f"it is no store any more: {error}")
         return found, models[0]
-    except MemdbError as error:
-        found.lost.append(f"it does not open: {type(error).__name__}: {error}")
+    except Exception as error:  # a typed one is no better than any other where there is no damage
+        found.lost.append(f"it cannot be read: {type(error).__name__}: {error}")
         return found, models[0]
     if model.bare:
         found.lost += remains(path, model, excused)
@@ -77,6 +81,8 @@ def check(
         inside, _ = check(path.with_name(name), [copy], derived_may_be_damaged=derived_may_be_damaged)
         found.lost += [f"backup: {what}" for what in inside.lost]
         found.silent += [f"backup: {what}" for what in inside.silent]
+    for name, kept in model.exports.items():
+        found.lost += [f"export: {what}" for what in _read_export(path.with_name(name), kept)]
     return found, model
 
 
@@ -93,9 +99,20 @@ def _policy_of(path: Path) -> int | str:
 def _beside(path: Path, model: Model, policy: int | str) -> list[str]:
     """What is amiss with the policy and with backups."""
     found = [] if policy == model.policy else [f"its policy is {policy} instead of {model.policy}"]
-    return found + [
-        f"its backup {name} is missing" for name in model.copies if not path.with_name(name).exists()
-    ]
+    wanted = [*model.copies, *model.exports]
+    return found + [f"its copy {name} is missing" for name in wanted if not path.with_name(name).exists()]
+
+
+def _read_export(file: Path, kept: Kept) -> list[str]:
+    """What is wrong with an exported recording, by taking it into a store of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with Store.open(Path(folder) / "s.memdb", create=True, write=True) as store:
+                name = import_recording(store, file).recording
+                digest = recording_digest(store, name)
+        except MemdbError as error:
+            return [f"{type(error).__name__}: {error}"]
+    return [] if digest == kept.digest else ["its digest is another"]
 
 
 def must_be_repaired(path: Path) -> bool:

@@ -15,34 +15,32 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from memdb.files import Step, watched
-from tools.trust.check import check, finish
+from tools.trust import migration
+from tools.trust.check import REPAIRING, check, finish
 from tools.trust.model import Model
 from tools.trust.outcome import Outcome
 from tools.trust.runner import Runner
-from tools.trust.script import BASIC, Op, script
+from tools.trust.script import ONCE, Op, script
 from tools.trust.stub import WHENS, Death
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTH = 14
 KILLS_A_CHAIN = 3
+MIGRATIONS_SHARE = 7  # in a hundred kills
 PARALLEL = 2
-KINDS = (*BASIC, "captions", "compact", "repair")
 CLOCK = "by the clock"
 BY_CLOCK_ONLY = ("captions",)  # LanceDB writes past memdb/files.py
-# Phases in which a stub is killed; those that are named as operations need these in the script.
+# Phases in which a stub is killed, in turn; those behind the first line are operations of the script.
 PHASES = (
-    *("a new store", "segment write", "between sync and commit", "after commit", CLOCK, "state", "pages"),
-    *("forget", "forget_all", "captions", "close", "gap", "compact", "repair"),
-)
-DEAR = ("captions", "compact", "repair")  # in scripts of which a kill is wanted in them
-PER_KIND = frozenset(
-    {"state", "pages", "forget", "forget_all", "captions", "close", "gap", "compact", "repair"}
+    *("a new store", "segment write", "between sync and commit", "after commit", CLOCK),
+    *("state", "pages", "captions", "forget", "forget_all", "compact", "ageing", "repair", "wound", "backup"),
+    *("import", "policy", "close", "gap", CLOCK),
 )
 _HUNG_S = 120.0
 _CLOCK_S = 0.05  # longer than most operations take
@@ -62,7 +60,7 @@ class Point:
 def phase_of(op: Op, step: Step) -> str:
     """A name for the stretch of a protocol that a step belongs to."""
     if op.kind != "append":
-        return op.kind
+        return op.why if op.kind == "compact" and op.why else op.kind
     if step.what == "point":
         return {"catalog before commit": "between sync and commit", "catalog committed": "after commit"}.get(
             step.name, "checkpoint"
@@ -99,7 +97,7 @@ def points_of(ops: Sequence[Op], path: Path) -> list[Point]:
 
     with watched(steps), Runner(path, say) as runner:
         runner.run(ops)
-    shutil.rmtree(path)
+    shutil.rmtree(path.parent)
     return steps.points
 
 
@@ -158,7 +156,7 @@ def run_stub(path: Path, given: Script, start: int, death: Death | tuple[int, fl
 class Script:
     seed: int
     length: int
-    kinds: tuple[str, ...]
+    kinds: tuple[str, ...]  # operations that come once; the plain ones come in any case
 
     @property
     def ops(self) -> list[Op]:
@@ -171,62 +169,61 @@ class _Chain:
     def __init__(self, given: Script, folder: Path, phases: Sequence[str]) -> None:
         self._given, self._ops = given, given.ops
         self._random = random.Random(f"{given.seed} kills")
-        self._path = folder / f"{given.seed}.memdb"
-        self._phases = phases
-        self._points = points_of(self._ops, self._path)
+        self._home = folder / str(given.seed)
+        self._path = self._home / "s.memdb"
+        points = points_of(self._ops, self._path)
+        self._deaths = sorted(
+            ((phase, death) for phase in phases if (death := self._death(phase, points)) is not None),
+            key=lambda found: _op_of(found[1]),
+        )
         self._model, self._start = Model(), 0
         self.outcome = Outcome("kills")
         self.phases: Counter[str] = Counter()
 
     def run(self) -> _Chain:
-        for phase in self._phases:
-            found = self._death(phase)
-            if found is None or not self._kill(phase, found):
-                continue
+        for phase, death in self._deaths:
+            self._kill(phase, death)
             if not self.outcome.ok:
                 return self
         ending = finish(self._path, self._model, self._ops, self._start)
         self.outcome.take(f"{self._given}, run to its end", ending.lost, ending.silent)
-        shutil.rmtree(self._path, ignore_errors=True)
+        shutil.rmtree(self._home)
         return self
 
-    def _death(self, phase: str) -> Death | tuple[int, float] | None:
-        """A moment of a phase that is still to come."""
+    def _death(self, phase: str, points: Sequence[Point]) -> Death | tuple[int, float] | None:
+        """A moment of a phase; None where the script does not come through it."""
         if phase == CLOCK:
-            left = range(self._start, len(self._ops))
-            return (self._random.choice(left), self._random.random() ** 2 * _CLOCK_S) if left else None
-        points = [point for point in self._points if point.phase == phase and point.op >= self._start]
+            return self._random.randrange(len(self._ops)), self._random.random() ** 2 * _CLOCK_S
         if phase in BY_CLOCK_ONLY:
-            ops = [index for index, op in enumerate(self._ops) if op.kind == phase and index >= self._start]
+            ops = [index for index, op in enumerate(self._ops) if op.kind == phase]
             return (self._random.choice(ops), self._random.random() * _LANCE_S) if ops else None
-        if not points:
+        found = [point for point in points if point.phase == phase]
+        if not found:
             return None
-        point = self._random.choice(points)
+        point = self._random.choice(found)
         return Death(point.op, point.step, self._random.choice(WHENS if point.write else WHENS[:2]))
 
-    def _kill(self, phase: str, death: Death | tuple[int, float]) -> bool:
-        """Whether the stub died, where else it ran on to its end."""
+    def _kill(self, phase: str, death: Death | tuple[int, float]) -> None:
         account = run_stub(self._path, self._given, self._start, death)
         what = f"{self._given}, killed in {phase} at {death}"
         if not account.was_killed:
             if account.code:
                 self.outcome.loses(f"{what}: it failed: {account.errors.strip().splitlines()[-1:]}")
             self._through(account.acknowledged)
-            return False
+            return
         self.outcome.trials += 1
         self.phases[phase] += 1
         self._through(account.acknowledged)
         under_way = self._ops[account.under_way] if account.under_way >= account.acknowledged else None
         if not self._path.exists():
-            return True  # it died before it made anything
+            return  # it died before it made anything
         findings, self._model = check(
             self._path,
             self._model.outcomes(under_way),
             may_be_new=not self._start,
-            repairing=under_way is not None and under_way.kind == "repair",
+            repairing=under_way is not None and under_way.kind in REPAIRING,
         )
         self.outcome.take(what, findings.lost, findings.silent)
-        return True
 
     def _through(self, acknowledged: int) -> None:
         for op in self._ops[self._start : acknowledged]:
@@ -234,27 +231,24 @@ class _Chain:
         self._start = max(self._start, acknowledged)
 
 
-def run(
-    seed: int,
-    trials: int,
-    folder: Path,
-    *,
-    kinds: Sequence[str] = KINDS,
-    length: int = LENGTH,
-    log: Callable[[str], None] = lambda line: None,
-) -> Outcome:
+def _op_of(death: Death | tuple[int, float]) -> int:
+    return death.op if isinstance(death, Death) else death[0]
+
+
+def run(seed: int, trials: int, folder: Path) -> Outcome:
     """Kill stubs until `trials` of them died, in every phase in turn."""
     outcome = Outcome("kill -9 at fault points and by the clock (stub)")
     phases: Counter[str] = Counter()
-    wanted = [phase for phase in PHASES if phase in kinds or phase not in PER_KIND]
     made = 0
 
     def chain(number: int) -> _Chain:
-        own = [wanted[(number * KILLS_A_CHAIN + at) % len(wanted)] for at in range(KILLS_A_CHAIN)]
-        needed = tuple(kind for kind in kinds if kind in own or kind not in DEAR)
-        return _Chain(Script(seed * 1000 + number, length, needed), folder, own)
+        own = [PHASES[(number * KILLS_A_CHAIN + at) % len(PHASES)] for at in range(KILLS_A_CHAIN)]
+        return _Chain(Script(seed * 1000 + number, LENGTH, tuple(set(own) & ONCE)), folder, own)
 
     with outcome.timed(), ThreadPoolExecutor(PARALLEL) as threads:
+        migrations = migration.kills(seed, max(1, trials * MIGRATIONS_SHARE // 100), folder)
+        outcome.add(migrations)
+        phases["migration"] = migrations.trials
         while outcome.trials < trials and outcome.ok:
             batch = max(PARALLEL, (trials - outcome.trials) // KILLS_A_CHAIN)
             chains = [chain(number) for number in range(made, made + batch)]

@@ -160,6 +160,7 @@ class Model:
     ages: bool = False  # the policy is that KV goes
     policy: int = 0  # which one was set
     copies: dict[str, Model] = field(default_factory=dict)  # backups, as the store was
+    exports: dict[str, Kept] = field(default_factory=dict)  # files, and the recordings in them as they were
     hurt: bool = False  # damaged, and not repaired yet
 
     def after(self, op: Op) -> Model:
@@ -185,6 +186,14 @@ class Model:
                 copy = deepcopy(self)
                 copy._apply(op, count)
                 yield copy
+        elif (
+            op.kind == "wound" and op.count
+        ):  # a repair without the catalog may not know that there was such a unit
+            yield from (
+                self._halfway(op),
+                replace(self._halfway(op), kept=self.after(op).kept),
+                self.after(op),
+            )
         elif op.kind in ("compact", "wound"):  # some of it may have been done
             yield self.after(op)
             yield self._halfway(op)
@@ -226,8 +235,12 @@ class Model:
         elif op.kind == "end":
             kept.end_units = kept.units
         elif op.kind == "wound":
-            kept.wound(op.first)
             self.hurt = True  # the damaged record stays where it is until it is compacted
+            if op.count:
+                kept.units = op.first
+                kept.states = {unit: seen for unit, seen in kept.states.items() if unit <= op.first}
+            else:
+                kept.wound(op.first)
         elif op.kind == "import":
             copy = deepcopy(kept)
             copy.states = {}
@@ -249,5 +262,7 @@ class Model:
             self.hurt = self.hurt and bool(op.count)
         elif op.kind == "policy":
             self.policy, self.ages = op.count, op.count == AGEING
+        elif op.kind == "export" and op.stream is not None:
+            self.exports.setdefault(op.why, deepcopy(self.kept[op.stream.name]))
         elif op.kind == "backup":
-            self.copies.setdefault(op.why, replace(deepcopy(self), copies={}))
+            self.copies.setdefault(op.why, replace(deepcopy(self), copies={}, exports={}))

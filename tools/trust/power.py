@@ -14,7 +14,9 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from tools.trust.check import Findings, check, finish
+from memdb.database import CATALOG
+from tools.trust import migration
+from tools.trust.check import REPAIRING, Findings, check, finish
 from tools.trust.model import Model
 from tools.trust.outcome import Outcome
 from tools.trust.script import Op, protocols
@@ -23,7 +25,6 @@ from tools.trust.trace import DERIVED, Player, record
 
 WHOLE_EVERY = 6
 WORKERS = 2
-REPAIRING = ("repair", "wound")
 
 
 class Campaign:
@@ -46,11 +47,17 @@ class Campaign:
         return len(self.trace.events)
 
     def crashes(
-        self, wanted: Sequence[tuple[int, str, int]], ignored: str = "", *, whole_every: int = 1
+        self,
+        wanted: Sequence[tuple[int, str, int]],
+        ignored: str = "",
+        *,
+        whole_every: int = 1,
+        repaired_every: int = 10,
     ) -> Iterator[Findings]:
         """What is found after power cuts: each behind an event, of a kind, with a seed. Events in order.
 
-        `ignored`: syncs of this reason do nothing. `whole_every`: one in so many goes on to the end of the script,
+        `ignored`: syncs of this reason do nothing. One in `repaired_every` loses its catalog too, and is repaired
+        from the segments alone. `whole_every`: one in so many goes on to the end of the script,
         the others with the operation that was under way and an append to every recording; 0: none goes on.
         """
         player = Player(self.trace, ignored)
@@ -58,7 +65,9 @@ class Campaign:
             while player.at <= at:
                 player.step()
             findings, model = self._crash(player, at, cut, seed)
-            if findings.ok and whole_every:
+            if findings.ok and number % repaired_every == repaired_every - 1:
+                findings = self._without_catalog(at)
+            elif findings.ok and whole_every:
                 self._go_on(at, model, findings, whole=number % whole_every == 0)
             shutil.rmtree(self._folder / "crash")
             yield findings
@@ -74,6 +83,22 @@ class Campaign:
             may_be_new=done == 0,
             repairing=under_way is not None and under_way.kind in REPAIRING,
             derived_may_be_damaged=True,
+        )
+
+    def _without_catalog(self, at: int) -> Findings:
+        """The catalog is lost after the power cut: what was forgotten must not come back by its repair either."""
+        done, under_way = self.trace.acknowledged(at + 1)
+        path = self._folder / "crash" / self.trace.store
+        if done == 0:
+            return Findings()
+        for file in sorted(path.glob(f"{CATALOG}*")):
+            file.unlink()
+        models = list(self._models[done].outcomes(under_way))
+        for model in models:
+            model.hurt = True  # a file that a repair leaves out may be torn
+        found, _ = check(path, models, repairing=True, derived_may_be_damaged=True)
+        return Findings(
+            [f"repaired: {what}" for what in found.lost], [f"repaired: {what}" for what in found.silent]
         )
 
     def _go_on(self, at: int, model: Model, findings: Findings, *, whole: bool) -> None:
@@ -110,6 +135,7 @@ def run(seed: int, trials: int, folder: Path, *, campaign: Campaign | None = Non
     """`trials` power cuts spread over the script; 0: every kind after every step, in two processes."""
     outcome = Outcome("power cut after each step")
     with outcome.timed():
+        outcome.add(migration.power_cuts(seed, folder))
         if trials:
             outcome.add(_part(seed, trials, folder, 0, 1, campaign))
         else:

@@ -107,6 +107,10 @@ def _keys(store: Store, kept: Kept, row: RecordingRow) -> Iterator[str]:
         return
     query = np.random.default_rng(kept.units).normal(size=KEY_SIZE).astype(np.float32)
     with KeyTable.open(store, row.id) as table:
+        if table.layers != LAYERS:
+            if not table.problems:
+                yield f"keys of {row.name}: there are {table.layers} layers"
+            return
         search = KeySearch(table, backend="exact")
         for layer in range(LAYERS):
             hits = search.search(layer, query, 4)

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from memdb import files
+from memdb.database import CATALOG
 from memdb.digest import unit_digest
 from memdb.files import Step, Watch, watched
 from memdb.forget import forget
@@ -238,11 +239,15 @@ class Runner:
 
         stream = _stream(op)
         self._writer(stream)
-        row = self.store.unit(self.store.recording(stream.name).id, op.first)
-        path = self.store.segments_path / row.segment
-        offset = row.offset + row.length - len(WOUND)
-        if row.parts and _read(path, offset, len(WOUND)) != WOUND:
-            self._damage(path, offset)
+        recording = self.store.recording(stream.name)
+        if op.first < recording.units:  # else it is a stub that goes on, and it is done
+            row = self.store.unit(recording.id, op.first)
+            path = self.store.segments_path / row.segment
+            offset = row.offset + row.length - len(WOUND)
+            if row.parts and _read(path, offset, len(WOUND)) != WOUND:
+                self._damage(path, offset)
+        if op.count:
+            self._damage(self.path / CATALOG, 0)
         self._abandon()
         repair(self.path)
 
@@ -267,6 +272,12 @@ class Runner:
         report = backup(self.path, target)
         if report.problems:
             raise Failed(f"a backup of a whole store found damage: {report.problems}")
+
+    def _export(self, op: Op) -> None:
+        from memdb.transfer import export_recording
+
+        if not self.path.with_name(op.why).exists():
+            export_recording(self.path, _stream(op).name, self.path.with_name(op.why))
 
     def _import(self, op: Op) -> None:
         """A recording by way of a file into the same store under another name."""

@@ -23,10 +23,12 @@ class Op:
     kind: str
     stream: Stream | None = None  # the recording that it is about, None: the store
     first: int = 0  # append: the first unit; state, gap, epoch, end: the number of units by then
-    count: int = 0  # append: how many units; compact: 1 beside open writers; policy: which
+    count: int = (
+        0  # append: how many units; compact: 1 beside open writers; policy: which; wound: 1 with the catalog
+    )
     start_ns: int = 0  # forget
     end_ns: int = 0
-    why: str = ""  # die: the sync at which the writer dies; backup, import: the name of the copy
+    why: str = ""  # die: the sync at which the writer dies; backup, import, export: the name of the copy
 
     def __str__(self) -> str:
         name = f" {self.stream.name}" if self.stream else ""
@@ -82,6 +84,12 @@ class ScriptMaker:
         found = self._alive[name]
         return Op("forget", found.stream, found.units, 0, start_ns, end_ns)
 
+    def wound_tail(self, name: str) -> Op:
+        """The last unit and the catalog are damaged: nobody knows any more that there was such a unit."""
+        found = self._alive[name]
+        found.units -= 1
+        return Op("wound", found.stream, found.units, 1)
+
     def forget_all(self, name: str) -> Op:
         found = self._alive[name]
         stream = found.stream
@@ -99,30 +107,15 @@ class ScriptMaker:
             return start_ns, OPEN_END
         return start_ns, start_ns + 1 + self._random.randrange(2 * UNIT_NS)
 
-    def _copies(self) -> int:
-        self._copied += 1
-        return self._copied
-
-    def draw(self, kinds: Collection[str]) -> Op:
+    def draw(self, kinds: Sequence[str]) -> Op:
+        """One of the plain operations."""
         weights = {"append": 10, "close": 1, "gap": 1, "epoch": 1, "end": 1, "forget_all": 1}
         names = sorted(self._alive)
         while True:
-            kind = self._random.choices(list(kinds), [weights.get(kind, 3) for kind in kinds])[0]
+            kind = self._random.choices(kinds, [weights.get(kind, 3) for kind in kinds])[0]
             name = self._random.choice(names)
             if kind == "append":
                 return self.append(name, self._random.randint(1, 3))
-            if kind == "compact":
-                return Op(kind, count=self._random.choice([0, 0, 1]))
-            if kind == "policy":
-                return Op(kind, count=self._random.choice([1, AGEING]))
-            if kind == "backup":
-                return Op(kind, why=f"copy-{self._copies()}.memdb")
-            if kind == "import" and self.units(name):
-                return replace(self.about(kind, name), why=f"copy {self._copies()}")
-            if kind == "wound" and self.units(name):
-                return replace(self.about(kind, name), first=self._random.randrange(self.units(name)))
-            if kind in PER_STORE:
-                return Op(kind)
             if not self.units(name):
                 continue
             if kind == "forget":
@@ -133,18 +126,65 @@ class ScriptMaker:
                 continue
             return self.about(kind, name)
 
+    def once(self, kind: str) -> list[Op]:
+        """An operation that is dear, or is wanted in any case, with what must come before it."""
+        name = self._random.choice([name for name in sorted(self._alive) if self.units(name)] or ["lobby"])
+        before = [] if self.units(name) else [self.append(name, 2)]
+        about = self.about(kind, name)
+        self._copied += 1
+        match kind:
+            case "compact":
+                return [
+                    *before,
+                    self.forget(name, *self.span(name)),
+                    Op(kind, count=self._random.choice([0, 1])),
+                ]
+            case "ageing":
+                return [*before, Op("policy", count=AGEING), Op("compact", why=kind)]
+            case "policy":
+                return [Op(kind, count=1)]
+            case "backup":
+                return [*before, Op(kind, why=f"copy-{self._copied}.memdb")]
+            case "import":
+                return [*before, replace(about, why=f"copy {self._copied}")]
+            case "export":
+                return [*before, replace(about, why=f"{name}-{self._copied}.export")]
+            case "wound":
+                if self._random.random() < 0.3:
+                    return [*before, self.append(name, 1), self.wound_tail(name), Op("compact")]
+                hurt = replace(about, first=self._random.randrange(self.units(name)))
+                return [*before, hurt, self.append(name, 1), Op("compact")]
+            case "forget":
+                return [*before, self.forget(name, *self.span(name))]
+            case "forget_all":
+                return [*before, self.forget_all(name)]
+        return [*before, Op(kind) if kind in ("captions", "repair", "reopen") else about]
 
-PER_STORE = frozenset({"captions", "compact", "backup", "repair", "policy", "reopen"})
+
+# Operations that `script` takes in on demand; plain ones come by chance.
+ONCE = frozenset(
+    {"state", "pages", "captions", "forget", "forget_all", "compact", "ageing", "repair", "wound", "backup"}
+    | {"import", "export", "policy", "close", "gap"}
+)
+MIGRATION = "migration"  # as a script: opening a store for writing is all there is to do
 
 
-def script(seed: int, length: int, kinds: Collection[str] = BASIC) -> list[Op]:
-    """`length` operations; the first two begin the recordings, the last two append to them."""
-    maker = ScriptMaker(seed)
-    kinds = tuple(kind for kind in (*BASIC, "captions") if kind in kinds) + tuple(
-        sorted(set(kinds) - {*BASIC, "captions"})
-    )
+def script(seed: int, length: int, once: Collection[str] = ()) -> list[Op]:
+    """About `length` plain operations, and each of `once` at some moment: see ONCE.
+
+    The first two begin the recordings, the last two append to them.
+    """
+    if MIGRATION in once:
+        return [Op("reopen")]
+    maker, chance = ScriptMaker(seed), random.Random(f"{seed} once")
     ops = [maker.append("lobby", 3), maker.append("door", 2)]
-    ops += [maker.draw(kinds) for _ in range(length - 4)]
+    moments: dict[int, list[str]] = {}
+    for kind in sorted(once):
+        moments.setdefault(chance.randrange(2, length - 4), []).append(kind)
+    for index in range(length - 4):
+        ops.append(maker.draw(BASIC))
+        for kind in moments.get(index, []):
+            ops += maker.once(kind)
     return [*ops, maker.append("lobby", 2), maker.append("door", 1)]
 
 
@@ -175,4 +215,6 @@ def protocols(seed: int) -> list[Op]:
     ops += [maker.append("lobby", 1), maker.forget("lobby", *maker.span("lobby")), Op("compact")]
     ops += [replace(maker.about("import", "lobby"), why="copy"), Op("policy", count=1), Op("repair")]
     ops += [maker.append("lobby", 2), maker.about("state", "lobby"), Op("policy", count=AGEING)]
-    return [*ops, Op("compact"), maker.append("lobby", 2), Op("backup", why="copy.memdb")]
+    ops += [Op("compact"), maker.append("lobby", 2), maker.about("state", "lobby"), maker.wound_tail("lobby")]
+    ops += [Op("compact"), maker.append("lobby", 2), maker.about("state", "lobby")]
+    return [*ops, replace(maker.about("export", "lobby"), why="lobby.export"), Op("backup", why="copy.memdb")]

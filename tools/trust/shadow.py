@@ -128,6 +128,7 @@ CUTS = {
     "contents without names": Cut(0, 1, 0, 0),
     "torn": Cut(1, 1, 1, 0.5),
     "some": Cut(0.5, 0.5, 0.3, 0.5),
+    "some names": Cut(0.5, 1, 0, 0),
 }
 
 

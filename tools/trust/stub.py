@@ -90,11 +90,11 @@ def main() -> None:
     parser.add_argument("store", type=Path)
     parser.add_argument("seed", type=int)
     parser.add_argument("length", type=int)
-    parser.add_argument("kinds")
+    parser.add_argument("kinds", help="operations that come once, with commas")
     parser.add_argument("--start", type=int, default=0)
     parser.add_argument("--die", type=Death.parse)
     given = parser.parse_args()
-    kinds = given.kinds.split(",")
+    kinds = [kind for kind in given.kinds.split(",") if kind]
     if "captions" in kinds:
         import lancedb  # noqa: F401  before the clock of any operation runs
     reaper = Reaper(given.die)
