@@ -13,6 +13,7 @@ from memdb import room
 from memdb.applying import REWRITE
 from memdb.captions import CaptionIndex
 from memdb.compact import CompactProgress, CompactReport, compact
+from memdb.digest import unit_digest
 from memdb.files import watched
 from memdb.forget import forget
 from memdb.index.key_table import KeyTable
@@ -554,3 +555,24 @@ def test_a_file_that_is_too_big_becomes_several_and_a_kill_costs_one_of_them(tmp
     assert digest_of(path) == before
     assert left_of(path) == {}
     assert_whole(path)
+
+
+def test_not_even_digests_and_names_of_what_was_forgotten_stay(tmp_path: Path) -> None:
+    """Who has the film could tell by a digest that it was here; free pages of SQLite and its WAL count, too."""
+    with new_store(tmp_path) as store:
+        for name in ("lobby", "backyard"):
+            fill(store, UNITS, name)
+    path = tmp_path / "lobby.memdb"
+    digests = [unit_digest(unit(number)) for number in range(*SPAN)]
+    wanted = {f"digest {at}": digest for at, digest in enumerate(digests)}
+    wanted |= {f"hex {at}": digest.hex().encode() for at, digest in enumerate(digests)} | {
+        "name": b"backyard"
+    }
+    before = holders(path, wanted)
+    assert set(before) == set(wanted)
+    assert any("catalog" in file for file in before["digest 0"])
+    with Store.open(path, write=True) as store:
+        for name in ("lobby", "backyard"):
+            forget_span(store) if name == "lobby" else forget(store, name)
+        compact(store)
+    assert holders(path, wanted) == {}
