@@ -1,0 +1,1 @@
+"""A world with known answers: recordings of moving things, planned from a seed, rendered, and asked about."""
