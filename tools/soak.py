@@ -9,16 +9,17 @@ on 2 cores. Exit code 1 where anything was lost, or wrong without a report, or a
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from tools.trust.outcome import Outcome, table
+from tools.trust.pool import WORKERS, hush
 
 # Seed, scale, an empty folder: one outcome, or one for each part.
 Campaign = Callable[[int, float, Path], Outcome | list[Outcome]]
@@ -35,7 +36,7 @@ def _kills(seed: int, scale: float, folder: Path) -> Outcome:
 
 
 def _power(seed: int, scale: float, folder: Path) -> Outcome:
-    """Every kind of cut after every step; with a scale below 1, a share of them."""
+    """After every step of every protocol; with a scale below 1, a share of these cuts."""
     from tools.trust import power
 
     return power.run(seed, 0 if scale >= 1 else _size(POWER_CUTS, scale), folder)
@@ -54,13 +55,20 @@ def _without_sync(seed: int, scale: float, folder: Path) -> Outcome:
 def _flips(seed: int, scale: float, folder: Path) -> list[Outcome]:
     from tools.trust import flips
 
-    return flips.run(seed, _size(FLIPS, scale), folder)
+    return flips.run_spread(seed, _size(FLIPS, scale), folder)
 
 
 def _fuzz(seed: int, scale: float, folder: Path) -> list[Outcome]:
+    """The inputs are fed by processes of their own: a thread for each."""
     from tools.trust import fuzz
 
-    return fuzz.run(seed, _size(FUZZ, scale), folder)
+    def one(target: str) -> list[Outcome]:
+        home = folder / target.replace(" ", "-")
+        home.mkdir()
+        return fuzz.run(seed, _size(FUZZ, scale), home, targets=[target])
+
+    with ThreadPoolExecutor(WORKERS) as threads:
+        return [outcome for found in threads.map(one, fuzz.TARGETS) for outcome in found]
 
 
 def _crowd(seed: int, scale: float, folder: Path) -> Outcome:
@@ -70,7 +78,7 @@ def _crowd(seed: int, scale: float, folder: Path) -> Outcome:
 
 
 KILLS = 200
-POWER_CUTS = 8600  # about as many as an exhaustive run has
+POWER_CUTS = 5900  # about as many as an exhaustive run has
 FLIPS = 200  # of each class of files
 FUZZ = 500  # of each kind of input
 CROWD_S, CROWD_MIN_S = 600.0, 5.0
@@ -135,7 +143,7 @@ def main() -> int:
     if given.scale <= 0:
         parser.error("--scale must be above 0")
 
-    logging.disable(logging.WARNING)  # of damage that is done on purpose
+    hush()
 
     def say(line: str) -> None:
         print(line, flush=True)

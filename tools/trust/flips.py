@@ -31,6 +31,7 @@ from tools.trust.damage import FLIP, HARSHER, Damage, harm
 from tools.trust.ground import CLASSES, Stretch, make_ground
 from tools.trust.look import verify_any
 from tools.trust.outcome import Outcome, table
+from tools.trust.pool import WORKERS, spread
 
 FLIPS_SHARE = 0.7  # of the trials of a class
 # Not tried, for nothing notices it: no other file knows which policy was set last.
@@ -231,6 +232,25 @@ def _some(names: list[str]) -> str:
 def run(seed: int, trials: int, folder: Path, *, repair_every: int = 1) -> list[Outcome]:
     """`trials` flips of single bits in each class of file, and half as many harsher ones: a row each."""
     return list(rows(seed, trials, folder, repair_every=repair_every))
+
+
+def run_spread(seed: int, trials: int, folder: Path) -> list[Outcome]:
+    """The same, shared among processes that each damage a store of their own."""
+    shares = [
+        (seed * WORKERS + number, -(-trials // WORKERS), folder / str(number)) for number in range(WORKERS)
+    ]
+    first, *others = spread(_share, shares)
+    for other in others:
+        for row, more in zip(first, other, strict=True):
+            row.add(more)
+            row.seconds = max(row.seconds, more.seconds)
+    return first
+
+
+def _share(given: tuple[int, int, Path]) -> list[Outcome]:
+    seed, trials, folder = given
+    folder.mkdir()
+    return run(seed, trials, folder)
 
 
 def rows(

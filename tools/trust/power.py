@@ -6,12 +6,9 @@ account of what was acknowledged before that step, and gone on with to the end o
 
 from __future__ import annotations
 
-import logging
-import multiprocessing
 import random
 import shutil
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from memdb.database import CATALOG
@@ -19,12 +16,15 @@ from tools.trust import migration
 from tools.trust.check import REPAIRING, Findings, check, finish
 from tools.trust.model import Model
 from tools.trust.outcome import Outcome
+from tools.trust.pool import WORKERS, hushed, spread
 from tools.trust.script import Op, protocols
-from tools.trust.shadow import CUTS
-from tools.trust.trace import DERIVED, Player, record
+from tools.trust.trace import Player, record
 
 WHOLE_EVERY = 6
-WORKERS = 2
+# After every step all that no sync reached is lost, all of it came through, and no new name did. What stands in
+# between has more kinds than there is time for: the seed draws one for each step.
+ALWAYS = ("nothing", "everything", "contents without names")
+BETWEEN = ("names without contents", "names with garbage", "torn", "some", "some names")
 
 
 class Campaign:
@@ -61,14 +61,15 @@ class Campaign:
         the others with the operation that was under way and an append to every recording; 0: none goes on.
         """
         player = Player(self.trace, ignored)
-        for number, (at, cut, seed) in enumerate(sorted(wanted)):
+        for at, cut, seed in sorted(wanted):
+            chance = random.Random(f"{self._seed} {at} {cut} {seed} behind")
             while player.at <= at:
                 player.step()
             findings, model = self._crash(player, at, cut, seed)
-            if findings.ok and number % repaired_every == repaired_every - 1:
+            if findings.ok and chance.random() < 1 / repaired_every:
                 findings = self._without_catalog(at)
             elif findings.ok and whole_every:
-                self._go_on(at, model, findings, whole=number % whole_every == 0)
+                self._go_on(at, model, findings, whole=chance.random() < 1 / whole_every)
             shutil.rmtree(self._folder / "crash")
             yield findings
 
@@ -112,11 +113,8 @@ class Campaign:
         findings.silent += [f"at the end: {what}" for what in ending.silent]
 
     def cuts(self, at: int) -> list[str]:
-        """The kinds of power cut that are tried behind an event: all, but two behind a step of derived data's."""
-        step = self.trace.events[at].step
-        if step is None or not set(DERIVED) & set(step.path.parts):
-            return list(CUTS)
-        return random.Random(at).sample(sorted(CUTS), 2)
+        """The kinds of power cut that are tried behind an event."""
+        return [*ALWAYS, random.Random(f"{self._seed} {at} between").choice(BETWEEN)]
 
     def where(self, at: int) -> str:
         """An event in words."""
@@ -132,44 +130,41 @@ def _appends(model: Model) -> list[Op]:
 
 
 def run(seed: int, trials: int, folder: Path, *, campaign: Campaign | None = None) -> Outcome:
-    """`trials` power cuts spread over the script; 0: every kind after every step, in two processes."""
+    """`trials` power cuts spread over the script; 0: four after every step, in several processes."""
     outcome = Outcome("power cut after each step")
-    with outcome.timed():
+    with outcome.timed(), hushed():
         outcome.add(migration.power_cuts(seed, folder))
         if trials:
-            outcome.add(_part(seed, trials, folder, 0, 1, campaign))
+            outcome.add(_sample(seed, trials, campaign or Campaign(seed, folder)))
         else:
-            context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(WORKERS, mp_context=context) as processes:
-                parts = [
-                    processes.submit(_part, seed, 0, folder / str(number), number, WORKERS)
-                    for number in range(WORKERS)
-                ]
-                for part in parts:
-                    outcome.add(part.result())
+            for part in spread(_share, [(seed, folder / str(number), number) for number in range(WORKERS)]):
+                outcome.add(part)
     return outcome
 
 
-def _part(
-    seed: int, trials: int, folder: Path, number: int, of: int, campaign: Campaign | None = None
-) -> Outcome:
-    """One of several equal shares of a campaign."""
-    logging.disable(logging.WARNING)  # the store tells of what it found after each power cut
-    try:
-        return _run(seed, trials, campaign or Campaign(seed, folder), number, of)
-    finally:
-        logging.disable(logging.NOTSET)
+def _sample(seed: int, trials: int, campaign: Campaign) -> Outcome:
+    every = _every(campaign)
+    wanted = random.Random(f"{seed} cuts").sample(every, min(trials, len(every)))
+    return _run(seed, campaign, sorted(wanted))
 
 
-def _run(seed: int, trials: int, campaign: Campaign, number: int, of: int) -> Outcome:
+def _share(given: tuple[int, Path, int]) -> Outcome:
+    """What one of the processes does of a whole campaign: it makes a trace of its own, of the same steps."""
+    seed, folder, number = given
+    campaign = Campaign(seed, folder)
+    found = _run(seed, campaign, [cut for cut in _every(campaign) if cut[0] % WORKERS == number])
+    if number == 0:
+        found.tell(f"{campaign.events} steps of {len(campaign.trace.ops)} operations")
+    return found
+
+
+def _every(campaign: Campaign) -> list[tuple[int, str, int]]:
+    return [(at, cut, 0) for at in range(campaign.events) for cut in campaign.cuts(at)]
+
+
+def _run(seed: int, campaign: Campaign, wanted: Sequence[tuple[int, str, int]]) -> Outcome:
     outcome = Outcome("power cuts")
-    every = [(at, cut, 0) for at in range(campaign.events) for cut in campaign.cuts(at)]
-    wanted = every[number::of]
-    if trials:
-        wanted = sorted(random.Random(f"{seed} cuts").sample(every, min(trials, len(every))))
     for (at, cut, _), found in zip(wanted, campaign.crashes(wanted, whole_every=WHOLE_EVERY), strict=True):
         outcome.trials += 1
         outcome.take(f"seed {seed}, {campaign.where(at)}, {cut}", found.lost, found.silent)
-    if number == 0:
-        outcome.tell(f"{campaign.events} steps of {len(campaign.trace.ops)} operations")
     return outcome

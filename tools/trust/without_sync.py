@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import logging
-import multiprocessing
 import os
 import random
 import subprocess
@@ -18,11 +16,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from tools.trust.outcome import Outcome
+from tools.trust.pool import spread
 from tools.trust.power import Campaign
 from tools.trust.shadow import CUTS
 
@@ -55,7 +54,6 @@ HELD_BY_TESTS = {
 TRIES_MAX = 400  # power cuts without a sync before the search for a loss is given up
 _EVENTS_BEHIND = 4  # on average, from a sync to a power cut
 _A_TIME = 12
-WORKERS = 2
 WITHOUT = "MEMDB_TRUST_WITHOUT_SYNC"
 _TESTS_FAILED = 1  # pytest's exit code
 
@@ -149,36 +147,32 @@ def run(seed: int, folder: Path, *, only: Sequence[str] = ()) -> Outcome:
     outcome = Outcome("power cut with one sync taken away")
     wanted = [why for why in whys() if not only or why.text in only]
     with outcome.timed():
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(WORKERS, mp_context=context) as processes:
-            parts = [
-                processes.submit(_part, seed, folder / str(number), wanted[number::WORKERS])
-                for number in range(WORKERS)
-            ]
-            for part in parts:
-                outcome.add(part.result())
+        for found in spread(_one, [(seed, folder, why) for why in wanted]):
+            outcome.add(found)
     return outcome
 
 
-def _part(seed: int, folder: Path, wanted: Sequence[Why]) -> Outcome:
-    logging.disable(logging.WARNING)
-    outcome = Outcome("syncs")
-    campaigns = [Campaign(seed, folder), Campaign(seed + 1, folder)]
-    for why in wanted:
-        outcome.trials += 1
-        began_s = time.perf_counter()
-        missed = without(why, campaigns)
-        told = f"{why.text} ({why.place}), {missed.tries} cuts, {time.perf_counter() - began_s:.0f} s"
-        if missed.loss:
-            outcome.tell(f"{told}: {missed.loss[:200]}")
-        elif test := HELD_BY_TESTS.get(why.text):
-            if fails_without(why.text, test):
-                outcome.tell(f"{told}: {test} fails")
-            else:
-                outcome.loses(f"{told}: {test} does not miss it")
-        else:
-            outcome.loses(f"{told}: nothing is lost")
+def _one(given: tuple[int, Path, Why]) -> Outcome:
+    seed, folder, why = given
+    outcome = Outcome("syncs", trials=1)
+    began_s = time.perf_counter()
+    if test := HELD_BY_TESTS.get(why.text):
+        tries, loss = 0, f"{test} fails" if fails_without(why.text, test) else ""
+    else:
+        missed = without(why, _campaigns(seed, folder / str(os.getpid())))
+        tries, loss = missed.tries, missed.loss
+    told = f"{why.text} ({why.place}), {tries} cuts, {time.perf_counter() - began_s:.0f} s"
+    if loss:
+        outcome.tell(f"{told}: {loss[:200]}")
+    else:
+        outcome.loses(f"{told}: {test or 'nothing that was tried'} does not miss it")
     return outcome
+
+
+@lru_cache(maxsize=1)
+def _campaigns(seed: int, folder: Path) -> tuple[Campaign, ...]:
+    """Of this process."""
+    return Campaign(seed, folder), Campaign(seed + 1, folder)
 
 
 def fails_without(why: str, test: str) -> bool:
