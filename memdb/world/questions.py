@@ -57,10 +57,10 @@ _WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "count": (
         (
-            "how many times was a {what} seen between {start} and {end}?",
-            "between {start} and {end}, how many times was a {what} seen?",
+            "how many times was {what} seen between {start} and {end}?",
+            "between {start} and {end}, how many times was {what} seen?",
         ),
-        ("how often was a {what} seen between {start} and {end}?",),
+        ("how often was {what} seen between {start} and {end}?",),
     ),
     "order": (
         (
@@ -238,6 +238,7 @@ class Asker:
         anything = SHAPES if name == "shape" else tuple(COLOURS)
         what = self._choose.choice(there if there and self._choose.random() < 0.75 else anything)
         said = what if name == "shape" else f"{what} thing"
+        said = f"{'an' if said[0] in 'aeiou' else 'a'} {said}"
         text = self._word("count", what=said, start=clock(start_s), end=clock(end_s))
         spans = tuple(
             (scene.start_s, scene.end_s) for scene in part if not scene.empty and getattr(scene, name) == what
