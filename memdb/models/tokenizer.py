@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
@@ -65,25 +65,32 @@ year yellow yes yet you young your zero
 WORDS = tuple(_LIST.split())
 
 
-def build_tokenizer(words: Iterable[str] = WORDS) -> PreTrainedTokenizerFast:
+def build_tokenizer(
+    words: Iterable[str] = WORDS, *, bare: Iterable[str] = (), lowercase: bool = False
+) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer whose whole tokens are `words`, each with one space before it.
 
-    The ids are: five special tokens, 256 bytes, the words in their order. `<|im_end|>` ends a text and
-    `<|endoftext|>` pads. Raises UsageError for a word that is empty, holds a space, or stands twice, and for
-    more than WORDS_MAX words.
+    The ids are: five special tokens, 256 bytes, the words in their order, the words of `bare` without a space
+    (for what begins a line or follows a bracket). With `lowercase`, capitals are read as small letters, and only
+    then does a text come back changed. `<|im_end|>` ends a text and `<|endoftext|>` pads. Raises UsageError for a
+    word that is empty, holds a space, or stands twice, and for more than WORDS_MAX words.
     """
-    words = tuple(words)
+    words, bare = tuple(words), tuple(bare)
     _check(words)
+    _check(bare)
     vocabulary = [
         *SPECIAL_TOKENS,
         *sorted(pre_tokenizers.ByteLevel.alphabet()),
         *(_form(word) for word in words),
+        *(word for word in bare if len(word) > 1),  # one byte is a token already
     ]
     # ignore_merges: a piece that stands in the vocabulary is one token, and any other falls apart into bytes.
     model = BPE(
         vocab={token: number for number, token in enumerate(vocabulary)}, merges=[], ignore_merges=True
     )
     tokenizer = Tokenizer(model)
+    if lowercase:
+        tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(
