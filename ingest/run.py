@@ -145,9 +145,14 @@ class Run:
         encoder, epoch = self._encoder, self._new_epoch
         self._new_epoch, state, counters = None, None, encoder.counters
         if save:
-            fingerprint = self._writer.recording.spec.encoding_fingerprint
+            recording = self._writer.recording
             state = SavedState(
-                counters.unit, fingerprint, encoder.reach_ns, counters.tombstones, encoder.state()
+                recording.id,
+                counters.unit,
+                recording.spec.encoding_fingerprint,
+                encoder.reach_ns,
+                counters.tombstones,
+                encoder.state(),
             )
         return Commit(units, state, counters.tombstones, epoch, flush)
 

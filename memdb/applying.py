@@ -12,8 +12,8 @@ from dataclasses import astuple, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from memdb.records import Kind, Record, canonical_ascii, meta_int, meta_str
-from memdb.schemas.errors import CorruptionError, RecipeError, StoreError
-from memdb.schemas.rows import ALL_PPM, Part, RecordingSpec, UnitRow
+from memdb.schemas.errors import CorruptionError, StoreError
+from memdb.schemas.rows import ALL_PPM, NOT_WHAT_IT_SAYS, Part, RecordingSpec, UnitRow
 from memdb.schemas.units import BLOCK_DTYPE
 
 if TYPE_CHECKING:
@@ -147,7 +147,9 @@ class _Applying:
             number += 1
             free = f"{name[:120]}-{number}"
         if free != name:
-            logger.warning("a recording %r came back, and there is another of that name: it is %r now", name, free)
+            logger.warning(
+                "a recording %r came back, and there is another of that name: it is %r now", name, free
+            )
         return free
 
     def _put_unit(self, state: RecordingState, record: Record) -> None:
@@ -265,10 +267,10 @@ def unit_values(row: UnitRow) -> list[Value]:
 
 
 def unit_row(record: Record, *, recording_id: str, segment: str, commit_id: int) -> UnitRow:
-    """The row of a unit's record. Raises CorruptionError where its meta is not a unit's."""
+    """The row of a unit's record. Raises CorruptionError where its meta or its tables are not a unit's."""
     caption_tokens = record.meta.get("caption_tokens")
-    digest = bytes.fromhex(meta_str(record, "digest"))
-    return UnitRow(
+    digest = meta_hex(record, "digest")
+    row = UnitRow(
         recording_id=recording_id,
         number=record.number,
         commit_id=commit_id,
@@ -287,9 +289,7 @@ def unit_row(record: Record, *, recording_id: str, segment: str, commit_id: int)
         slices_table=record.slices,
         revision=revision_of(record),
         codec=meta_str(record, "codec") if "codec" in record.meta else "",
-        first_digest=bytes.fromhex(meta_str(record, "first_digest"))
-        if "first_digest" in record.meta
-        else digest,
+        first_digest=meta_hex(record, "first_digest") if "first_digest" in record.meta else digest,
         kept_ppm=meta_int(record, "kept_ppm") if "kept_ppm" in record.meta else ALL_PPM,
     )
 
@@ -304,8 +304,8 @@ def spec_of(header: Record) -> RecordingSpec:
     spec = header.meta.get("spec")
     try:
         return RecordingSpec.from_json(cast("dict[str, object]", spec))
-    except (ValueError, TypeError, KeyError, RecipeError) as error:
-        raise CorruptionError(f"a segment's header describes no recording: {error}") from None
+    except NOT_WHAT_IT_SAYS as error:
+        raise CorruptionError(f"a segment's header describes no recording: {error!s:.200}") from None
 
 
 def role_of(header: Record) -> str:
@@ -318,3 +318,18 @@ def meta_names(record: Record, key: str) -> list[str]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise CorruptionError(f"the record at byte {record.offset} has no list {key!r}")
     return names
+    try:
+        row.check()
+    except CorruptionError as error:
+        file = f"segments/{segment}"
+        what = str(error).removeprefix(f"{error.file}: the row of ")
+        raise CorruptionError(f"{file}: the record of {what}", file=file) from None
+    return row
+def meta_hex(record: Record, key: str) -> bytes:
+    """Bytes that stand in a record's meta as hexadecimal digits. Raises CorruptionError where there are none."""
+    try:
+        return bytes.fromhex(meta_str(record, key))
+    except ValueError:
+        raise CorruptionError(f"the record at byte {record.offset} has no bytes {key!r}") from None
+
+

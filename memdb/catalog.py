@@ -16,20 +16,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from memdb.applying import RecordingState, SegmentRow, apply, spec_of
+from memdb.applying import TOMBSTONES_MAX, RecordingState, SegmentRow, apply, spec_of
 from memdb.database import CATALOG, Database, Value
 from memdb.migrate import migrate
 from memdb.records import Kind, Record, canonical_ascii
 from memdb.schemas.errors import (
     CorruptionError,
     FormatVersionError,
-    RecipeError,
     UnknownRecording,
 )
 from memdb.schemas.fingerprint import ModelIdentity
 from memdb.schemas.format import FORMAT_VERSION
 from memdb.schemas.recording import Epoch, Gap, Tombstone
 from memdb.schemas.rows import (
+    NOT_WHAT_IT_SAYS,
     RecordingRow,
     RecordingSpec,
     TierBytes,
@@ -100,7 +100,12 @@ class Catalog:
             if self._meta_int("recordings"):
                 raise CorruptionError(f"{CATALOG}: the row of 'model' is lost", file=CATALOG)
             return None
-        return model_from_json(json.loads(str(text)))
+        try:
+            return model_from_json(json.loads(str(text)))
+        except NOT_WHAT_IT_SAYS as error:
+            raise CorruptionError(
+                f"{CATALOG}: the row of 'model' is none: {error!s:.200}", file=CATALOG
+            ) from None
 
     def bind_model(self, identity: ModelIdentity) -> ModelIdentity:
         """The model of the store: the one that was bound first, whoever asks."""
@@ -251,8 +256,9 @@ class Catalog:
         end = cast("tuple[str, int, int, int]", events["ends"][-1]) if events["ends"] else None
         try:
             spec = RecordingSpec.from_json(json.loads(state.spec))
-        except (ValueError, TypeError, KeyError, RecipeError) as error:
-            raise FormatVersionError(f"recording {state.name!r} was made by another memdb: {error}") from None
+        except NOT_WHAT_IT_SAYS as error:
+            what = f"recording {state.name!r:.140} was made by another memdb: {error!s:.200}"
+            raise FormatVersionError(what) from None
         return RecordingRow(
             id=state.id,
             spec=replace(spec, name=state.name),

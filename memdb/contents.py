@@ -18,6 +18,9 @@ from memdb.schemas.errors import CodecError, CorruptionError, StoreError
 from memdb.schemas.rows import PROLOGUE_BYTES, Part, PartSpan, RecordingSpec, UnitRow
 from memdb.schemas.units import BLOCK_DTYPE, SLICE_DTYPE, Bytes, Caption, PackedKV, Table, Unit
 
+SLICE_BYTES_MAX = 1 << 28  # before compression, of whatever model
+_SLICE_BYTES_MIN = 1 << 20
+
 
 def encode_unit(
     unit: Unit,
@@ -167,23 +170,38 @@ def caption_from(row: UnitRow, said: bytes, vector: bytes) -> Caption:
         data = json.loads(said)
         ids = tuple(int(token) for token in data["token_ids"])
         return Caption(str(data["text"]), ids, np.frombuffer(vector, "<f4").astype(np.float32))
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise _damaged(row, f"its caption has no known form: {error}") from None
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+        raise _damaged(row, f"its caption has no known form: {error!s:.200}") from None
 
 
 def keys_from(row: UnitRow, data: bytes) -> npt.NDArray[np.float16]:
     """(L, blocks, H*D) float16."""
-    keys = np.frombuffer(data, "<f2")
-    if row.layers * row.block_count == 0:
-        return keys.reshape(row.layers, row.block_count, 0).astype(np.float16)
-    if keys.size % (row.layers * row.block_count):
+    rows_bytes = np.dtype("<f2").itemsize * row.layers * row.block_count
+    if min(row.layers, row.block_count) < 0 or (len(data) % rows_bytes if rows_bytes else data):
         raise _damaged(row, "its representative keys have no known form")
-    return keys.reshape(row.layers, row.block_count, -1).astype(np.float16, copy=False)
+    shape = (row.layers, row.block_count, len(data) // rows_bytes if rows_bytes else 0)
+    return np.frombuffer(data, "<f2").reshape(shape).astype(np.float16, copy=False)
 
 
 def stored_element_bytes(spec: RecordingSpec, row: UnitRow) -> int:
-    """Of a unit's slices before compression: see `planes.element_bytes`. Ageing changes the codec unit by unit."""
-    return element_bytes(row.codec or spec.recipe.codec, spec.dtype)
+    """Of a unit's slices before compression: see `planes.element_bytes`. Ageing changes the codec unit by unit.
+
+    Raises CorruptionError for slices larger than any of the recording's model can be: nothing is allocated by them.
+    """
+    largest = int(row.slices["raw_bytes"].max(initial=0))
+    if largest > slice_bytes_max(spec):
+        raise _damaged(row, f"a slice of {largest} bytes cannot be")
+    try:
+        return element_bytes(row.codec or spec.recipe.codec, spec.dtype)
+    except CodecError as error:
+        raise _damaged(row, str(error)) from None
+
+
+def slice_bytes_max(spec: RecordingSpec) -> int:
+    """Bytes of the largest slice before compression: of as many tokens as the model takes, at eight bytes a number."""
+    shape = spec.model.shape
+    plain_bytes = 2 * 8 * shape.context_tokens_max * shape.kv_heads * shape.head_size
+    return max(_SLICE_BYTES_MIN, min(plain_bytes, SLICE_BYTES_MAX))
 
 
 def unit_from(row: UnitRow, body: bytes, element_bytes: int) -> Unit:

@@ -24,7 +24,7 @@ import xxhash
 
 from memdb import files
 from memdb.schemas.errors import CorruptionError, LockedError, StoreError, StoreFull
-from memdb.tables import COLUMNS, KEYS
+from memdb.tables import COLUMNS, KEYS, ROW_TYPES
 
 CATALOG = "catalog.sqlite"
 Value = int | str | bytes | None
@@ -44,10 +44,17 @@ _INSERT = {
 
 
 def row_checksum(table: str, values: Sequence[Value]) -> int:
-    """xxh3_64 over the values with their types and lengths, as SQLite's signed integer."""
+    """xxh3_64 over the values with their types and lengths, as SQLite's signed integer.
+
+    Raises CorruptionError for a number that no catalog holds: it was read from a file that is not what it was.
+    """
     whole = xxhash.xxh3_64(table.encode())
     for value in values:
         if isinstance(value, int):
+            if not -_SIGNED <= value < _SIGNED:
+                raise CorruptionError(
+                    f"a number for {table} has more than 63 bits: run memdb repair", file=CATALOG
+                )
             kind, data = b"i", value.to_bytes(8, "little", signed=True)
         elif isinstance(value, str):
             kind, data = b"s", value.encode("utf-8", "surrogatepass")
@@ -110,13 +117,19 @@ class Database:
             return self._connection.in_transaction
 
     def select(self, table: str, tail: str, parameters: Sequence[Value] = ()) -> list[tuple[Value, ...]]:
-        """Rows of `table`, each verified, without their checksums. `tail` is constant SQL."""
+        """Rows of `table`, each verified, without their checksums. `tail` is constant SQL.
+
+        A value of another type than its column's is damage, whatever the checksum says: SQLite stores any.
+        """
         with self._lock, _typed():
             self._renew_copy()
             rows = self._connection.execute(_SELECT[table] + tail, parameters).fetchall()
+        types = ROW_TYPES[table]
         for row in rows:
-            if row[-1] != row_checksum(table, row[:-1]):
-                raise CorruptionError(f"{CATALOG}: a row of {table} is damaged ({row[:2]!r})", file=CATALOG)
+            if row[-1] != row_checksum(table, row[:-1]) or tuple(map(type, row[:-1])) not in types:
+                raise CorruptionError(
+                    f"{CATALOG}: a row of {table} is damaged ({row[:2]!r:.100})", file=CATALOG
+                )
         return [row[:-1] for row in rows]
 
     def insert(self, table: str, values: Sequence[Value]) -> None:
@@ -335,5 +348,5 @@ def _typed() -> Iterator[None]:
                 raise CorruptionError(
                     f"{CATALOG} is damaged: {error}: run memdb repair", file=CATALOG
                 ) from None
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:
         raise CorruptionError(f"{CATALOG} is damaged: {error}: run memdb repair", file=CATALOG) from None

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memdb.codecs.planes import element_bytes
+from memdb.contents import slice_bytes_max
 from memdb.database import CATALOG
 from memdb.schemas.errors import CodecError, CorruptionError, UsageError
 from memdb.schemas.rows import RecordingSpec, UnitRow
@@ -30,7 +31,6 @@ PIECE_DTYPE = np.dtype(
         ("element_bytes", "<i8"),
     ]
 )
-RAW_BYTES_MAX = 1 << 30  # of one slice; a row that claims more is damaged
 MISSING = 0  # the file of a slice that its unit does not hold
 ROWS_REMEMBERED = 1 << 20  # of one recording: 56 MiB
 _BLOCK_BITS = _LAYER_BITS = 16  # as SLICE_DTYPE has room for
@@ -125,7 +125,9 @@ def unit_pieces(row: UnitRow, spec: RecordingSpec, names: Names) -> Table:
     table["key"] = piece_keys(row.number, slices["layer"].astype(np.int64), slices["block"].astype(np.int64))
     for name in ("xxh3", "stored_bytes", "raw_bytes"):
         table[name] = slices[name]
-    if (table["stored_bytes"] > table["raw_bytes"]).any() or int(table["raw_bytes"].max()) > RAW_BYTES_MAX:
+    if (table["stored_bytes"] > table["raw_bytes"]).any() or int(table["raw_bytes"].max()) > slice_bytes_max(
+        spec
+    ):
         raise CorruptionError(f"unit {row.number} of {spec.name!r} has slices that cannot be", file=CATALOG)
     sizes = np.stack([slices[name].astype(np.int64) for name in ("tokens", "scale_bytes", "raw_bytes")])
     distinct, which = (

@@ -51,6 +51,7 @@ _LENGTH = struct.Struct("<I")
 _FOOTER_HASH_BYTES = 16
 _HASH_BYTES = 256 << 10
 _ZEROS = bytes(ALIGNMENT_BYTES)
+_NUMBER_MAX = (1 << 63) - 1  # a catalog holds no greater one
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,6 +187,7 @@ def read_prologue(fd: int, offset: int, file_bytes: int, *, file: str) -> Prolog
         or prologue.footer_bytes % ALIGNMENT_BYTES
         or prologue.footer_bytes == 0
         or prologue.length > file_bytes - offset
+        or prologue.number > _NUMBER_MAX
     ):
         raise CorruptionError(f"{file}: the record at byte {offset} is torn or misses its end", file=file)
     return prologue
@@ -222,7 +224,7 @@ def read_exactly(fd: int, offset: int, length: int, file_bytes: int, *, file: st
 def meta_int(record: Record, key: str) -> int:
     """A number of a record's meta. Raises CorruptionError where there is none."""
     value = record.meta.get(key)
-    if not isinstance(value, int) or not -(1 << 63) <= value < 1 << 63:
+    if type(value) is not int or not -(1 << 63) <= value < 1 << 63:
         raise CorruptionError(f"the record at byte {record.offset} has no number {key!r}")
     return value
 
@@ -275,7 +277,7 @@ def _split_footer(
     try:
         meta = json.loads(content[_LENGTH.size : at])
         counts = [int(count) for count in meta["counts"]]
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         raise foreign from None
     if len(counts) != 3 or min(counts) < 0:
         raise foreign

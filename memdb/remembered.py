@@ -16,9 +16,9 @@ from typing import Any, cast
 from memdb.applying import EVENTS, RecordingState
 from memdb.database import CATALOG, Database, Value
 from memdb.records import Record, encode
-from memdb.schemas.errors import FormatVersionError, RecipeError, StoreError
+from memdb.schemas.errors import FormatVersionError, StoreError
 from memdb.schemas.format import FORMAT_VERSION
-from memdb.schemas.rows import RecordingSpec, UnitRow
+from memdb.schemas.rows import NOT_WHAT_IT_SAYS, RecordingSpec, UnitRow
 
 _NUMBERS = {
     table: f"SELECT number FROM {table} WHERE recording = ? ORDER BY number"  # noqa: S608
@@ -64,7 +64,7 @@ class Remembered:
             return None
         try:
             return RecordingSpec.from_json(json.loads(state.spec)), state.created_ns
-        except (ValueError, TypeError, KeyError, RecipeError):
+        except NOT_WHAT_IT_SAYS:
             return None
 
     def forgotten_at_ns(self, recording_id: str) -> int | None:

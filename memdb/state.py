@@ -24,10 +24,11 @@ from memdb.schemas.recording import Tombstone
 logger = logging.getLogger(__name__)
 
 _MAGIC = b"memdbSTA"
-_FORMAT = 2
-# magic, format, length of the fingerprint, unit number, length of the payload, reach, tombstones seen; then the
-# fingerprint (ASCII), xxh3_128 over all of this and the payload, and the payload.
-_HEAD = struct.Struct("<8sIIQQqQ")
+_FORMAT = 4  # and not 3, of which a flipped bit would make an older one
+_OLDER = (1, 2)
+# magic, format, length of the fingerprint, unit number, length of the payload, reach, tombstones seen, recording;
+# then the fingerprint (ASCII), xxh3_128 over all of this and the payload, and the payload.
+_HEAD = struct.Struct("<8sIIQQqQ16s")
 _HASH_BYTES = 16
 _KEEP = 2
 _FINGERPRINT_BYTES_MAX = 1024
@@ -42,6 +43,7 @@ class OlderState(CorruptionError):
 class SavedState:
     """An encoder state as it lies on the disk."""
 
+    recording_id: str
     unit: int  # the unit with which an ingest goes on from it
     encoding_fingerprint: str
     reach_ns: int  # it holds nothing of the stream from before this media time
@@ -68,10 +70,14 @@ class StateFiles:
         `reach_ns`, `tombstones`: see SavedState; by default it may hold something of everything.
         """
         path = self._folder / f"{self._recording_id}-{unit_number:010d}.state"
-        head = _head(SavedState(unit_number, self._encoding_fingerprint, reach_ns, tombstones, b""), payload)
+        found = SavedState(
+            self._recording_id, unit_number, self._encoding_fingerprint, reach_ns, tombstones, payload
+        )
         require(self._folder, len(payload), reserve_bytes=UPKEEP_RESERVE_BYTES, what="an encoder state")
         try:
-            write_whole(path, [head, payload], sync="a saved state", sync_name="the name of a saved state")
+            write_whole(
+                path, [_head(found), payload], sync="a saved state", sync_name="the name of a saved state"
+            )
             for old in self.files()[_KEEP:]:
                 unlink(old)
         except OSError as error:
@@ -93,8 +99,8 @@ class StateFiles:
             except CorruptionError as error:
                 logger.warning("passed over: %s", error)
                 continue
-            if found.unit != number or found.encoding_fingerprint != encoding_fingerprint:
-                logger.warning("passed over: state/%s is of another unit or encoding", path.name)
+            if found.encoding_fingerprint != encoding_fingerprint:
+                logger.warning("passed over: state/%s is of another encoding", path.name)
                 continue
             if found.holds_forgotten(tombstones):
                 logger.info("passed over: state/%s holds what was forgotten", path.name)
@@ -141,7 +147,7 @@ def recording_of(path: Path) -> str:
 
 
 def read_state(path: Path) -> SavedState:
-    """A state file, verified. Raises CorruptionError."""
+    """A state file, verified, and compared with its name. Raises CorruptionError."""
     file = f"state/{path.name}"
     try:
         with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), "rb") as stream:
@@ -149,8 +155,8 @@ def read_state(path: Path) -> SavedState:
             head = stream.read(_HEAD.size)
             if len(head) != _HEAD.size:
                 raise CorruptionError(f"{file} is no whole state", file=file)
-            magic, version, name_bytes, unit_number, payload_bytes, reach_ns, tombstones = _HEAD.unpack(head)
-            if magic == _MAGIC and version == 1:
+            magic, version, name_bytes, unit, payload_bytes, reach_ns, tombstones, owner = _HEAD.unpack(head)
+            if magic == _MAGIC and version in _OLDER:
                 raise OlderState(f"{file} is of an older format and is not used", file=file)
             whole_bytes = _HEAD.size + name_bytes + _HASH_BYTES + payload_bytes
             if magic != _MAGIC or name_bytes > _FINGERPRINT_BYTES_MAX or whole_bytes != size_bytes:
@@ -162,13 +168,24 @@ def read_state(path: Path) -> SavedState:
         raise CorruptionError(f"{file} is damaged", file=file)
     if version != _FORMAT:
         raise CorruptionError(f"{file} has the unknown format {version}", file=file)
-    return SavedState(unit_number, name.decode("ascii", "replace"), reach_ns, tombstones, payload)
+    if (owner.hex(), unit) != (recording_of(path), unit_of(path)):
+        raise CorruptionError(f"{file} is the state of unit {unit} of recording {owner.hex()}", file=file)
+    return SavedState(owner.hex(), unit, name.decode("ascii", "replace"), reach_ns, tombstones, payload)
 
 
-def _head(state: SavedState, payload: bytes) -> bytes:
+def _head(state: SavedState) -> bytes:
     name = state.encoding_fingerprint.encode("ascii")
-    head = _HEAD.pack(_MAGIC, _FORMAT, len(name), state.unit, len(payload), state.reach_ns, state.tombstones)
-    return head + name + _digest(head + name, payload)
+    head = _HEAD.pack(
+        _MAGIC,
+        _FORMAT,
+        len(name),
+        state.unit,
+        len(state.payload),
+        state.reach_ns,
+        state.tombstones,
+        bytes.fromhex(state.recording_id),
+    )
+    return head + name + _digest(head + name, state.payload)
 
 
 def _digest(head: bytes, payload: bytes) -> bytes:

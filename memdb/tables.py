@@ -1,4 +1,4 @@
-"""Tables of the catalog and their columns, in the order in which a row's checksum covers them.
+"""Tables of the catalog and their columns with their types, in the order in which a row's checksum covers them.
 
 The order is part of the format: new columns go to the end, with a migration.
 """
@@ -62,4 +62,9 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 KEYS: dict[str, tuple[str, ...]] = {
     table: {"meta": ("key",), "recordings": ("id",), "forgotten": ("recording",)}.get(table, names[:2])
     for table, names in COLUMNS.items()
+}
+COLUMNS: dict[str, tuple[str, ...]] = {table: tuple(columns) for table, columns in _TYPES.items()}
+# The types that the values of a row may have, in the order of its columns: SQLite keeps to none of those declared.
+ROW_TYPES: dict[str, frozenset[tuple[type, ...]]] = {
+    table: frozenset(product(*columns.values())) for table, columns in _TYPES.items()
 }

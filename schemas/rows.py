@@ -9,11 +9,11 @@ from functools import cached_property
 
 import numpy as np
 
-from memdb.schemas.errors import CorruptionError
+from memdb.schemas.errors import CorruptionError, RecipeError, UsageError
 from memdb.schemas.fingerprint import ModelIdentity, ModelShape
 from memdb.schemas.frames import SourceIdentity
 from memdb.schemas.recipe import Recipe
-from memdb.schemas.recording import Epoch, Gap, Tombstone
+from memdb.schemas.recording import Epoch, Gap, Tombstone, check_name
 from memdb.schemas.units import BLOCK_DTYPE, SLICE_DTYPE, Table
 
 
@@ -29,9 +29,15 @@ class Part(IntEnum):
 
 # One row a part of a unit. `offset` counts from the start of the unit's body, and is 64-byte aligned.
 PART_DTYPE = np.dtype([("part", "<u2"), ("offset", "<u8"), ("length", "<u8"), ("xxh3", "<u8")])
+_PARTS = frozenset(map(int, Part))
 
 
 ALL_PPM = 1_000_000
+DIGEST_BYTES = 16
+LAYERS_MAX = 1 << 16  # and blocks of a unit: SLICE_DTYPE has room for no more
+_CATALOG = "catalog.sqlite"
+# What reading the JSON of a spec or a model raises, where it is no such thing.
+NOT_WHAT_IT_SAYS = (ValueError, TypeError, KeyError, OverflowError, RecursionError, RecipeError, UsageError)
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ class RecordingSpec:
 
     @classmethod
     def from_json(cls, data: Mapping[str, object]) -> RecordingSpec:
-        """Inverse of `as_json`. Raises KeyError, TypeError, ValueError or RecipeError on anything else."""
+        """Inverse of `as_json`. Raises one of NOT_WHAT_IT_SAYS on anything else."""
         source, recipe, model, init_ids = (
             data["source"],
             data["recipe"],
@@ -97,8 +103,8 @@ class RecordingSpec:
             raise TypeError("init_ids must be a list")
         started = data["started_at_ns"]
         return cls(
-            name=str(data["name"]),
-            source=SourceIdentity(str(source["kind"]), int(source["size_bytes"]), str(source["digest"])),
+            name=check_name(str(data["name"])),
+            source=SourceIdentity(str(source["kind"]), _integer(source["size_bytes"]), str(source["digest"])),
             source_name=str(data["source_name"]),
             live=bool(data["live"]),
             started_at_ns=None if started is None else _integer(started),
@@ -164,7 +170,10 @@ class RecordingRow:
 
 @dataclass(frozen=True, eq=False)
 class UnitRow:
-    """A unit as the catalog has it: where its bytes lie, and its tables, parsed when first used."""
+    """A unit as the catalog has it: where its bytes lie, and its tables, parsed when first used.
+
+    A table that makes no sense beside the row's own numbers raises CorruptionError then, or in `check`.
+    """
 
     recording_id: str
     number: int
@@ -194,22 +203,61 @@ class UnitRow:
     @cached_property
     def blocks(self) -> Table:
         """(blocks,) BLOCK_DTYPE."""
-        return np.frombuffer(self.blocks_table, BLOCK_DTYPE)
+        table = self._table(self.blocks_table, BLOCK_DTYPE)
+        if len(table) != self.block_count:
+            raise self._absurd(f"{len(table)} of {self.block_count} blocks")
+        return table
 
     @cached_property
     def slices(self) -> Table:
         """(slices,) SLICE_DTYPE, offsets from the start of the payload."""
-        return np.frombuffer(self.slices_table, SLICE_DTYPE)
+        table = self._table(self.slices_table, SLICE_DTYPE)
+        if len(table) and (
+            int(table["block"].max()) >= self.block_count
+            or (self.layers and int(table["layer"].max()) >= self.layers)
+            or int(table["offset"].max()) > self.length
+            or bool((table["stored_bytes"] > table["raw_bytes"]).any())
+        ):
+            raise self._absurd("slices of blocks or layers that it does not have, or that cannot be")
+        return table
 
     @cached_property
     def parts(self) -> dict[Part, PartSpan]:
-        table = np.frombuffer(self.parts_table, PART_DTYPE)
-        return {
-            Part(int(row["part"])): PartSpan(
-                self.body_offset + int(row["offset"]), int(row["length"]), int(row["xxh3"])
-            )
-            for row in table
-        }
+        found: dict[Part, PartSpan] = {}
+        for number, offset, length, xxh3 in self._table(self.parts_table, PART_DTYPE).tolist():
+            if number not in _PARTS or number in found or offset + length > self.length:
+                raise self._absurd(f"a part {number} of {length} bytes at byte {offset}")
+            found[Part(number)] = PartSpan(self.body_offset + offset, length, xxh3)
+        return found
+
+    def check(self) -> None:
+        """Whether the row can be one of a unit. Raises CorruptionError."""
+        least = (
+            self.number,
+            self.offset,
+            self.length,
+            self.start_ns,
+            self.epoch,
+            self.layers,
+            self.block_count,
+        )
+        least += (self.revision, self.kept_ppm, self.caption_tokens or 0)
+        if min(least) < 0 or self.end_ns <= self.start_ns or len(self.digest) != DIGEST_BYTES:
+            raise self._absurd("numbers that no unit has")
+        if len(self.first_digest) != DIGEST_BYTES or max(self.layers, self.block_count) > LAYERS_MAX:
+            raise self._absurd("numbers that no unit has")
+        _ = self.blocks
+        said = Part.CAPTION in self.parts
+        if (len(self.slices) and Part.KV not in self.parts) or said != self.has_caption:
+            raise self._absurd("slices or a caption without their bytes")
+
+    def _table(self, data: bytes, dtype: np.dtype[np.void]) -> Table:
+        if len(data) % dtype.itemsize:
+            raise self._absurd(f"a table of {len(data)} bytes")
+        return np.frombuffer(data, dtype)
+
+    def _absurd(self, what: str) -> CorruptionError:
+        return CorruptionError(f"{_CATALOG}: the row of unit {self.number} tells of {what}", file=_CATALOG)
 
     @property
     def body_offset(self) -> int:
@@ -243,20 +291,21 @@ def model_as_json(model: ModelIdentity) -> dict[str, object]:
 
 
 def model_from_json(data: Mapping[str, object]) -> ModelIdentity:
+    """Inverse of `model_as_json`. Raises one of NOT_WHAT_IT_SAYS on anything else."""
     shape = data["shape"]
     if not isinstance(shape, Mapping):
         raise TypeError("a model's shape must be a table")
-    sizes = {name: int(shape[name]) for name in ModelShape.__dataclass_fields__}
+    sizes = {name: _integer(shape[name]) for name in ModelShape.__dataclass_fields__}
     return ModelIdentity(str(data["spec"]), str(data["fingerprint"]), ModelShape(**sizes))
 
 
 def _integer(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{value!r} is not an integer")
+    if not isinstance(value, int) or isinstance(value, bool) or value.bit_length() > 63:
+        raise TypeError(f"{value!r:.40} is not an integer")
     return value
 
 
 def _number(value: object) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool):
-        raise TypeError(f"{value!r} is not a number")
+        raise TypeError(f"{value!r:.40} is not a number")
     return float(value)

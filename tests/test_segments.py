@@ -35,7 +35,7 @@ json_values = st.recursive(
 )
 records = st.tuples(
     st.sampled_from(Kind),
-    st.integers(0, 2**64 - 1),
+    st.integers(0, 2**63 - 1),
     st.dictionaries(st.sampled_from(["a", "unit", "text"]), json_values, max_size=3),
     st.lists(st.tuples(st.sampled_from(Part), st.binary(max_size=200)), max_size=5, unique_by=lambda p: p[0]),
     st.integers(0, 3),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from memdb.files import watched
 from memdb.schemas.errors import CorruptionError, StoreError
 from memdb.schemas.recording import Tombstone
-from memdb.state import StateFiles, read_state, recording_of, state_files
+from memdb.state import OlderState, StateFiles, read_state, recording_of, state_files
 from tests.store_cases import Steps, fill, flip, new_store
 
 ID, OTHER, ENCODING = "a" * 32, "b" * 32, "e" * 32
@@ -92,6 +92,33 @@ def test_a_state_under_another_number_is_passed_over(states: StateFiles, tmp_pat
     states.save(8, b"a state")
     os.rename(states.files()[0], tmp_path / f"{ID}-0000000009.state")
     assert states.load_latest(ENCODING, 9) is None
+
+
+def test_a_state_under_the_name_of_another_recording_is_passed_over(
+    states: StateFiles, tmp_path: Path
+) -> None:
+    """Both are of one encoding and one unit: nothing but the recording's id tells them apart."""
+    states.save(8, b"a state")
+    moved = tmp_path / f"{OTHER}-0000000008.state"
+    os.rename(states.files()[0], moved)
+    others = StateFiles(tmp_path, OTHER, ENCODING)
+    assert others.load_latest(ENCODING, 9) is None
+    with pytest.raises(CorruptionError, match=f"of recording {ID}") as caught:
+        read_state(moved)
+    assert caught.value.file == f"state/{moved.name}"
+    assert others.remove_forgotten([]) == 1, "nobody knows what it holds"
+
+
+def test_no_flipped_bit_makes_an_older_state_of_one(states: StateFiles) -> None:
+    """Older ones are passed over without a word of damage."""
+    states.save(8, b"a state")
+    path = states.files()[0]
+    for bit in range(32):
+        flip(path, 8 + bit // 8, bit % 8)
+        with pytest.raises(CorruptionError) as caught:
+            read_state(path)
+        assert not isinstance(caught.value, OlderState)
+        flip(path, 8 + bit // 8, bit % 8)
 
 
 def test_a_state_is_safe_before_its_name_is(states: StateFiles) -> None:

@@ -1,0 +1,77 @@
+"""Rows of a catalog whose checksums are right and whose values cannot be: typed errors, and verify names the file."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from memdb.database import CATALOG, Database, row_checksum
+from memdb.schemas.errors import CorruptionError, MemdbError
+from memdb.store import Store
+from memdb.tables import COLUMNS, KEYS
+from memdb.verify import verify_path
+
+FOREIGN: dict[type, object] = {
+    int: b"x",
+    str: b"x",
+    bytes: "x",
+    type(None): b"x",
+}  # that no affinity converts
+HUGE = (1 << 63) - 1
+
+
+def reseal(store: Path, table: str, column: str, value: object) -> None:
+    """Put a value into the first row of a table, under a right checksum."""
+    names = COLUMNS[table]
+    with closing(sqlite3.connect(store / CATALOG, isolation_level=None)) as database:
+        row = list(database.execute(f"SELECT {', '.join(names)} FROM {table} LIMIT 1").fetchone())
+        where = " AND ".join(f"{name} = ?" for name in KEYS[table])
+        keys = [row[names.index(name)] for name in KEYS[table]]
+        row[names.index(column)] = value
+        sets = ", ".join(f"{name} = ?" for name in (*names, "checksum"))
+        database.execute(f"UPDATE {table} SET {sets} WHERE {where}", [*row, row_checksum(table, row), *keys])
+
+
+def value_of(store: Path, table: str, column: str) -> object:
+    with closing(sqlite3.connect(store / CATALOG)) as database:
+        return database.execute(f"SELECT {column} FROM {table} LIMIT 1").fetchone()[0]
+
+
+def read_all(store: Path) -> None:
+    with Store.open(store) as opened:
+        for row in opened.recordings():
+            for unit in opened.units(row.id):
+                unit.check()
+            opened.catalog.segments(row.id)
+            opened.catalog.replaced(row.id)
+        opened.catalog.forgotten()
+
+
+def expect_typed(store: Path) -> None:
+    """Reading may fail, with an error of memdb's own; verify names the catalog; repair makes it anew."""
+    with pytest.raises(MemdbError):
+        read_all(store)
+    assert CATALOG in {problem.file for problem in verify_path(store).problems}
+
+
+CELLS = [(table, column) for table, columns in COLUMNS.items() for column in columns]
+
+
+@pytest.mark.parametrize("table", COLUMNS)
+def test_a_value_of_another_type_is_damage_whatever_its_checksum(
+    furnished: Path, copied: Path, table: str
+) -> None:
+    for column in COLUMNS[table]:
+        before = value_of(copied, table, column)
+        reseal(copied, table, column, FOREIGN[type(before)])
+        database = Database(copied / CATALOG, write=False)
+        with pytest.raises(CorruptionError, match=f"a row of {table} is damaged") as caught:
+            database.select(table, "")
+        database.close()
+        assert caught.value.file == CATALOG
+        shutil.rmtree(copied)
+        shutil.copytree(furnished, copied)
