@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from memdb.applying import TOMBSTONES_MAX, RecordingState, SegmentRow, apply, spec_of
+from memdb.applying import RecordingState, SegmentRow, apply, spec_of
 from memdb.database import CATALOG, Database, Value
 from memdb.migrate import migrate
 from memdb.records import Kind, Record, canonical_ascii
