@@ -147,9 +147,7 @@ class _Applying:
             number += 1
             free = f"{name[:120]}-{number}"
         if free != name:
-            logger.warning(
-                "a recording %r came back, and there is another of that name: it is %r now", name, free
-            )
+            logger.warning("a recording %r came back, and there is another of that name: it is %r now", name, free)
         return free
 
     def _put_unit(self, state: RecordingState, record: Record) -> None:
@@ -292,6 +290,13 @@ def unit_row(record: Record, *, recording_id: str, segment: str, commit_id: int)
         first_digest=meta_hex(record, "first_digest") if "first_digest" in record.meta else digest,
         kept_ppm=meta_int(record, "kept_ppm") if "kept_ppm" in record.meta else ALL_PPM,
     )
+    try:
+        row.check()
+    except CorruptionError as error:
+        file = f"segments/{segment}"
+        what = str(error).removeprefix(f"{error.file}: the row of ")
+        raise CorruptionError(f"{file}: the record of {what}", file=file) from None
+    return row
 
 
 def revision_of(record: Record) -> int:
@@ -313,18 +318,6 @@ def role_of(header: Record) -> str:
     return meta_str(header, "role") if "role" in header.meta else STREAM
 
 
-def meta_names(record: Record, key: str) -> list[str]:
-    names = record.meta.get(key)
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise CorruptionError(f"the record at byte {record.offset} has no list {key!r}")
-    return names
-    try:
-        row.check()
-    except CorruptionError as error:
-        file = f"segments/{segment}"
-        what = str(error).removeprefix(f"{error.file}: the row of ")
-        raise CorruptionError(f"{file}: the record of {what}", file=file) from None
-    return row
 def meta_hex(record: Record, key: str) -> bytes:
     """Bytes that stand in a record's meta as hexadecimal digits. Raises CorruptionError where there are none."""
     try:
@@ -333,3 +326,8 @@ def meta_hex(record: Record, key: str) -> bytes:
         raise CorruptionError(f"the record at byte {record.offset} has no bytes {key!r}") from None
 
 
+def meta_names(record: Record, key: str) -> list[str]:
+    names = record.meta.get(key)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CorruptionError(f"the record at byte {record.offset} has no list {key!r}")
+    return names
