@@ -167,6 +167,8 @@ def _progress(as_json: bool) -> Iterator[Callable[[Any], None] | None]:
 @click.option("--recording", help="Ask one recording; by default all.")
 @click.option("--mode", type=click.Choice(MODES), default="auto", show_default=True)
 @click.option("--at", help="As of this media time: seconds, HH:MM:SS or ISO 8601.")
+@click.option("--start", "start_s", help="Only what was seen from this media time on.")
+@click.option("--end", "end_s", help="Only what was seen up to this media time.")
 @click.option("--latency-ms-max", type=float, help="From the question to the last token, model loaded.")
 @click.option("--gpu-bytes-max", type=int, help="Keys and values of the context on the device.")
 @click.option("--read-bytes-max", type=int, help="What may be read of stored KV.")

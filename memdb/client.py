@@ -273,6 +273,8 @@ class Client:
         recording: str | None = None,
         mode: str = "auto",
         at: float | str | None = None,
+        start_s: float | str | None = None,
+        end_s: float | str | None = None,
         latency_ms_max: float | None = None,
         gpu_bytes_max: int | None = None,
         read_bytes_max: int | None = None,
@@ -283,15 +285,18 @@ class Client:
         """Answer a question from the store, within the budget.
 
         recording: one by name, else all. mode: auto, captions, kv, both, recent. at: as of this media time
-        (seconds, HH:MM:SS, or ISO 8601 where the wall clock is known). on_text gets the answer piece by piece.
+        (seconds, HH:MM:SS, or ISO 8601 where the wall clock is known). start_s and end_s: only what was seen in
+        between; where neither is given, times that the question names count. on_text gets the answer piece by piece.
         save_frames: a folder for the key frames of the evidence.
 
-        Raises QuestionError, BudgetError, UnknownRecording, ModelMismatch, NoPlanFits.
+        Raises UsageError, QuestionError, BudgetError, UnknownRecording, ModelMismatch, NoPlanFits.
         """
         budget = Budget(latency_ms_max, gpu_bytes_max, read_bytes_max, context_tokens_max)
         question = Question(text, mode, recording, None, budget)
         if at is not None:
             question = replace(question, at_ns=to_ns(self._time(at, recording)))
+        start_ns, end_ns = self._span_ns(start_s, end_s, recording)
+        question = replace(question, start_ns=start_ns, end_ns=end_ns)
         with self._lock:
             engine = self._asking()
             engine.prepare(question)
@@ -320,10 +325,7 @@ class Client:
         check_text(text)
         if limit < 1:
             raise UsageError(f"limit {limit} finds nothing: give at least 1")
-        start = self._time(start_s, recording) if start_s is not None else None
-        end = self._time(end_s, recording) if end_s is not None else None
-        if start is not None and end is not None and end <= start:
-            raise UsageError(f"the span from {start:g} s to {end:g} s is empty: let it end after it starts")
+        start_ns, end_ns = self._span_ns(start_s, end_s, recording)
         rows = [self.store.recording(recording)] if recording is not None else self.store.recordings()
         with self._lock:
             self._captions = self._captions or CaptionIndex(self.store.path)
@@ -333,8 +335,8 @@ class Client:
                 text,
                 index=self._captions,
                 vectors=self._search_vectors,
-                start_ns=to_ns(start) if start is not None else None,
-                end_ns=to_ns(end) if end is not None else None,
+                start_ns=start_ns,
+                end_ns=end_ns,
                 limit=limit,
             )
 
@@ -548,6 +550,15 @@ class Client:
         if encoder.startswith(INPUT_EMBEDDINGS) and self._model is None:
             return None
         return self._question_vectors(encoder)
+
+    def _span_ns(
+        self, start_s: float | str | None, end_s: float | str | None, recording: str | None
+    ) -> tuple[int | None, int | None]:
+        start = self._time(start_s, recording) if start_s is not None else None
+        end = self._time(end_s, recording) if end_s is not None else None
+        if start is not None and end is not None and end <= start:
+            raise UsageError(f"the span from {start:g} s to {end:g} s is empty: let it end after it starts")
+        return to_ns(start) if start is not None else None, to_ns(end) if end is not None else None
 
     def _time(self, value: float | str, recording: str | None) -> float:
         """Media seconds; a moment on the wall clock needs a recording that is named, or the only one."""

@@ -93,8 +93,11 @@ def rank_by_words(
         return [], iter(())
     row_of = {(scope[found.opened].row.id, found.unit): row for row, found in enumerate(candidates)}
     names = [scope[i].row.id for i in own]
+    start_ns = min(found.start_ns for found in candidates)
     end_ns = max(found.end_ns for found in candidates)
-    hits = index.search(store, encoder, text=text, recordings=names, end_ns=end_ns, limit=CANDIDATES)
+    hits = index.search(
+        store, encoder, text=text, recordings=names, start_ns=start_ns, end_ns=end_ns, limit=CANDIDATES
+    )
     scores = {
         row_of[hit.recording_id, hit.unit]: hit.score
         for hit in hits
@@ -133,8 +136,17 @@ def _narrowed(
     """Masks of the captions that the search table finds nearest: ids only, vectors come from the pages."""
     by_id = {scope[i].row.id: i for i in own}
     names = [scope[i].row.id for i in own]
+    start_ns = min(int(scope[i].usable_captions["start_ns"].min()) for i in own if scope[i].captions.any())
     end_ns = max(scope[i].watermark_ns for i in own)
-    hits = index.search(store, vectors.name, vector=query, recordings=names, end_ns=end_ns, limit=CANDIDATES)
+    hits = index.search(
+        store,
+        vectors.name,
+        vector=query,
+        recordings=names,
+        start_ns=start_ns,
+        end_ns=end_ns,
+        limit=CANDIDATES,
+    )
     masks = {}
     for name, i in by_id.items():
         units = [hit.unit for hit in hits if hit.recording_id == name]

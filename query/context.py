@@ -79,7 +79,7 @@ def take_captions(
     while sum(map(len, ids)) > plan.sizes.caption_tokens:
         worst = min(range(len(found)), key=lambda index: found[index][0].score)
         del found[worst], ids[worst]
-    if not found:
+    if not found and any(candidates for candidates, _ in ranked):
         warnings.append("no caption fits into the plan's share of the context")
     got.captions, got.caption_ids = found, [token for own in ids for token in own]
 

@@ -36,6 +36,7 @@ class Holdings:
     kv_token_bytes: int = 0  # keys and values of one token over all layers, at the dtype of the question
     init_tokens: int = 0
     context_tokens_max: int = 1 << 62  # of the model
+    is_span: bool = False  # only what lies in a span that was named: that nothing does is an answer, too
 
 
 @dataclass

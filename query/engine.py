@@ -16,6 +16,7 @@ from memdb.query.report import report
 from memdb.query.session import Session
 from memdb.query.stages import compose
 from memdb.query.stored import Readings
+from memdb.query.within import restrict
 from memdb.reader import SliceReader
 from memdb.schemas.answer import Answer
 from memdb.schemas.question import Question
@@ -66,17 +67,18 @@ class Engine:
         readings, ranked = Readings(), None
         with laps("open"):
             opened = session.open(question)
+            within = restrict(question, opened, warnings)
         if len(opened) > 1:  # captions over all of them say whose KV is read
             with laps("captions"):
-                ranked = session.rank(opened, question.text, warnings)
+                ranked = session.rank(within.opened, question.text, warnings)
         with laps("plan"):
-            decided = decide(session, question, opened, ranked, costs, warnings)
-        got = bring_back(session, opened, question.text, decided, laps, readings, warnings)
-        left = plan_what_is_left(session, question, opened, decided, costs) if got.lost else None
+            decided = decide(session, question, within, ranked, costs, warnings)
+        got = bring_back(session, within.opened, question.text, decided, laps, readings, warnings)
+        left = plan_what_is_left(session, question, within, decided, costs) if got.lost else None
         if left is not None:
             warnings.append(f"{left.plan.reasons[0]}: the answer comes from mode {left.plan.mode}")
             decided = left
-            got = bring_back(session, opened, question.text, decided, laps, readings, warnings)
+            got = bring_back(session, within.opened, question.text, decided, laps, readings, warnings)
         if got.lost:
             warnings.append("nothing that is stored could be read: the answer rests on the question alone")
         warnings += readings.warnings()

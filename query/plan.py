@@ -92,6 +92,8 @@ def plan(
 
 
 def _missing(mode: str, full: Sizes, held: Holdings) -> str:
+    if held.is_span and not held.blocks and not held.captions:
+        return ""  # any mode can say so
     if mode in ("kv", "both", "recent") and not held.blocks:
         return "no KV is stored up to this moment"
     if mode in ("captions", "both") and not held.captions:

@@ -14,6 +14,7 @@ from memdb.query.retrieve.topk import BlockTopK
 from memdb.query.scope import Opened
 from memdb.query.session import Session
 from memdb.query.stages import QueryStages, compose
+from memdb.query.within import Within
 from memdb.schemas.errors import ModelMismatch, NoPlanFits, QuestionError
 from memdb.schemas.plan import Plan, Sizes
 from memdb.schemas.question import Question
@@ -34,31 +35,33 @@ class Decided:
 def decide(
     session: Session,
     question: Question,
-    opened: Sequence[Opened],
+    within: Within,
     ranked: list[caption_tier.Ranked] | None,
     costs: Costs,
     warnings: list[str],
 ) -> Decided:
     """Choose the recording, then plan. Raises ModelMismatch, QuestionError, NoPlanFits."""
-    best, ranked = _choose(opened, ranked, warnings)
-    chosen = _own_kv(session, question, opened, best, warnings)
-    plan, stages, init = _plan(session, question, opened, chosen, costs)
+    best, ranked = _choose(within.opened, ranked, warnings)
+    chosen = _own_kv(session, question, within.opened, best, warnings)
+    plan, stages, init = _plan(session, question, within, chosen, costs)
     return Decided(plan, stages, init, chosen, ranked)
 
 
 def plan_what_is_left(
-    session: Session, question: Question, opened: Sequence[Opened], decided: Decided, costs: Costs
+    session: Session, question: Question, within: Within, decided: Decided, costs: Costs
 ) -> Decided | None:
     """The plan for the other tier, where nothing at all of a plan's own could be read. None where none fits."""
     mode = "kv" if decided.plan.mode == "captions" else "captions"
     if mode == "kv" and decided.chosen is None:
         return None
     try:
-        plan, stages, init = _plan(session, replace(question, mode=mode), opened, decided.chosen, costs)
+        plan, stages, init = _plan(session, replace(question, mode=mode), within, decided.chosen, costs)
     except (NoPlanFits, QuestionError):
         return None
     why = f"nothing that mode {decided.plan.mode} needs could be read"
-    return Decided(replace(plan, reasons=(why,)), stages, init, decided.chosen, decided.ranked)
+    return Decided(
+        replace(plan, reasons=(why, *within.reasons)), stages, init, decided.chosen, decided.ranked
+    )
 
 
 def _choose(
@@ -111,8 +114,9 @@ def _own_kv(
 
 
 def _plan(
-    session: Session, question: Question, opened: Sequence[Opened], chosen: Opened | None, costs: Costs
+    session: Session, question: Question, within: Within, chosen: Opened | None, costs: Costs
 ) -> tuple[Plan, QueryStages, list[LayerKV]]:
+    opened = within.opened
     spec = (chosen or opened[0]).row.spec
     stages = compose(spec.recipe)
     own = spec.model.fingerprint == session.model.identity.fingerprint
@@ -122,7 +126,8 @@ def _plan(
     head_tokens = session.head_tokens(opened)
     shape, element_bytes = session.model.shape, session.model.dtype.itemsize
     held = scope.holdings(chosen, opened, shape, element_bytes, init[0].tokens, head_tokens)
-    kind, why = session.kind(question.text)
+    held = replace(held, is_span=within.is_span)
+    kind, why = session.kind(within.text)
     ids = session.model.encode_text(question.text)
     asked = Asked(
         question_tokens=len(ids),
@@ -148,7 +153,7 @@ def _plan(
         budget=question.budget,
         recordings=tuple(one.row.name for one in opened),
     )
-    return plan, stages, init
+    return replace(plan, reasons=plan.reasons + within.reasons), stages, init
 
 
 def _stamp_tokens(session: Session, stages: QueryStages, chosen: Opened | None) -> float:

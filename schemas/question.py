@@ -50,13 +50,18 @@ class Budget:
 
 @dataclass(frozen=True)
 class Question:
-    """`recording` None asks all of them. `at_ns` asks as of a moment of media time: nothing later is used."""
+    """`recording` None asks all of them. `at_ns` asks as of a moment of media time: nothing later is used.
+
+    `start_ns` and `end_ns` bound what is used to what overlaps `[start_ns, end_ns)`, whatever times the text names.
+    """
 
     text: str
     mode: str = "auto"
     recording: str | None = None
     at_ns: int | None = None
     budget: Budget = field(default_factory=Budget)
+    start_ns: int | None = None
+    end_ns: int | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
