@@ -15,7 +15,7 @@ from memdb.query.planning import decide, plan_what_is_left
 from memdb.query.report import report
 from memdb.query.session import Session
 from memdb.query.stages import compose
-from memdb.query.stored import Readings
+from memdb.query.stored import Readings, StoredKV
 from memdb.query.within import restrict
 from memdb.reader import SliceReader
 from memdb.schemas.answer import Answer
@@ -35,11 +35,14 @@ class Engine:
         *,
         reader: SliceReader | None = None,
         key_index: str | None = None,
+        open_kv: Callable[..., StoredKV] = StoredKV,
     ) -> None:
         """`vectors` gives the encoder of caption vectors by the name that a recording's row has; None for one that
         cannot be had, as with the input embeddings of another Video-LLM: then words rank the captions.
+        `open_kv` opens the KV tier of a recording, with the arguments of StoredKV: a benchmark's own gives other
+        blocks than those that were chosen.
         """
-        self._session = Session(store, model, vectors, reader, key_index)
+        self._session = Session(store, model, vectors, reader, key_index, open_kv)
         self._costs: tuple[CostFile, Costs] | None = None
 
     def close(self) -> None:

@@ -43,11 +43,13 @@ class Session:
         vectors: Callable[[str], CaptionVectors | None],
         reader: SliceReader | None,
         key_index: str | None,
+        open_kv: Callable[..., StoredKV] = StoredKV,
     ) -> None:
         self.store, self.model = store, model
         self._vectors = vectors
         self._reader = reader or SliceReader(store)
         self._key_index = key_index or default_backend()
+        self._open_kv = open_kv
         self._captions = CaptionIndex(store.path)
         self._opened: dict[str, StoredKV] = {}
         self._inits: dict[tuple[int, ...], list[LayerKV]] = {}
@@ -87,7 +89,7 @@ class Session:
         self._close_forgotten()
         stages = compose(row.spec.recipe)
         sim = stages.retrieve.sim if isinstance(stages.retrieve, BlockTopK) else "dot"
-        opened = StoredKV(self.store, row, self._reader, backend=self._key_index, sim=sim)
+        opened = self._open_kv(self.store, row, self._reader, backend=self._key_index, sim=sim)
         self._opened[row.id] = opened
         return opened
 
