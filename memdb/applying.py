@@ -36,8 +36,9 @@ EVENTS: dict[Kind, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     Kind.GAP: ("gaps", ("start_ns", "end_ns"), ("reason",)),
     Kind.EPOCH: ("epochs", ("epoch", "first_unit"), ("reason",)),
     Kind.END: ("ends", ("media_end_ns", "units"), ()),
-    Kind.TOMBSTONE: ("tombstones", ("start_ns", "end_ns", "below_unit", "at_ns"), ()),
+    Kind.TOMBSTONE: ("tombstones", ("start_ns", "end_ns", "below_unit", "at_ns", "first"), ()),
 }
+TOMBSTONES_MAX = 1 << 20  # of a recording: each is counted in memory
 TABLES = (
     "units",
     "gaps",
@@ -147,7 +148,9 @@ class _Applying:
             number += 1
             free = f"{name[:120]}-{number}"
         if free != name:
-            logger.warning("a recording %r came back, and there is another of that name: it is %r now", name, free)
+            logger.warning(
+                "a recording %r came back, and there is another of that name: it is %r now", name, free
+            )
         return free
 
     def _put_unit(self, state: RecordingState, record: Record) -> None:
@@ -178,13 +181,35 @@ class _Applying:
         return unit_row(record, recording_id=self._id, segment=self._segment.name, commit_id=commit_id)
 
     def _add_event(self, state: RecordingState, record: Record) -> None:
-        table, integers, texts = EVENTS[record.kind]
+        if record.kind is Kind.TOMBSTONE:
+            self._add_tombstone(state, record)
+            return
+        table = EVENTS[record.kind][0]
         count: int = getattr(state, table)
         if record.number < count:
             return  # there already
-        values = [meta_int(record, name) for name in integers] + [meta_str(record, name) for name in texts]
-        self._database.insert(table, (state.id, record.number, *values))
+        self._database.insert(table, event_values(state.id, record))
         setattr(state, table, count + 1)
+
+    def _add_tombstone(self, state: RecordingState, stone: Record) -> None:
+        """One that stands for several takes the place of those that are known."""
+        first, last = meta_int(stone, "first"), stone.number
+        file = f"segments/{self._segment.name}"
+        if not 0 <= first <= last < TOMBSTONES_MAX:
+            raise CorruptionError(f"{file}: there is no tombstone {last} in the place of {first}", file=file)
+        where = "WHERE recording = ? AND number >= ?"
+        rows = self._database.select("tombstones", where, (state.id, first))
+        known = [(cast("int", row[1]), cast("int", row[-1])) for row in rows]  # number and first
+        if any(low <= first and last <= high for high, low in known):
+            return  # there already
+        replaced = [(high, low) for high, low in known if low <= last]
+        if any(low < first or high > last for high, low in replaced):
+            raise CorruptionError(f"{file}: tombstone {last} stands for a part of another", file=file)
+        self._database.delete(
+            "tombstones", "WHERE recording = ? AND number BETWEEN ? AND ?", (state.id, first, last)
+        )
+        self._database.insert("tombstones", event_values(state.id, stone))
+        state.tombstones += last - first + 1 - sum(high - low + 1 for high, low in replaced)
 
     def _seal(self, state: RecordingState, record: Record) -> None:
         """What a rewriting replaces waits for its removal from now on."""
@@ -199,6 +224,13 @@ class _Applying:
                 state.segments -= 1
                 state.replaced += 1
         state.kv_from_unit = max(state.kv_from_unit, meta_int(record, "kv_from_unit"))
+
+
+def event_values(recording_id: str, record: Record) -> tuple[Value, ...]:
+    """The row of an event. Raises CorruptionError where its meta is not that of its kind."""
+    _, integers, texts = EVENTS[record.kind]
+    values = [meta_int(record, name) for name in integers], [meta_str(record, name) for name in texts]
+    return recording_id, record.number, *values[0], *values[1]
 
 
 def forget_recording(catalog: Catalog, recording_id: str, at_ns: int) -> None:

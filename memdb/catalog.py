@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from memdb.applying import RecordingState, SegmentRow, apply, spec_of
+from memdb.applying import TOMBSTONES_MAX, RecordingState, SegmentRow, apply, spec_of
 from memdb.database import CATALOG, Database, Value
 from memdb.migrate import migrate
 from memdb.records import Kind, Record, canonical_ascii
@@ -251,8 +251,10 @@ class Catalog:
             table: self.database.select(table, "WHERE recording = ? ORDER BY number", (state.id,))
             for table in ("gaps", "epochs", "ends", "tombstones")
         }
+        stones = _in_every_place(events["tombstones"])
         for table, rows in events.items():
-            self._check_count(table, len(rows), getattr(state, table))
+            count = len(stones) if table == "tombstones" else len(rows)
+            self._check_count(table, count, getattr(state, table))
         end = cast("tuple[str, int, int, int]", events["ends"][-1]) if events["ends"] else None
         try:
             spec = RecordingSpec.from_json(json.loads(state.spec))
@@ -274,9 +276,7 @@ class Catalog:
             tier_bytes=TierBytes(
                 state.kv_bytes, state.keys_bytes, state.captions_bytes, state.keyframes_bytes
             ),
-            tombstones=tuple(
-                Tombstone(*cast("tuple[int, int, int, int, int]", row[1:])) for row in events["tombstones"]
-            ),
+            tombstones=stones,
             generation=state.generation,
             kv_from_unit=state.kv_from_unit,
         )
@@ -314,3 +314,15 @@ class Catalog:
     def _check_count(table: str, found: int, expected: int) -> None:
         if found != expected:
             raise CorruptionError(f"{CATALOG}: {found} of {expected} rows of {table} are there", file=CATALOG)
+
+
+def _in_every_place(rows: Sequence[tuple[Value, ...]]) -> tuple[Tombstone, ...]:
+    """Tombstones by number; one that stands for several is there as often as they were."""
+    found: list[Tombstone] = []
+    for row in rows:
+        *values, first = cast("tuple[int, int, int, int, int, int]", row[1:])
+        stone = Tombstone(*values)
+        if not (found[-1].number if found else -1) < first <= stone.number < TOMBSTONES_MAX:
+            raise CorruptionError(f"{CATALOG}: tombstone {stone.number} has no place", file=CATALOG)
+        found += [stone] * (stone.number - first + 1)
+    return tuple(found)

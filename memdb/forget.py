@@ -115,6 +115,7 @@ class _Forgetting:
             "end_ns": end_ns,
             "below_unit": row.units,
             "at_ns": self._now_ns,
+            "first": number,
         }
         segment = SealedSegment(catalog, self._folder, row, FORGET)
         try:

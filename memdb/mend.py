@@ -21,6 +21,7 @@ from memdb.applying import EVENTS, REPAIR
 from memdb.catalog import Catalog
 from memdb.contents import husk, overlapping, stored_element_bytes, unit_from, without_blocks
 from memdb.digest import check_digest, digests_of
+from memdb.events import wider
 from memdb.records import Kind, meta_int, read_exactly
 from memdb.remembered import Remembered
 from memdb.salvage import SegmentContents, read_contents, row_at
@@ -92,11 +93,13 @@ class Mender:
 
     def _events(self) -> None:
         truth = self._truth
-        for key in sorted(key for key in truth.events if key not in truth.standing_events):
-            self._open().carry(truth.events[key])
+        for key, event in sorted(truth.events.items()):
+            standing = truth.standing_events.get(key)
+            if standing is None or wider(event, standing) is not standing:
+                self._open().carry(event)
         for kind in EVENTS:
             for number in range(truth.event_count(kind)):
-                if (kind, number) not in truth.events:
+                if (kind, number) not in truth.events and number not in truth.joined:
                     self.notes.append(f"{self._row.name}: the record of {kind.name.lower()} {number} is lost")
                     self._open().event(kind, number, self._stand_in(kind, number))
         self._lost_epochs()
@@ -117,7 +120,7 @@ class Mender:
             return {"start_ns": at, "end_ns": at, "reason": "its record was lost"}
         if kind is Kind.END:
             return {"media_end_ns": 0, "units": -1}
-        return {"start_ns": 0, "end_ns": 0, "below_unit": 0, "at_ns": 0}
+        return {"start_ns": 0, "end_ns": 0, "below_unit": 0, "at_ns": 0, "first": number}
 
     def _lost_epochs(self) -> None:
         """Epochs that units speak of and no record at the end does."""

@@ -73,7 +73,7 @@ _REVISIONS = Migration(
         """CREATE TABLE tombstones (
             recording TEXT NOT NULL REFERENCES recordings (id), number INTEGER NOT NULL,
             start_ns INTEGER NOT NULL, end_ns INTEGER NOT NULL, below_unit INTEGER NOT NULL,
-            at_ns INTEGER NOT NULL, checksum INTEGER NOT NULL,
+            at_ns INTEGER NOT NULL, first INTEGER NOT NULL, checksum INTEGER NOT NULL,
             PRIMARY KEY (recording, number)) WITHOUT ROWID""",
         """CREATE TABLE replaced (
             recording TEXT NOT NULL REFERENCES recordings (id), sequence INTEGER NOT NULL, name TEXT NOT NULL,

@@ -7,7 +7,8 @@
     swap      the old catalog goes, then its WAL, then the new one gets the name
 
 A kill at any step leaves a store that opens, or one that says to run repair again; that begins anew and ends the
-same. No segment is changed or removed.
+same. No segment is changed or removed. A forgetting that was killed between its last record and its seal is carried
+out: it was asked for and not acknowledged, so it may go either way, and forgetting more is the safer one.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Writing whole segments anew, as a sealed segment that replaces them, or as several where they are big.
 
-Every unit that counts goes over as a later revision of itself, and every event: gaps, epochs, ends, tombstones.
-What was dead stays behind. Until a seal is committed the sources count, from then on the new file does for the
-units in it, so that a kill costs the file in hand. The last one replaces the sources. A source with damage in
-what counts is left alone: nothing may be lost by it, and nothing that is wrong may get a fresh checksum.
+Every unit that counts goes over as a later revision of itself, and every event: gaps, epochs, ends, and
+tombstones, of which those that are one span become one. What was dead stays behind. Until a seal is committed the
+sources count, from then on the new file does for the units in it, so that a kill costs the file in hand. The last
+one replaces the sources. A source with damage in what counts is left alone: nothing may be lost by it, and nothing
+that is wrong may get a fresh checksum.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ from dataclasses import dataclass
 from memdb.applying import EVENTS, REWRITE
 from memdb.catalog import Catalog
 from memdb.digest import check_digest, digests_of
+from memdb.events import EventKey, join_tombstones, known_events, wider, without_joined
 from memdb.files import unlink
-from memdb.records import Kind, Record, read_prologue, read_record
+from memdb.locks import is_held, writer_lock
+from memdb.records import ALIGNMENT_BYTES, Kind, Record, read_prologue, read_record
+from memdb.salvage import next_record
 from memdb.schemas.errors import CorruptionError, MemdbError
 from memdb.schemas.rows import RecordingRow, UnitRow
 from memdb.schemas.units import Unit
@@ -104,12 +108,13 @@ class _Rewrite:
         self._store, self._catalog, self._row = store, catalog, recording
         self._sources, self._change, self._told = sources, change, told
         self.changed = 0
+        self._holes = 0  # stretches of the sources in which no record is whole
         self._first_kv: int | None = None  # the first unit here that has KV afterwards
         self._last_without: int | None = None  # the last one that has lost it to ageing
 
     def look_through(self) -> tuple[list[Record], list[tuple[int, int]]]:
-        """The events of the sources, each once, and the units that count, by number and bytes; both in order."""
-        events: dict[tuple[int, int], Record] = {}
+        """The events to carry over, each once, and the units that count, by number and bytes; both in order."""
+        events: dict[EventKey, Record] = {}
         units: list[tuple[int, int]] = []
         for held in self._sources:
             before = len(units)
@@ -119,7 +124,8 @@ class _Rewrite:
                         if self._counts(held.row.name, record.number, record.offset):
                             units.append((record.number, record.length))
                     elif record.kind in EVENTS:
-                        events[record.kind, record.number] = record
+                        key = record.kind, record.number
+                        events[key] = wider(events.get(key), record)
                     elif record.kind not in (Kind.HEADER, Kind.SEAL):
                         raise CorruptionError(f"{segment.file}: {record.kind.name} cannot be carried over")
             if len(units) - before != held.units:
@@ -127,7 +133,12 @@ class _Rewrite:
                     f"segments/{held.row.name} holds {len(units) - before} of {held.units} units",
                     file=f"segments/{held.row.name}",
                 )
-        return [events[key] for key in sorted(events)], sorted(units)
+        if self._holes:  # any event may have stood there, and what reads like one may be none
+            return known_events(self._catalog, self._row.id), sorted(units)
+        events = without_joined(events)
+        in_order = [events[key] for key in sorted(events)]
+        written = is_held(writer_lock(self._store.path, self._row.id))
+        return join_tombstones(self._catalog, self._row, in_order, written=written), sorted(units)
 
     def write(self, numbers: Sequence[int], events: Sequence[Record], *, replaces: Sequence[str]) -> None:
         """One file, sealed and committed. Tombstones stand in it twice: no single flip brings back what they mean."""
@@ -194,17 +205,13 @@ class _Rewrite:
         return (row.segment, row.offset) == (name, offset)
 
     def _records(self, segment: OpenSegment, end: int) -> Iterator[Record]:
-        """The records up to the catalog's end, bodies unread; dead ones that are damaged are passed over."""
+        """The records up to the catalog's end, bodies unread. What is damaged and does not count is passed over."""
         offset, previous = 0, ""
         while offset < end:
             try:
                 record = read_record(segment.fd, offset, segment.size_bytes, file=segment.file)
             except CorruptionError:
-                prologue = read_prologue(segment.fd, offset, segment.size_bytes, file=segment.file)
-                name = segment.file.removeprefix("segments/")
-                if prologue.kind != Kind.UNIT or self._counts(name, prologue.number, offset):
-                    raise
-                offset, previous = offset + prologue.length, ""
+                offset, previous = self._behind_damage(segment, offset, end), ""
                 continue
             if previous and record.meta.get("previous") != previous:
                 raise CorruptionError(
@@ -213,3 +220,30 @@ class _Rewrite:
                 )
             yield record
             offset, previous = record.end, record.footer_hash.hex()
+
+    def _behind_damage(self, segment: OpenSegment, offset: int, end: int) -> int:
+        """Where to go on. Raises CorruptionError where a unit that counts is damaged.
+
+        One whose prologue is damaged too is missed by `look_through`, which counts.
+        """
+        name = segment.file.removeprefix("segments/")
+        try:
+            prologue = read_prologue(segment.fd, offset, segment.size_bytes, file=segment.file)
+        except CorruptionError:
+            following = next_record(segment, offset + ALIGNMENT_BYTES)
+            behind = end if following is None else min(following, end)
+            self._holes += 1
+        else:
+            behind = offset + prologue.length
+            if prologue.kind not in set(Kind):
+                raise CorruptionError(
+                    f"{segment.file}: kind {prologue.kind} cannot be carried over", file=segment.file
+                )
+            if prologue.kind != Kind.UNIT:
+                self._holes += 1
+            elif self._counts(name, prologue.number, offset):
+                raise CorruptionError(
+                    f"{segment.file}: unit {prologue.number} is damaged: run memdb repair", file=segment.file
+                )
+        logger.warning("%s: bytes %d to %d are damaged, and are left out", segment.file, offset, behind)
+        return behind

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from memdb.applying import EVENTS, FORGET, REWRITE, STREAM, meta_names, role_of, unit_row
+from memdb.applying import EVENTS, FORGET, REWRITE, STREAM, TOMBSTONES_MAX, meta_names, role_of, unit_row
 from memdb.one_bit import corrected_header
 from memdb.records import (
     ALIGNMENT_BYTES,
@@ -169,13 +169,13 @@ def _hole(segment: OpenSegment, offset: int, what: str) -> Hole:
     try:
         prologue = read_prologue(segment.fd, offset, segment.size_bytes, file=segment.file)
     except CorruptionError:
-        following = _search(segment, offset + ALIGNMENT_BYTES)
+        following = next_record(segment, offset + ALIGNMENT_BYTES)
         return Hole(offset, segment.size_bytes if following is None else following, what)
     unit = prologue.number if prologue.kind == Kind.UNIT else None
     return Hole(offset, offset + prologue.length, what, unit)
 
 
-def _search(segment: OpenSegment, start: int) -> int | None:
+def next_record(segment: OpenSegment, start: int) -> int | None:
     """Where the next record begins. Sectors that cannot be read are passed over."""
     try:
         return next_prologue(segment, start, segment.size_bytes)
@@ -221,4 +221,9 @@ def _add_record(contents: SegmentContents, rows: array[int], record: Record, who
             meta_int(record, key)
         for key in texts:
             meta_str(record, key)
+        if (
+            record.kind is Kind.TOMBSTONE
+            and not 0 <= meta_int(record, "first") <= record.number < TOMBSTONES_MAX
+        ):
+            raise ValueError("it stands for tombstones that cannot be")
         contents.events.append(record)

@@ -79,6 +79,7 @@ _TYPES: dict[str, dict[str, tuple[type, ...]]] = {
         "end_ns": (int,),
         "below_unit": (int,),
         "at_ns": (int,),
+        "first": (int,),  # it stands in the place of all from this number to its own
     },
     # Files that wait for their removal.
     "replaced": {"recording": (str,), "sequence": (int,), "name": (str,)},

@@ -27,10 +27,11 @@ from memdb.contents import encode_unit
 from memdb.database import CATALOG
 from memdb.derived import index
 from memdb.digest import check_digest, digests_of
+from memdb.events import known_events
 from memdb.files import File, sync_folder, unlink
 from memdb.files import replace as rename
 from memdb.locks import FileLock, rewrite_lock, writer_lock
-from memdb.records import Buffer, Kind, Record, encode, read_record
+from memdb.records import Buffer, Kind, Record, encode, meta_int, read_record
 from memdb.roll_forward import lost_recording, roll_forward
 from memdb.room import RESERVE_BYTES, refused, require
 from memdb.schemas.errors import CorruptionError, ModelMismatch, StoreError, UsageError
@@ -131,7 +132,7 @@ class _Export:
         }
         self._record(Kind.HEADER, 0, meta)
         for kind, events in self._events().items():
-            for number, event in enumerate(events):
+            for number, event in events:
                 self._record(kind, number, event)
         for unit_row in self._store.catalog.units(row.id, 0, row.units):
             unit, unit_row = self._unit(unit_row)
@@ -141,17 +142,21 @@ class _Export:
         self._record(Kind.SEAL, row.units, _seal(row.units, row.kv_from_unit, EXPORT))
         return self._end_bytes
 
-    def _events(self) -> dict[Kind, list[dict[str, object]]]:
+    def _events(self) -> dict[Kind, list[tuple[int, dict[str, object]]]]:
         """Gaps, epochs, ends and tombstones as records hold them. Those that came since are left out."""
-        row, database = self._row, self._store.catalog.database
-        found: dict[Kind, list[dict[str, object]]] = {}
+        row = self._row
+        found: dict[Kind, list[tuple[int, dict[str, object]]]] = {kind: [] for kind in EVENTS}
         with self._store.snapshot():
-            for kind, (table, integers, texts) in EVENTS.items():
-                rows = database.select(table, "WHERE recording = ? ORDER BY number", (row.id,))
-                found[kind] = [dict(zip((*integers, *texts), values[2:], strict=True)) for values in rows]
+            events = known_events(self._store.catalog, row.id)
         known = {Kind.GAP: len(row.gaps), Kind.EPOCH: len(row.epochs), Kind.TOMBSTONE: len(row.tombstones)}
-        found[Kind.END] = [event for event in found[Kind.END] if _at_most(event["units"], row.units)]
-        return {kind: events[: known.get(kind)] for kind, events in found.items()}
+        for event in events:
+            _, integers, texts = EVENTS[event.kind]
+            if event.kind is Kind.END and meta_int(event, "units") > row.units:
+                continue
+            if event.number < known.get(event.kind, event.number + 1):
+                meta = {name: event.meta[name] for name in (*integers, *texts)}
+                found[event.kind].append((event.number, meta))
+        return found
 
     def _unit(self, row: UnitRow) -> tuple[Unit, UnitRow]:
         """A unit, verified, where it is now: a compaction may have moved it since its row was read."""
@@ -174,10 +179,6 @@ class _Export:
     def _write(self, buffers: list[Buffer], record: Record) -> None:
         self._end_bytes = self._file.write(buffers, self._end_bytes)
         self._footer_hash = record.footer_hash
-
-
-def _at_most(units: object, most: int) -> bool:
-    return isinstance(units, int) and units <= most
 
 
 def _encoded(

@@ -18,7 +18,7 @@ from typing import Self
 import numpy as np
 
 from memdb import codecs
-from memdb.applying import EVENTS, meta_names, role_of, spec_of, unit_row
+from memdb.applying import EVENTS, TOMBSTONES_MAX, meta_names, role_of, spec_of, unit_row
 from memdb.codecs.layout import affine_layout, plain_layout
 from memdb.codecs.planes import element_bytes
 from memdb.contents import check_unit, stored_element_bytes, unit_from
@@ -110,11 +110,12 @@ class TransferFile:
                 raise self._wrong(f"the record at byte {record.offset} does not follow the one before it")
             self.read_bytes, self._footer_hash = record.end, record.footer_hash
             if record.kind in EVENTS:
-                if record.number != counts[record.kind]:
+                first = record.number if record.kind is not Kind.TOMBSTONE else meta_int(record, "first")
+                if first != counts[record.kind] or not first <= record.number < TOMBSTONES_MAX:
                     raise self._wrong(
                         f"the {record.kind.name.lower()} at byte {record.offset} is out of order"
                     )
-                counts[record.kind] += 1
+                counts[record.kind] = record.number + 1
                 bounds += _units_of(record)
                 yield self._event(record)
             elif record.kind is Kind.UNIT:

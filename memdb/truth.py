@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memdb.applying import EVENTS, FORGET, IMPORT, STREAM, spec_of
+from memdb.events import EventKey, wider, without_joined
 from memdb.records import Kind, Record, meta_int
 from memdb.salvage import FOUND_DTYPE, SegmentContents
 from memdb.schemas.errors import CorruptionError
@@ -27,7 +28,6 @@ from memdb.schemas.units import Table
 
 NOWHERE = -1
 _NO_LIMIT = (1 << 63) - 1
-EventKey = tuple[Kind, int]
 
 
 @dataclass
@@ -114,13 +114,25 @@ class Truth:
         for file in (*self.spare, *streams, *sealed):
             for event in file.events:
                 if event.meta.get("whole") is not True:
-                    found[event.kind, event.number] = event
+                    key = event.kind, event.number
+                    found[key] = wider(found.get(key), event)
+        return without_joined(found)
+
+    @cached_property
+    def standing_events(self) -> dict[EventKey, Record]:
+        """The events that stand in files that count."""
+        found: dict[EventKey, Record] = {}
+        for file in self.standing:
+            for event in file.events:
+                key = event.kind, event.number
+                found[key] = wider(found.get(key), event)
         return found
 
     @cached_property
-    def standing_events(self) -> set[EventKey]:
-        """The events that stand in files that count."""
-        return {(event.kind, event.number) for file in self.standing for event in file.events}
+    def joined(self) -> set[int]:
+        """The numbers of tombstones in whose place another one stands."""
+        stones = [event for key, event in self.events.items() if key[0] is Kind.TOMBSTONE]
+        return {number for stone in stones for number in range(meta_int(stone, "first"), stone.number)}
 
     def event_count(self, kind: Kind) -> int:
         return 1 + max((number for found, number in self.events if found is kind), default=-1)
@@ -129,7 +141,7 @@ class Truth:
     def tombstones(self) -> list[Tombstone]:
         keys = EVENTS[Kind.TOMBSTONE][1]
         stones = sorted(key for key in self.events if key[0] is Kind.TOMBSTONE)
-        return [Tombstone(key[1], *(meta_int(self.events[key], name) for name in keys)) for key in stones]
+        return [Tombstone(key[1], *(meta_int(self.events[key], name) for name in keys[:4])) for key in stones]
 
     # Units
 

@@ -13,8 +13,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from memdb.applying import STREAM, SegmentRow, role_of
-from memdb.database import CATALOG
+from memdb.applying import STREAM, SegmentRow, event_values, role_of
+from memdb.database import CATALOG, Value
+from memdb.events import EventKey, without_joined
 from memdb.folder import FILES, FOLDERS
 from memdb.records import Kind, Record
 from memdb.schemas.errors import CodecError, CorruptionError, UnknownRecording
@@ -170,15 +171,16 @@ class _Verification:
 
     def _events(self, recording: RecordingRow, events: Events) -> None:
         """Gaps, epochs and tombstones of the segments against those of the catalog."""
-        known: Events = {}
+        known: dict[EventKey, tuple[Value, ...]] = {}
         for number, gap in enumerate(recording.gaps):
             known[Kind.GAP, number] = (gap.start_ns, gap.end_ns, gap.reason)
         for number, epoch in enumerate(recording.epochs):
             known[Kind.EPOCH, number] = (epoch.number, epoch.first_unit, epoch.reason)
-        for stone in recording.tombstones:
-            values = (stone.start_ns, stone.end_ns, stone.below_unit, stone.at_ns)
-            known[Kind.TOMBSTONE, stone.number] = values
-        if known != {key: values for key, values in events.items() if key[0] is not Kind.END}:
+        for first, stone in enumerate(recording.tombstones):
+            values = (stone.start_ns, stone.end_ns, stone.below_unit, stone.at_ns, first)
+            known.setdefault((Kind.TOMBSTONE, stone.number), values)
+        found = {key: event_values("", event)[2:] for key, event in without_joined(events).items()}
+        if known != {key: values for key, values in found.items() if key[0] is not Kind.END}:
             self.add(CATALOG, "gaps, epochs or tombstones differ from those in the segments", recording)
 
     def strangers(self) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import fields
 
-from memdb.applying import EVENTS, revision_of, unit_row
+from memdb.applying import EVENTS, event_values, revision_of, unit_row
 from memdb.catalog import Catalog
 from memdb.contents import digests_from, stored_element_bytes
 from memdb.database import CATALOG
 from memdb.digest import check_digest
-from memdb.records import Kind, Record, meta_int, meta_str, read_body, read_prologue, read_record
+from memdb.events import EventKey, wider
+from memdb.records import Kind, Record, meta_str, read_body, read_prologue, read_record
 from memdb.roll_forward import check_format
 from memdb.schemas.errors import CorruptionError
 from memdb.schemas.rows import RecordingRow, UnitRow
@@ -18,8 +19,7 @@ from memdb.segments import OpenSegment, next_prologue
 
 # Takes a file, what is wrong in it, the recording, and the unit that is touched, if one is.
 Report = Callable[[str, str, RecordingRow, UnitRow | None], None]
-# Kind and number of an event to its values: an event that was carried over stands in two files, and once here.
-Events = dict[tuple[Kind, int], tuple[int | str, ...]]
+Events = dict[EventKey, Record]  # one that was carried over stands in two files, and once here
 
 
 class SegmentCheck:
@@ -76,9 +76,9 @@ class SegmentCheck:
             if (meta_str(record, "recording_id"), meta_str(record, "store_id")) != expected:
                 raise CorruptionError("its header is of another recording or store")
         elif record.kind in EVENTS:
-            _, integers, texts = EVENTS[record.kind]
-            values = [meta_int(record, name) for name in integers]
-            events[record.kind, record.number] = (*values, *(meta_str(record, name) for name in texts))
+            event_values("", record)  # raises where it is none
+            key = record.kind, record.number
+            events[key] = wider(events.get(key), record)
 
     def _check_unit(self, record: Record, body: bytes) -> None:
         row = self._units.get(record.offset)

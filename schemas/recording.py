@@ -30,7 +30,10 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Tombstone:
-    """A span that was forgotten: whatever of the units below `below_unit` overlaps it is gone, in all tiers."""
+    """A span that was forgotten: whatever of the units below `below_unit` overlaps it is gone, in all tiers.
+
+    Compaction joins those that follow each other: the last then stands in the place of each of them.
+    """
 
     number: int  # 0-based in the recording
     start_ns: int
