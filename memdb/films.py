@@ -7,15 +7,12 @@ import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from memdb.h264 import Canvas, add_stream, check_film, write_frames, yuv
 from memdb.schemas.errors import BudgetError
-
-Bytes = npt.NDArray[np.uint8]
 
 SHAPES = ("circle", "square", "triangle", "star")
 COLOURS = {
@@ -82,12 +79,11 @@ def render_film(
     `height`, upright. `created_at` (ISO 8601) becomes the container's creation time. Raises BudgetError for
     lengths, rates and sizes that no film has.
     """
-    if not (0 < seconds <= 86_400 and 1 <= fps <= 240 and scene_s >= 0.1 and keyframe_s > 0):
-        raise BudgetError(
-            "a film takes up to a day, at 1 to 240 frames a second, in scenes of 0.1 s and more"
-        )
-    if not all(side % 2 == 0 and 32 <= side <= 4096 for side in (width, height)) or rotate % 90:
-        raise BudgetError("a film is 32 to 4096 pixels wide and high, in even numbers, turned by quarters")
+    check_film(seconds, fps, width, height)
+    if not (scene_s >= 0.1 and keyframe_s > 0):
+        raise BudgetError("scenes of a film take 0.1 s and more, and key frames come after more than 0 s")
+    if rotate % 90:
+        raise BudgetError(f"a film cannot be turned by {rotate} degrees: turn it by quarters, such as 90")
     import av
 
     scenes = plan_scenes(seconds, scene_s=scene_s, seed=seed)
@@ -96,57 +92,12 @@ def render_film(
         if created_at is not None:
             container.metadata["creation_time"] = created_at
         stored = (height, width) if quarters % 2 else (width, height)
-        stream = _h264_stream(container, stored, fps, keyframe_s)
+        stream = add_stream(container, stored, fps, keyframe_s)
         if quarters:
             stream.set_display_rotation(90 * quarters)
-        for number, canvas in enumerate(_canvases(scenes, seconds, fps, width, height, seed)):
-            frame = av.VideoFrame.from_ndarray(canvas.turned(-quarters), format="yuv420p")
-            frame.pts, frame.time_base = number, Fraction(1, fps)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+        canvases = _canvases(scenes, seconds, fps, width, height, seed)
+        write_frames(container, stream, (canvas.turned(-quarters) for canvas in canvases), fps)
     return scenes
-
-
-def _h264_stream(container: Any, size: tuple[int, int], fps: int, keyframe_s: float) -> Any:
-    options = {
-        "preset": "superfast",
-        "crf": "20",
-        "g": str(max(1, round(keyframe_s * fps))),
-        "sc_threshold": "0",
-    }
-    stream = container.add_stream("libx264", rate=fps, options=options)
-    stream.width, stream.height = size
-    stream.pix_fmt = "yuv420p"
-    return stream
-
-
-class Canvas:
-    """A picture as the planes that H.264 stores: drawing there saves turning each frame from RGB."""
-
-    def __init__(self, planes: tuple[Bytes, Bytes, Bytes]) -> None:
-        self.planes = planes  # Y (height, width), U and V (height / 2, width / 2)
-
-    @classmethod
-    def filled(cls, width: int, height: int, colour: tuple[int, int, int]) -> Canvas:
-        y, u, v = _yuv(colour)
-        half = (height // 2, width // 2)
-        return cls((_full((height, width), y), _full(half, u), _full(half, v)))
-
-    def paste(self, patch: Canvas, x: int, y: int) -> None:
-        """Lay `patch` at even `x`, `y`."""
-        for plane, piece, step in zip(self.planes, patch.planes, (1, 2, 2), strict=True):
-            rows, columns = piece.shape
-            plane[y // step : y // step + rows, x // step : x // step + columns] = piece
-
-    def copy(self) -> Canvas:
-        y, u, v = self.planes
-        return Canvas((y.copy(), u.copy(), v.copy()))
-
-    def turned(self, quarters: int) -> Bytes:
-        """The planes one below the other, turned counter-clockwise: (height * 3 / 2, width) for PyAV."""
-        planes = [np.rot90(plane, quarters) for plane in self.planes]
-        width = planes[0].shape[1]
-        return np.concatenate([plane.reshape(-1, width) for plane in planes])
 
 
 def _canvases(
@@ -185,7 +136,7 @@ def _drawn(scene: Scene, side: int) -> Canvas:
     cover = _coverage(scene.shape, side)  # (side, side), 0 to 1
     quarter = cover.reshape(side // 2, 2, side // 2, 2).mean((1, 3))
     covers = (cover, quarter, quarter)
-    colours = zip(_yuv(COLOURS[scene.colour]), _yuv(COLOURS[scene.background]), strict=True)
+    colours = zip(yuv(COLOURS[scene.colour]), yuv(COLOURS[scene.background]), strict=True)
     y, u, v = (
         np.rint(back + (front - back) * part).astype(np.uint8)
         for part, (front, back) in zip(covers, colours, strict=True)
@@ -217,16 +168,3 @@ def _coverage(shape: str, side: int) -> npt.NDArray[np.float64]:
     fine: npt.NDArray[np.float64] = np.asarray(mask, np.float64) / 255
     cover: npt.NDArray[np.float64] = fine.reshape(side, _SUPERSAMPLING, side, _SUPERSAMPLING).mean((1, 3))
     return cover
-
-
-def _yuv(colour: tuple[int, int, int]) -> tuple[int, int, int]:
-    """RGB to the limited range of BT.601, as decoders assume it for films that do not say."""
-    r, g, b = (channel / 255 for channel in colour)
-    y = 16 + 65.481 * r + 128.553 * g + 24.966 * b
-    u = 128 - 37.797 * r - 74.203 * g + 112.0 * b
-    v = 128 + 112.0 * r - 93.786 * g - 18.214 * b
-    return round(y), round(u), round(v)
-
-
-def _full(shape: tuple[int, int], value: int) -> Bytes:
-    return np.full(shape, value, np.uint8)
