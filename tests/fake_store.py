@@ -101,8 +101,18 @@ class FakeStore:
 
     def recording_by_id(self, recording_id: str) -> Any:
         """As much of its row as the key tables ask for."""
-        tombstones = tuple(self.tombstones.get(recording_id, ()))
-        return SimpleNamespace(id=recording_id, tombstones=tombstones, generation=0, kv_from_unit=0)
+        keys = next(
+            (keys for place, keys in self.keys.items() if place[0] == recording_id), np.zeros((0, 0, 0))
+        )
+        shape = SimpleNamespace(layers=keys.shape[0], kv_heads=1, head_size=keys.shape[2])
+        return SimpleNamespace(
+            id=recording_id,
+            units=len(self.rows_of(recording_id)),
+            tombstones=tuple(self.tombstones.get(recording_id, ())),
+            generation=0,
+            kv_from_unit=0,
+            spec=SimpleNamespace(model=SimpleNamespace(shape=shape)),
+        )
 
     def forget(self, recording_id: str, first: int, last: int) -> None:
         """The captions of units `first` to `last`: the units stay, as husks."""

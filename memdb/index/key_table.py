@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections import OrderedDict
+from contextlib import suppress
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from memdb.index.forgotten import forgotten_rows
+from memdb.index.page_sizes import KeySizes, check_keys, check_vector
 from memdb.index.pages import (
     PAGE_BLOCK_DTYPE,
     PAGE_CAPTION_DTYPE,
@@ -23,7 +25,7 @@ from memdb.index.pages import (
     page_path,
     scan_pages,
 )
-from memdb.schemas.errors import CorruptionError
+from memdb.schemas.errors import CorruptionError, UsageError
 from memdb.schemas.units import Table
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from memdb.store import Store
 
 CACHE_BYTES_MAX = 1 << 30
+_CAPTIONS_TRIED = 16
 
 _log = logging.getLogger(__name__)
 
@@ -66,6 +69,7 @@ class KeyTable:
         self._tail_keys: dict[int, npt.NDArray[np.float16]] = {}  # unit -> (L, blocks, H*D)
         self._lost: dict[int, set[int]] = {}  # unit -> layers whose keys no file holds whole any more
         self._layers: OrderedDict[int, npt.NDArray[np.float16]] = OrderedDict()
+        self._vector_size = 0  # E, 0 while it is not known
         self._vectors: npt.NDArray[np.float32] | None = None
         self._vectors_of: npt.NDArray[np.int64] | None = None  # see _vector_rows
         self.refresh()
@@ -77,7 +81,8 @@ class KeyTable:
     def refresh(self) -> bool:
         """See units and pages that were committed since. True where there are new rows."""
         before = len(self.blocks), len(self.captions)
-        generation = self._store.recording_by_id(self.recording_id).generation
+        row = self._store.recording_by_id(self.recording_id)
+        self._sizes, generation = KeySizes.of(row.spec.model.shape), row.generation
         if generation != self.generation:
             self._start_over(generation)
         self._refresh_pages()
@@ -105,8 +110,11 @@ class KeyTable:
         if self._fd < 0:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             end = 0
-        scan = scan_pages(self._fd, self.recording_id, offset=end, next_unit=self._last_paged_unit + 1)
-        self._pages += scan.pages
+        before = self._pages[-1] if self._pages else None
+        scan = scan_pages(self._fd, self.recording_id, sizes=self._sizes, offset=end, before=before)
+        # Asked after the pages were scanned: one beyond that belongs to a later moment than this look at the store.
+        units = self._store.recording_by_id(self.recording_id).units
+        self._pages += [page for page in scan.pages if page.header.last_unit < units]
         if scan.problem and scan.problem not in self.problems:
             self._report(scan.problem)
 
@@ -259,9 +267,10 @@ class KeyTable:
             self.recording_id, first=page.header.first_unit, last=page.header.last_unit
         ):
             keys = self._segment_keys(row)
-            if keys is not None:
-                own = page.blocks["unit"] == row.number
-                out[own] = keys[layer][page.blocks["block"][own]]
+            own = page.blocks["unit"] == row.number
+            places = page.blocks["block"][own]
+            if keys is not None and len(places) and int(places.max()) < keys.shape[1]:
+                out[own] = keys[layer][places]
                 missing.discard(row.number)
         for number in missing:
             self._lost.setdefault(number, set()).add(layer)
@@ -272,6 +281,7 @@ class KeyTable:
             return self._tail_keys[row.number]
         try:
             keys: npt.NDArray[np.float16] | None = self._store.read_keys(row)
+            check_keys(row, keys, self._sizes)
         except CorruptionError as error:
             self._report(
                 PageProblem(error.file, str(error), row.number, row.number, row.start_ns, row.end_ns)
@@ -306,38 +316,44 @@ class KeyTable:
         """(captions, E): the vectors of `captions`, verified; zero where pages and segments are damaged."""
         if self._vectors is not None and len(self._vectors) == len(self.captions):
             return self._vectors
-        parts: list[npt.NDArray[np.float32]] = []
+        size = self._vector_size = self._vector_size or self._true_vector_size()
+        vectors = np.zeros((len(self.captions), size), np.float32)
+        first = 0
         for page in self._pages:
-            out = np.empty((page.header.captions, page.header.vector_size), np.float32)
-            if not len(out):
+            out = vectors[first : first + page.header.captions]
+            first += len(out)
+            if not len(out) or (page.header.vector_size == size and page.read_vectors(self._fd, out)):
                 continue
-            if not page.read_vectors(self._fd, out):
-                self._report(
-                    page.problem(f"the caption vectors of the page at byte {page.offset} are damaged")
-                )
-                rows = self._store.units(
-                    self.recording_id, first=page.header.first_unit, last=page.header.last_unit
-                )
-                known = {row.number: row for row in rows if row.has_caption}
-                for at, number in enumerate(page.captions["unit"].tolist()):
-                    out[at] = self._segment_vector(known.get(number), out.shape[1])
-            parts.append(out)
-        size = parts[0].shape[1] if parts else 0
-        for row in self._tail:
-            if row.has_caption:
-                vector = self._segment_vector(row, size)
-                size = size or len(vector)
-                parts.append(vector[None])
-        vectors = np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
+            self._report(page.problem(f"the caption vectors of the page at byte {page.offset} are damaged"))
+            rows = self._store.units(
+                self.recording_id, first=page.header.first_unit, last=page.header.last_unit
+            )
+            known = {row.number: row for row in rows if row.has_caption}
+            for at, number in enumerate(page.captions["unit"].tolist()):
+                out[at] = self._segment_vector(known.get(number), size)
+        for at, row in enumerate((row for row in self._tail if row.has_caption), first):
+            vectors[at] = self._segment_vector(row, size)
         vectors[self.captions_gone] = 0
         vectors.flags.writeable = False
         self._vectors, self._vectors_of = vectors, self._vector_rows()
         return vectors
 
+    def _true_vector_size(self) -> int:
+        """E, as the first caption has it that a segment gives; 0 without captions."""
+        pages = [int(page.captions["unit"][0]) for page in self._pages if len(page.captions)]
+        for number in [*pages, *(row.number for row in self._tail if row.has_caption)][:_CAPTIONS_TRIED]:
+            with suppress(CorruptionError, UsageError):
+                row = self._store.unit(self.recording_id, number)
+                if row.has_caption:
+                    return len(self._store.read_caption(row).vector)
+        return next((page.header.vector_size for page in self._pages if page.header.captions), 0)
+
     def _segment_vector(self, row: UnitRow | None, size: int) -> npt.NDArray[np.float32]:
         if row is not None:
             try:
-                return np.asarray(self._store.read_caption(row).vector, np.float32)
+                vector = np.asarray(self._store.read_caption(row).vector, np.float32)
+                check_vector(row, vector, size)
+                return vector
             except CorruptionError as error:
                 self._report(
                     PageProblem(error.file, str(error), row.number, row.number, row.start_ns, row.end_ns)

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memdb.files import File, make_folder
+from memdb.index.page_sizes import KeySizes, check_keys
 from memdb.index.pages import (
     HEADER_BYTES,
     PAGE_BLOCKS,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from memdb.store import Store
 
 _log = logging.getLogger(__name__)
+_OTHER_VECTOR = "pages of %s end early: unit %d has a vector of another size"
 _PAGE_UNITS_MAX = 4096  # of units without keys or captions, which fill no page
 
 
@@ -48,12 +50,21 @@ class PageWriter:
     """
 
     def __init__(
-        self, path: Path, recording_id: str, *, thorough: bool = False, reserve_bytes: int = RESERVE_BYTES
+        self,
+        path: Path,
+        recording_id: str,
+        *,
+        thorough: bool = False,
+        reserve_bytes: int = RESERVE_BYTES,
+        sizes: KeySizes | None = None,
+        unit_count: int | None = None,
     ) -> None:
+        """`sizes` and `unit_count` are those of the recording: pages that do not fit them are cut off, too."""
         make_folder(path.parent)
         self.recording_id = recording_id
         self.dropped: PageProblem | None = None
         self._reserve_bytes = reserve_bytes
+        self._sizes, self._unit_count = sizes, unit_count
         self._file = File(path, new=False)
         try:
             self._lock(path)
@@ -69,14 +80,21 @@ class PageWriter:
             raise LockedError(f"another process writes {path}: try again when it is done") from None
 
     def _open(self, path: Path, thorough: bool) -> None:
-        scan = scan_pages(self._file.fd, self.recording_id)
+        scan = scan_pages(self._file.fd, self.recording_id, sizes=self._sizes)
         pages, self._end, self.dropped = scan.pages, scan.end, scan.problem
+        for index, page in enumerate(pages):
+            if self._unit_count is not None and page.header.last_unit >= self._unit_count:
+                problem = page.problem(f"the page at byte {page.offset} holds units that are not there")
+                pages, self._end, self.dropped = pages[:index], page.offset, problem
+                break
         if thorough:
             for index, page in enumerate(pages):
                 if found := damage(self._file.fd, page):
                     pages, self._end, self.dropped = pages[:index], page.offset, found[0]
                     break
         self.last_unit = pages[-1].header.last_unit if pages else -1
+        sized = [page.header.vector_size for page in pages if page.header.captions]
+        self.vector_size = sized[0] if sized else None
         if self.dropped:
             _log.warning(
                 "%s: %s; it is written anew from unit %d on", path, self.dropped.what, self.last_unit + 1
@@ -153,7 +171,14 @@ def index_recording(store: Store, recording_id: str, *, flush: bool = False, tho
     there, as does a disk without room: from that unit on, searches read the segments.
     """
     try:
-        with PageWriter(page_path(store, recording_id), recording_id, thorough=thorough) as writer:
+        row = store.recording_by_id(recording_id)
+        with PageWriter(
+            page_path(store, recording_id, row.generation),
+            recording_id,
+            thorough=thorough,
+            sizes=KeySizes.of(row.spec.model.shape),
+            unit_count=row.units,
+        ) as writer:
             rows = store.units(recording_id, first=writer.last_unit + 1)
             return write_pages(writer, (page_unit(store, row) for row in rows), flush=flush)
     except LockedError:
@@ -172,6 +197,12 @@ def write_pages(writer: PageWriter, units: Iterator[PageUnit], *, flush: bool) -
         except CorruptionError as error:
             _log.warning("pages of %s end early: %s", writer.recording_id, error)
             unit = None
+        if unit is not None and unit.vector is not None:
+            if writer.vector_size not in (None, len(unit.vector)):
+                _log.warning(_OTHER_VECTOR, writer.recording_id, unit.number)
+                unit = None
+            else:
+                writer.vector_size = len(unit.vector)
         if unit is None:
             return written + (writer.append(waiting) if flush else 0)
         waiting.append(unit)
@@ -184,10 +215,11 @@ def write_pages(writer: PageWriter, units: Iterator[PageUnit], *, flush: bool) -
 def page_unit(store: Store, row: UnitRow) -> PageUnit:
     """What the pages keep of a unit, read from its segment. Raises CorruptionError."""
     keys = store.read_keys(row) if len(row.blocks) else None
+    sizes = KeySizes.of(store.recording_by_id(row.recording_id).spec.model.shape)
+    check_keys(row, keys, sizes)
     if keys is None and len(row.blocks):
         # Nothing of its KV is left. Its rows stay in the page, held by no layer: rows are found by their number.
-        shape = store.recording_by_id(row.recording_id).spec.model.shape
-        keys = np.zeros((shape.layers, len(row.blocks), shape.kv_heads * shape.head_size), np.float16)
+        keys = np.zeros((sizes.layers, len(row.blocks), sizes.key_size), np.float16)
     layers = keys.shape[0] if keys is not None else 0
     vector = np.asarray(store.read_caption(row).vector, np.float32) if row.has_caption else None
     return PageUnit(

@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 import os
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
+from memdb.index.page_sizes import KeySizes, are_its_own, can_be
 from memdb.schemas.units import SLICE_DTYPE, Table
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ PAGE_BLOCK_DTYPE = np.dtype(
     ]
 )
 PAGE_CAPTION_DTYPE = np.dtype([("unit", "<u8"), ("tokens", "<u4"), ("start_ns", "<i8"), ("end_ns", "<i8")])
+
 
 _log = logging.getLogger(__name__)
 
@@ -236,31 +239,46 @@ def read_into(fd: int, out: npt.NDArray[np.generic], offset: int) -> bool:
     return True
 
 
-def scan_pages(fd: int, recording_id: str, *, offset: int = 0, next_unit: int = 0) -> Scan:
-    """Read headers and tables from `offset` on, where the page that begins with `next_unit` is expected."""
+def scan_pages(
+    fd: int, recording_id: str, *, sizes: KeySizes | None = None, offset: int = 0, before: Page | None = None
+) -> Scan:
+    """Read headers and tables from `offset` on, where the page that follows `before` is expected.
+
+    A checksum tells that a page is what was written, and not that it makes sense: what does not fit `sizes`, its
+    file or itself is refused before anything is allocated by it.
+    """
     pages: list[Page] = []
+    next_unit = before.header.last_unit + 1 if before is not None else 0
+    vector_size = before.header.vector_size if before is not None and before.header.captions else None
     file_bytes = os.fstat(fd).st_size
     while offset < file_bytes:
         raw = os.pread(fd, HEADER_BYTES, offset)
         if not any(raw):
             break  # being written, or its writer was killed: no damage
-        page = _read_page(fd, raw, offset, file_bytes)
+        page = _read_page(fd, raw, offset, file_bytes, sizes)
         if isinstance(page, str):
             return Scan(pages, offset, PageProblem(page_name(recording_id), page, next_unit))
         if page.header.recording_id != recording_id or page.header.first_unit != next_unit:
             what = f"the page at byte {offset} does not follow: it belongs elsewhere"
             return Scan(pages, offset, PageProblem(page_name(recording_id), what, next_unit))
+        if page.header.captions:
+            if vector_size not in (None, page.header.vector_size):
+                what = f"the page at byte {offset} holds vectors of another size than those before it"
+                return Scan(pages, offset, PageProblem(page_name(recording_id), what, next_unit))
+            vector_size = page.header.vector_size
         pages.append(page)
         offset, next_unit = page.end, page.header.last_unit + 1
     return Scan(pages, offset, None)
 
 
-def _read_page(fd: int, raw: bytes, offset: int, file_bytes: int) -> Page | str:
+def _read_page(fd: int, raw: bytes, offset: int, file_bytes: int, sizes: KeySizes | None) -> Page | str:
     header = PageHeader.unpack(raw)
     if header is None:
         return f"the page header at byte {offset} is damaged or cut off"
     if offset + header.page_bytes > file_bytes:
         return f"the page at byte {offset} is cut off"
+    if not can_be(header, sizes):
+        return f"the page at byte {offset} has sizes that no page of this recording has"
     tables = np.empty(header.tables_bytes, np.uint8)
     whole = read_into(fd, tables, offset + HEADER_BYTES)
     if not whole or checksum(tables) != header.tables_xxh3:
@@ -273,7 +291,7 @@ def _read_page(fd: int, raw: bytes, offset: int, file_bytes: int) -> Page | str:
     )
     block_rows, bits, caption_rows, rest = np.split(tables, np.cumsum(parts))
     holds = np.unpackbits(bits.reshape(layers, -(-blocks // 8)), axis=1, count=blocks).astype(bool)
-    return Page(
+    page = Page(
         offset,
         header,
         block_rows.view(PAGE_BLOCK_DTYPE),
@@ -281,17 +299,27 @@ def _read_page(fd: int, raw: bytes, offset: int, file_bytes: int) -> Page | str:
         caption_rows.view(PAGE_CAPTION_DTYPE),
         np.frombuffer(rest[: layers * 8].tobytes(), "<u8"),
     )
+    if not are_its_own(page):
+        return f"the tables of the page at byte {offset} speak of units that it does not have"
+    return page
 
 
-def verify_pages(path: Path) -> list[PageProblem]:
-    """Read every byte of a pages file and say what is wrong. An unfinished last page is not wrong."""
+def verify_pages(
+    path: Path, sizes: KeySizes | None = None, unit_count: Callable[[], int] | None = None
+) -> list[PageProblem]:
+    """Read every byte of a pages file and say what is wrong. An unfinished last page is not wrong.
+
+    `unit_count`: how many units its recording has, asked once the pages are read, for they grow with it.
+    """
     fd = os.open(path, os.O_RDONLY)
     try:
-        scan = scan_pages(fd, path.name[:32])
+        scan = scan_pages(fd, path.name[:32], sizes=sizes)
         problems = [problem for page in scan.pages for problem in damage(fd, page)]
     finally:
         os.close(fd)
     problems += [scan.problem] if scan.problem else []
+    if scan.pages and unit_count is not None and scan.pages[-1].header.last_unit >= unit_count():
+        problems.append(scan.pages[-1].problem("the last page holds units that its recording does not have"))
     return [replace(problem, file=f"{FOLDER}/{path.name}") for problem in problems]
 
 
@@ -310,7 +338,10 @@ def held_by(slices: Table, layers: int, blocks: int) -> npt.NDArray[np.bool_]:
     assert slices.dtype == SLICE_DTYPE
     holds = np.zeros((layers, blocks), bool)
     if layers:
-        holds[slices["layer"], slices["block"]] = True
+        held = slices[
+            (slices["layer"] < layers) & (slices["block"] < blocks)
+        ]  # a hostile unit may name others
+        holds[held["layer"], held["block"]] = True
     return holds
 
 

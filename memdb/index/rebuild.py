@@ -16,6 +16,7 @@ from memdb.applying import new_generation
 from memdb.catalog import Catalog
 from memdb.files import unlink
 from memdb.index.forgotten import forgotten_rows
+from memdb.index.page_sizes import KeySizes
 from memdb.index.page_writer import PageWriter, page_unit, write_pages
 from memdb.index.pages import Page, PageUnit, page_path, scan_pages
 from memdb.room import UPKEEP_RESERVE_BYTES
@@ -37,7 +38,7 @@ def is_due(store: Store, catalog: Catalog, row: RecordingRow) -> bool:
     except FileNotFoundError:
         return False
     try:
-        scan = scan_pages(fd, row.id)
+        scan = scan_pages(fd, row.id, sizes=KeySizes.of(row.spec.model.shape))
         size = os.fstat(fd).st_size
     finally:
         os.close(fd)
@@ -63,8 +64,10 @@ def _stale_rows(catalog: Catalog, page: Page, row: RecordingRow, sampled: int) -
     differing = looked_at = 0
     for number in np.unique(kept["unit"])[::sampled].tolist():
         own = kept[kept["unit"] == number]
-        now = catalog.unit(row.id, number).blocks["tokens"][own["block"]]
-        differing, looked_at = differing + int((now != own["tokens"]).sum()), looked_at + len(own)
+        now = catalog.unit(row.id, number).blocks["tokens"]
+        there = own[own["block"] < len(now)]
+        differing += len(own) - len(there) + int((now[there["block"]] != there["tokens"]).sum())
+        looked_at += len(own)
     return gone + (len(kept) * differing // looked_at if looked_at else 0)
 
 
