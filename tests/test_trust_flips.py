@@ -23,12 +23,6 @@ def test_damage_is_reported_or_without_effect(tmp_path: Path) -> None:
     assert sum(outcome.trials for outcome in outcomes) >= 60
 
 
-@pytest.mark.soak
-def test_damage_at_length(tmp_path: Path) -> None:
-    outcomes = run(1, 200, tmp_path)
-    assert all(outcome.ok for outcome in outcomes), [outcome.details for outcome in outcomes]
-
-
 @pytest.mark.parametrize("indexed", [False, True])
 def test_a_search_says_which_caption_it_could_not_read(tmp_path: Path, indexed: bool) -> None:
     """It was left out with a line in the log only."""
