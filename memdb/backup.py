@@ -17,11 +17,13 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from memdb import policy_seal
 from memdb.applying import SegmentRow
+from memdb.catalog import Catalog
 from memdb.database import CATALOG
 from memdb.derived import rebuild_derived
 from memdb.files import File, make_folder, replace, sync_folder, unlink
@@ -259,13 +261,28 @@ class _Backup:
                 unlink(path)
 
     def _policy(self) -> None:
-        try:
-            data = (self._store.path / POLICY).read_bytes()
-        except FileNotFoundError:
-            return
-        with File(self._copy / POLICY) as file:
-            file.write([data], 0)
-            file.sync("the policy of a backup")
+        """As it is by now: one that was set since the catalog was copied is admitted in the copy, too."""
+        for _ in range(_TRIES):
+            with suppress(FileNotFoundError):
+                unlink(self._copy / POLICY)
+                data = (self._store.path / POLICY).read_bytes()
+                with File(self._copy / POLICY) as file:
+                    file.write([data], 0)
+                    file.sync("the policy of a backup")
+            there, known = (
+                policy_seal.digest_of(self._copy),
+                policy_seal.admitted(self._store.catalog.database),
+            )
+            if not known:
+                return
+            if there in known:
+                catalog = Catalog(self._copy / CATALOG, write=True)
+                try:
+                    policy_seal.admit(catalog.database, [there])
+                    catalog.database.checkpoint()
+                finally:
+                    catalog.close()
+                return
 
     def _told(self, done_bytes: int) -> None:
         if self._progress is not None:

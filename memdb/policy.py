@@ -27,6 +27,9 @@ from pathlib import Path
 
 import xxhash
 
+from memdb import policy_seal
+from memdb.catalog import Catalog
+from memdb.database import CATALOG
 from memdb.files import write_whole
 from memdb.folder import POLICY
 from memdb.locks import FileLock
@@ -110,7 +113,7 @@ def read_toml(path: Path) -> Policy:
         if path.stat().st_size > _FILE_BYTES_MAX:
             raise UsageError(f"{path} is too long for a policy: a few lines are enough")
         return parse(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # no TOML, no text, or a number without end
         raise UsageError(f"cannot read the policy {path}: {error}") from None
 
 
@@ -223,8 +226,18 @@ def _quoted(names: tuple[str, ...]) -> str:
 def read_policy(store_path: Path) -> Policy:
     """The store's policy; where none was set, nothing ages and only the disk is the limit.
 
-    Raises CorruptionError where the file is damaged.
+    Raises CorruptionError where the file is damaged, gone, or not the one that was set last: then nobody knows
+    what was wanted, and nothing is aged or removed by it.
     """
+    policy = _read(store_path)
+    try:
+        policy_seal.check_seal(store_path)
+    except OSError as error:
+        raise CorruptionError(f"{POLICY} cannot be read: {error.strerror}", file=POLICY) from None
+    return policy
+
+
+def _read(store_path: Path) -> Policy:
     damaged = CorruptionError(
         f"{POLICY} is damaged: set it again with memdb policy --store {store_path} --set FILE.toml",
         file=POLICY,
@@ -246,18 +259,28 @@ def read_policy(store_path: Path) -> Policy:
 
 
 def write_policy(store_path: Path, policy: Policy) -> None:
-    """Put a policy in place, whole or not at all. Raises UsageError for one that makes no sense, StoreError."""
+    """Put a policy in place, whole or not at all; the catalog knows of it: see memdb/policy_seal.py.
+
+    Raises UsageError for one that makes no sense, StoreError.
+    """
     parse(policy.as_table())
+    data = _bytes_of(policy)
+    digest = xxhash.xxh3_128_hexdigest(data)
     with FileLock(store_path / "locks" / "policy.lock", wait=True):
+        catalog = Catalog(store_path / CATALOG, write=True)
         try:
+            policy_seal.admit_beside(catalog.database, store_path, digest)
             write_whole(
                 store_path / POLICY,
-                [_bytes_of(policy)],
+                [data],
                 sync="the store's policy",
                 sync_name="the name of the store's policy",
             )
+            policy_seal.admit(catalog.database, [digest])
         except OSError as error:
             raise refused(error, "cannot set the policy") from error
+        finally:
+            catalog.close()
 
 
 def _bytes_of(policy: Policy) -> bytes:

@@ -10,7 +10,7 @@ from memdb.verify import Problem
 
 
 def check_policy(store_path: Path) -> list[Problem]:
-    """A damaged policy is no loss of footage, but nothing ages by it and nothing is limited."""
+    """A policy that is damaged, gone or an older one is no loss of footage, but nothing ages as it was set."""
     try:
         read_policy(store_path)
     except CorruptionError as error:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
+from memdb import policy_seal
 from memdb.applying import EVENTS, RecordingState
 from memdb.database import CATALOG, Database, Value
 from memdb.records import Record, encode
@@ -85,6 +86,11 @@ class Remembered:
         """How many units were acknowledged at least."""
         state = self._state(recording_id)
         return state.units if state else 0
+
+    @property
+    def policies(self) -> list[str]:
+        """The digests of what policy.json may be, none where nobody knows."""
+        return str(self._meta(policy_seal.KEY) or "").split()
 
     def generation(self, recording_id: str) -> int:
         """Of the key pages, 0 where nobody knows."""

@@ -22,12 +22,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from memdb import policy_seal
 from memdb.applying import FORGET
 from memdb.catalog import Catalog
 from memdb.database import CATALOG
 from memdb.derived import drop_derived, next_generation, rebuild_derived
 from memdb.files import make_folder, unlink
-from memdb.folder import FILES, FOLDERS, TRUTH, has_segments
+from memdb.folder import FILES, FOLDERS, POLICY, TRUTH, has_segments
 from memdb.locks import FileLock, commit_lock, many_files, rewrite_lock, writer_lock
 from memdb.mend import Mender
 from memdb.network import check_locks_hold
@@ -95,6 +96,7 @@ class _Repair:
                 try:
                     known = self._settle(catalog, truths)
                     fill(catalog, self._segments, self._model(known), known, self._forgotten)
+                    self._take_policy(catalog)
                     check(catalog)
                     catalog.database.checkpoint()
                     rows = catalog.recordings()
@@ -259,6 +261,17 @@ class _Repair:
                 self.report.notes.append(f"{one.name} was made with another model, {one.spec.model.spec!r}")
         return models[chosen]
 
+    def _take_policy(self, catalog: Catalog) -> None:
+        """The policy counts that lies there: segments know of none."""
+        there, told = policy_seal.digest_of(self._folder), self._remembered.policies
+        policy_seal.admit(catalog.database, [there])
+        if there not in told and (told or there != policy_seal.NONE):
+            known = "is not the one that was set last" if told else "may be an older one, for nobody knows"
+            self.report.notes.append(
+                f"{POLICY} {'is not there, and' if there == policy_seal.NONE else 'was taken as it lies there:'} it "
+                f"{known}: look at it with memdb policy"
+            )
+
     # What is told
 
     def _warn_of_lost_files(self, truth: Truth) -> None:
@@ -309,6 +322,7 @@ def _every_lock(folder: Path, recording_ids: list[str]) -> Iterator[None]:
     """All locks of a store. Raises LockedError where anybody has one."""
     with ExitStack() as held:
         held.enter_context(FileLock(folder / "locks" / "names.lock", held_message=_busy("the store")))
+        held.enter_context(FileLock(folder / "locks" / "policy.lock", held_message=_busy("the policy")))
         for recording_id in recording_ids:
             for lock in (writer_lock, rewrite_lock, commit_lock):
                 what = "a recording" if lock is writer_lock else "a recording's upkeep"

@@ -34,8 +34,6 @@ from tools.trust.outcome import Outcome, table
 from tools.trust.pool import WORKERS, spread
 
 FLIPS_SHARE = 0.7  # of the trials of a class
-# Not tried, for nothing notices it: no other file knows which policy was set last.
-UNNOTICED = {("policy", "deleted"), ("policy", "an older version")}
 TRUTH = ("segments", "state", "policy")  # what no other file holds
 
 
@@ -77,8 +75,6 @@ class Campaign:
                     file = self._chance.choice(self._ground.files[kind])
                 path = self._copy("trial")
                 way = ways[number % len(ways)]
-                if (kind, way) in UNNOTICED:
-                    continue
                 damage = harm(self._ground, path, file, way, self._chance)
                 if damage is None:
                     continue

@@ -230,7 +230,8 @@ def _state(given: _Input) -> None:
     else:
         at = given.chance.randrange(1, len(fields))
         bits = 32 if at in (1, 2) else 63
-        fields[at] = given.chance.choice(NUMBERS) % (1 << bits)
+        number = given.chance.choice(NUMBERS) % (1 << bits)
+        fields[at] = number.to_bytes(16, "little") if isinstance(fields[at], bytes) else number
         name = mangled(name, given.chance) if given.chance.random() < 0.3 else name
         head = _HEAD.pack(*fields)
         file.write_bytes(head + name + _digest(head + name, payload) + payload)
