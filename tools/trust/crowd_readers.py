@@ -12,7 +12,7 @@ from memdb.client import Client
 from memdb.index.key_search import KeySearch
 from memdb.index.key_table import KeyTable
 from memdb.reader import SliceReader
-from memdb.schemas.errors import StoreError, UsageError
+from memdb.schemas.errors import StoreError, UnknownRecording
 from memdb.schemas.rows import RecordingRow
 from memdb.schemas.search import CaptionHits
 from memdb.schemas.units import Unit
@@ -129,7 +129,7 @@ class _Reader:
                 found = [(int(table.blocks[at]["unit"]), int(table.blocks[at]["block"])) for at in hits.rows]
                 problems = list(table.problems)
                 size = f"{len(table)} rows up to unit {int(table.blocks['unit'].max(initial=0))}"
-        except StoreError as error:
+        except (StoreError, UnknownRecording) as error:
             self._excuse("keys", key, before, error)
             return
         life = self._moments(before)[key]
@@ -167,7 +167,7 @@ class _Reader:
         key, number = drawn
         try:
             units = self._store.units(row.id, first=number, last=number + 3)
-        except StoreError as error:
+        except (StoreError, UnknownRecording) as error:
             self._excuse("slices", key, before, error)
             return
         wanted = [(unit, np.arange(len(unit.slices))) for unit in units if len(unit.slices)]
@@ -202,7 +202,7 @@ class _Reader:
             unit = self._store.unit(row.id, number)
             text = self._store.read_caption(unit).text if unit.has_caption else None
             picture = self._store.read_keyframe(unit)
-        except StoreError as error:
+        except (StoreError, UnknownRecording) as error:
             life = self._moments(before)[key]
             if not life.after.begun_spans[life.before.spans :]:  # a row of before a forgetting has no file
                 self._excuse("parts", key, before, error)
@@ -221,7 +221,7 @@ class _Reader:
             return
         try:
             digest = recording_digest(self._store, row.name)
-        except (StoreError, UsageError) as error:
+        except (StoreError, UnknownRecording) as error:
             self._excuse("digest", drawn[0], before, error)
             return
         moments = self._moments(before)
