@@ -1,0 +1,70 @@
+"""The marks that the issue set, beside what a run reached."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tools.answers.score import Line
+
+_POINT = 0.01
+
+
+@dataclass(frozen=True)
+class Mark:
+    what: str
+    reached: float  # in percent, points or milliseconds
+    wanted: float
+    least: bool  # whether `wanted` is a floor, not a ceiling
+
+    @property
+    def is_reached(self) -> bool:
+        return self.reached >= self.wanted if self.least else self.reached <= self.wanted
+
+    def __str__(self) -> str:
+        sign = "at least" if self.least else "at most"
+        verdict = "reached" if self.is_reached else "NOT reached"
+        return f"{self.what}: {self.reached:.1f}, {sign} {self.wanted:g} wanted: {verdict}"
+
+
+def marks(found: Sequence[Line], codec: str) -> list[Mark]:
+    """Those for which the rows that they compare were asked."""
+    by_row = {line.row: line for line in found if line.codec == codec}
+    both, kv, captions = (by_row.get(name) for name in ("both", "kv", "captions"))
+    result: list[Mark] = []
+
+    def add(what: str, reached: float | None, wanted: float, *, least: bool = True) -> None:
+        if reached is not None:
+            result.append(Mark(what, reached, wanted, least))
+
+    if both is not None:
+        add("both, macro average, %", _percent(both.macro), 90)
+        last, uniform = by_row.get("last4"), by_row.get("uniform")
+        add("both above the last four frames, past, points", _above(both.past, last and last.past), 40)
+        add("both above uniform sampling, macro, points", _above(both.macro, uniform and uniform.macro), 10)
+        add("absent said when absent, both, %", _percent(both.by_kind.get("absent")), 90)
+        add("called absent though it was there, both, %", _percent(both.called_absent), 5, least=False)
+        add("an answer, both, p50, ms", both.p50_ms, 400, least=False)
+        add("an answer, both, p95, ms", both.p95_ms, 800, least=False)
+    if kv is not None:
+        add("true span in the context, kv, %", _percent(kv.recall_kv), 90)
+    if kv is not None and captions is not None:
+        add(
+            "kv above captions on detail, points",
+            _above(kv.by_kind.get("detail"), captions.by_kind.get("detail")),
+            25,
+        )
+        add(
+            "captions above kv on gist, points",
+            _above(captions.by_kind.get("gist"), kv.by_kind.get("gist")),
+            0,
+        )
+    return result
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else share / _POINT
+
+
+def _above(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else (one - other) / _POINT
