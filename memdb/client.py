@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +16,9 @@ from memdb.schemas.answer import Answer, SearchHit
 from memdb.schemas.errors import (
     EncodingMismatch,
     MissingDependency,
+    ModelError,
     ModelMismatch,
+    RecipeError,
     SourceMismatch,
     UsageError,
 )
@@ -113,7 +115,8 @@ class Client:
         """Put a film, folder, address or iterator of frames into the store; go on where an earlier call ended.
 
         recording: its name, by default made from the source's. recipe: rekv, rlivs, hybrid, a TOML file or a
-        Recipe; profile, codec and settings (`STAGE.PARAM=VALUE`) change it. sample_fps: frames a second that
+        Recipe; profile, codec and settings (`STAGE.PARAM=VALUE`) change it; one that is named has the settings under
+        it that fit the model, where its memdb.json says so. sample_fps: frames a second that
         are looked at. fps: of folders and iterators without times. started_at: ISO 8601, the wall clock at
         media time 0. track: a video track by number, from 0 on, where the best is not meant. reconnect_s: how long a
         live source that was lost is tried again; 0 for not at all, inf for ever. seed: kept with the recording as
@@ -131,8 +134,8 @@ class Client:
         from memdb.query.stages import compose as compose_query
         from memdb.recipes import for_live
 
-        row = self._recipe(recipe, profile, codec, settings)
-        stages = compose(row)
+        row = self._recipe(recipe, profile, codec, settings)  # what was typed is checked before a model loads
+        compose(row)
         compose_query(row)
         slot_ns(sample_fps)
         given_ns = parse_wall_clock(started_at) if started_at is not None else None
@@ -142,12 +145,15 @@ class Client:
                 open_source(source, fps=fps, track=track, reconnect_s=reconnect_s) as opened,
                 Store.open(self.store.path, create=True, write=True) as store,
             ):
-                if opened.info.live:
-                    row = for_live(row)
-                    stages = compose(row)
                 name = check_name(recording if recording is not None else opened.info.name)
                 with self._lock:
                     model = self._loaded()
+                    fitted = _fitted(model)
+                    row = self._recipe(recipe, profile, codec, settings, fitted)
+                    if opened.info.live:
+                        row = for_live(row, fitted["hybrid"])
+                    stages = compose(row)
+                    compose_query(row)
                     vectors = self._vectors(stages.captioner.encoder) if row.keeps_captions else None
                 store.bind_model(model.identity)
                 known = next((found for found in store.recordings() if found.name == name), None)
@@ -256,13 +262,17 @@ class Client:
         profile: str | None,
         codec: str | None,
         settings: Sequence[str],
+        known: Mapping[str, Recipe] | None = None,
     ) -> Recipe:
         from memdb import recipes
         from memdb.schemas.recipe import Recipe
 
         if isinstance(recipe, Recipe):
             return recipes.adjusted(recipe, profile=profile, codec=codec, settings=tuple(settings))
-        return recipes.recipe(os.fspath(recipe), profile=profile, codec=codec, settings=tuple(settings))
+        known = known if known is not None else recipes.RECIPES
+        return recipes.recipe(
+            os.fspath(recipe), profile=profile, codec=codec, settings=tuple(settings), known=known
+        )
 
     # Questions
 
@@ -301,6 +311,8 @@ class Client:
             engine = self._asking()
             engine.prepare(question)
             answer = engine.ask(question, on_text=on_text)
+            if note := self._loaded().sheet.note:
+                answer = _with_note(answer, note, self.store.recordings(), recording)
         return self.save_frames(answer, save_frames) if save_frames is not None else answer
 
     def search(
@@ -508,8 +520,9 @@ class Client:
                 and known.fingerprint != self._model.identity.fingerprint
             ):
                 raise ModelMismatch(
-                    f"the store remembers the model {known.spec!r}, but what loads under that name now is another: "
-                    "name the right one with --model"
+                    f"the store remembers the model {known.spec!r}, but what loads under that name now is another "
+                    f"({known.fingerprint[:12]}, now {self._model.identity.fingerprint[:12]}): name the right one with "
+                    "--model, or ingest into a new store"
                 )
         return self._model
 
@@ -567,6 +580,29 @@ class Client:
             rows = [self.store.recording(recording)] if recording is not None else self.store.recordings()
             started = rows[0].spec.started_at_ns if len(rows) == 1 else None
         return parse_time(value, started_at_ns=started)
+
+
+def _fitted(model: VideoModel) -> dict[str, Recipe]:
+    """The recipes with what the model says fits it. Raises ModelError where it does not fit."""
+    from memdb.ingest.stages import compose
+    from memdb.models.sheet import unfit
+    from memdb.query.stages import compose as compose_query
+
+    found = model.sheet.fitted()
+    for name in model.sheet.recipes:
+        try:
+            compose(found[name])
+            compose_query(found[name])
+        except RecipeError as error:
+            raise ModelError(f"{unfit(name)}: {error}") from None
+    return found
+
+
+def _with_note(answer: Answer, note: str, rows: Sequence[RecordingRow], recording: str | None) -> Answer:
+    """The answer with the model's note on films that are not of its world, where it rests on one."""
+    named = {item.recording for item in answer.evidence} or ({recording} if recording else set())
+    strange = [row for row in rows if (not named or row.name in named) and not row.spec.source.of_world]
+    return replace(answer, warnings=(*answer.warnings, note)) if strange else answer
 
 
 def _indexer(store: Store, spec: RecordingSpec) -> Callable[[bool], None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from memdb.schemas.errors import RecipeError
@@ -76,19 +77,25 @@ PROFILE_CHANGES: dict[tuple[str, str], tuple[str, ...]] = {
 
 
 def recipe(
-    name: str | Path, *, profile: str | None = None, codec: str | None = None, settings: tuple[str, ...] = ()
+    name: str | Path,
+    *,
+    profile: str | None = None,
+    codec: str | None = None,
+    settings: tuple[str, ...] = (),
+    known: Mapping[str, Recipe] = RECIPES,
 ) -> Recipe:
     """A named recipe or one from a TOML file, with profile, codec and `STAGE.PARAM=VALUE` settings applied.
 
-    Raises RecipeError for unknown names and for combinations that are not legal (the rule is in the message).
+    `known`: the recipes by name, as a model may have fitted them to itself. Raises RecipeError for unknown names and
+    for combinations that are not legal (the rule is in the message).
     """
     text = str(name)
-    if text in RECIPES:
-        found = RECIPES[text]
+    if text in known:
+        found = known[text]
     elif text.endswith(".toml"):
-        found = read_toml(Path(text), RECIPES)
+        found = read_toml(Path(text), known)
     else:
-        raise RecipeError(f"unknown recipe {text!r}: choose one of {', '.join(RECIPES)}, or a FILE.toml")
+        raise RecipeError(f"unknown recipe {text!r}: choose one of {', '.join(known)}, or a FILE.toml")
     return adjusted(found, profile=profile, codec=codec, settings=settings)
 
 
@@ -107,11 +114,12 @@ def adjusted(
     return found
 
 
-def for_live(found: Recipe) -> Recipe:
+def for_live(found: Recipe, hybrid: Recipe = HYBRID) -> Recipe:
     """`hybrid` on a live source: clips close after 10 s, and batches are no longer than a clip, so that a
-    question waits for neither. Other recipes, and values that were set by hand, stay as they are.
+    question waits for neither. Other recipes, and values that were set by hand, stay as they are: those that
+    differ from `hybrid`, which a model may have fitted to itself.
     """
-    if found.name != HYBRID.name or found.unit != HYBRID.unit or found.encode != HYBRID.encode:
+    if found.name != hybrid.name or found.unit != hybrid.unit or found.encode != hybrid.encode:
         return found
     return found.with_stage("unit", found.unit.with_params(unit_s_max=LIVE_UNIT_S_MAX)).with_stage(
         "encode", found.encode.with_params(chunk_frames=LIVE_CHUNK_FRAMES)

@@ -116,9 +116,12 @@ class Store:
         """Make this the store's model, or check that it is. The first that was bound stays."""
         bound = self._catalog.bind_model(identity) if self._write else self._catalog.model()
         if bound is not None and bound.fingerprint != identity.fingerprint:
+            way = f"use --model {bound.spec}, or another store"
+            if bound.spec == identity.spec:  # the same name, other weights
+                way = "use another store, or the memdb or checkpoint that it was made with"
             raise ModelMismatch(
                 f"the store was made with the model {bound.spec!r} ({bound.fingerprint[:12]}), not with "
-                f"{identity.spec!r} ({identity.fingerprint[:12]}): use --model {bound.spec}, or another store"
+                f"{identity.spec!r} ({identity.fingerprint[:12]}): {way}"
             )
 
     # Recordings

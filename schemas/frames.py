@@ -36,6 +36,7 @@ class SourceIdentity:
     kind: str  # file | folder | frames | stream
     size_bytes: int
     digest: str
+    of_world: bool = False  # the film says that it was drawn of the world that the embedded model knows
 
 
 @dataclass(frozen=True)

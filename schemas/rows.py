@@ -74,6 +74,7 @@ class RecordingSpec:
                 "kind": self.source.kind,
                 "size_bytes": self.source.size_bytes,
                 "digest": self.source.digest,
+                **({"of_world": True} if self.source.of_world else {}),
             },
             "source_name": self.source_name,
             "live": self.live,
@@ -104,7 +105,12 @@ class RecordingSpec:
         started = data["started_at_ns"]
         return cls(
             name=check_name(str(data["name"])),
-            source=SourceIdentity(str(source["kind"]), _integer(source["size_bytes"]), str(source["digest"])),
+            source=SourceIdentity(
+                str(source["kind"]),
+                _integer(source["size_bytes"]),
+                str(source["digest"]),
+                source.get("of_world") is True,
+            ),
             source_name=str(data["source_name"]),
             live=bool(data["live"]),
             started_at_ns=None if started is None else _integer(started),

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from memdb.schemas.errors import BudgetError, UsageError
-from memdb.world.films import MARK, render
+from memdb.world import MARK
+from memdb.world.films import render
 from memdb.world.pictures import Painter, parameters
 from memdb.world.scenes import Beside, Scene, plan, scene_at
 from memdb.world.vocabulary import COLOURS, DIGITS, MOTIONS, PLACES, SHAPES, TEXTURES

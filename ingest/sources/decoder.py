@@ -199,6 +199,12 @@ class Decoder:
         return end_ns + NS_PER_S < self.duration_ns
 
     @property
+    def comment(self) -> str:
+        """What the container says of itself, "" where it says nothing."""
+        said = {name.lower(): text for name, text in self._container.metadata.items()}
+        return str(said.get("comment", ""))
+
+    @property
     def started_at_ns(self) -> int | None:
         """The container's `creation_time` on the wall clock, unless the camera's clock was never set."""
         for metadata in (self._container.metadata, self._stream.metadata):

@@ -18,6 +18,7 @@ from memdb.schemas.errors import SourceError
 from memdb.schemas.frames import DecodedFrame, Image, SourceIdentity, SourceInfo
 from memdb.schemas.recording import Gap
 from memdb.schemas.times import NS_PER_S
+from memdb.world import MARK
 
 if TYPE_CHECKING:
     from memdb.ingest.sources.decoder import Decoder, Opening
@@ -54,6 +55,7 @@ class Video(Source):
         identity = self._identity(live)
         if not decoder.track.is_best and identity.digest:
             identity = replace(identity, digest=f"{identity.digest}-{decoder.track.number}")
+        identity = replace(identity, of_world=decoder.comment == MARK)
         self.info = SourceInfo(
             identity=identity,
             name=suggested_name(name),

@@ -14,6 +14,7 @@ from memdb.models import attention
 from memdb.models.attention import Context, NoRotation
 from memdb.models.protocol import Pixels
 from memdb.models.rotary import Rotary
+from memdb.models.sheet import PLAIN, ModelSheet
 from memdb.schemas.errors import UnsupportedModel
 from memdb.schemas.fingerprint import ModelIdentity, ModelShape, digest_of
 from memdb.schemas.frames import Image
@@ -29,9 +30,16 @@ class LlavaOnevision:
     """A transformers LlavaOnevisionForConditionalGeneration, its tokenizer and its frame preprocessing."""
 
     def __init__(
-        self, network: Any, tokenizer: Any, preprocessing: dict[str, Any], spec: str, weights: str
+        self,
+        network: Any,
+        tokenizer: Any,
+        preprocessing: dict[str, Any],
+        spec: str,
+        weights: str,
+        sheet: ModelSheet = PLAIN,
     ) -> None:
         """`preprocessing` is the checkpoint's own (size, mean, std); `weights` the digest of its weights."""
+        self.sheet = sheet
         self._network = network.eval().requires_grad_(False)
         self._tokenizer = tokenizer
         self._language = network.model.language_model

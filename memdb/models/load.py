@@ -12,6 +12,7 @@ import torch
 
 from memdb.models.protocol import VideoModel
 from memdb.models.quiet import no_progress_bars
+from memdb.models.sheet import ModelSheet, check_files, read_sheet
 from memdb.models.weights import folder_digest
 from memdb.schemas.errors import ModelError, ModelNotFound, UnsupportedModel
 from memdb.schemas.fingerprint import digest_of
@@ -19,8 +20,7 @@ from memdb.schemas.fingerprint import digest_of
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# The embedded model until a trained one ships: random weights of a fixed seed. Its words mean nothing.
-EMBEDDED = "random:0"
+EMBEDDED = Path(__file__).with_name("embedded")  # the folder of the model that comes with the package
 _PREPROCESSING_FILES = ("video_preprocessor_config.json", "preprocessor_config.json", "processor_config.json")
 
 
@@ -55,13 +55,16 @@ def resolve_dtype(name: str | None, device: torch.device) -> torch.dtype:
 def load_model(spec: str, *, device: str | None = None, dtype: str | None = None) -> VideoModel:
     """Load the Video-LLM that `spec` names.
 
-    `embedded`; `random:SEED` or `random:SEED:CONFIG.json` (see random_llava), built offline; a folder with config.json,
-    safetensors and a tokenizer; else a Hub id. Raises ModelNotFound, UnsupportedModel, ModelError.
+    `embedded`, which comes with the package; `random:SEED` or `random:SEED:CONFIG.json` (see random_llava), built
+    offline; a folder with config.json, safetensors and a tokenizer; else a Hub id. Raises ModelNotFound,
+    UnsupportedModel, ModelError.
     """
     place = resolve_device(device)
     kind = resolve_dtype(dtype, place)
     if spec == "embedded":
-        return _load_random(EMBEDDED, place, kind, spec="embedded")
+        if not is_trained():
+            return _load_random("random:0", place, kind, spec=spec)
+        return _load_embedded(place, kind)
     if spec.startswith("random:"):
         return _load_random(spec, place, kind, spec=spec)
     folder = Path(spec).expanduser()
@@ -75,9 +78,15 @@ def load_model(spec: str, *, device: str | None = None, dtype: str | None = None
     return _load_folder(_fetch(spec), place, kind, spec=spec)
 
 
+def is_trained() -> bool:
+    """Whether the embedded model is there. Until it ships, random weights stand in, whose words mean nothing."""
+    return EMBEDDED.is_dir()
+
+
 def normal_spec(spec: str) -> str:
     """The form in which a store remembers a model: folders by absolute path."""
-    return str(Path(spec).expanduser().resolve()) if spec and Path(spec).expanduser().is_dir() else spec
+    is_folder = spec not in ("", "embedded") and Path(spec).expanduser().is_dir()
+    return str(Path(spec).expanduser().resolve()) if is_folder else spec
 
 
 def _load_random(name: str, device: torch.device, dtype: torch.dtype, *, spec: str) -> VideoModel:
@@ -94,7 +103,18 @@ def _load_random(name: str, device: torch.device, dtype: torch.dtype, *, spec: s
     return LlavaOnevision(network, tokenizer, _preprocessing(None), spec, weights)
 
 
-def _load_llava_onevision(folder: Path, device: torch.device, dtype: torch.dtype, spec: str) -> VideoModel:
+def _load_embedded(device: torch.device, dtype: torch.dtype) -> VideoModel:
+    try:
+        return _load_folder(EMBEDDED, device, dtype, spec="embedded")
+    except ModelError as error:
+        raise ModelError(
+            f"the embedded model is not whole, reinstall memdb-video or name another with --model: {error}"
+        ) from error
+
+
+def _load_llava_onevision(
+    folder: Path, device: torch.device, dtype: torch.dtype, spec: str, sheet: ModelSheet
+) -> VideoModel:
     from transformers import AutoTokenizer, LlavaOnevisionForConditionalGeneration
 
     from memdb.models.llava_onevision import LlavaOnevision
@@ -103,8 +123,13 @@ def _load_llava_onevision(folder: Path, device: torch.device, dtype: torch.dtype
     try:
         with no_progress_bars():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            network = LlavaOnevisionForConditionalGeneration.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, use_safetensors=True, attn_implementation="sdpa"
+            network, told = LlavaOnevisionForConditionalGeneration.from_pretrained(
+                folder,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                attn_implementation="sdpa",
+                output_loading_info=True,
             )
     except (
         Exception
@@ -112,11 +137,19 @@ def _load_llava_onevision(folder: Path, device: torch.device, dtype: torch.dtype
         raise ModelError(f"the model in {folder} cannot be loaded: {_first_line(error)}") from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise UnsupportedModel(f"{folder} has no fast tokenizer (tokenizer.json): save one there")
-    return LlavaOnevision(network.to(device), tokenizer, _preprocessing(folder), spec, weights)
+    if lost := sorted(map(str, told["missing_keys"])):  # transformers draws them at random
+        raise ModelError(
+            f"the weights in {folder} are not all there ({len(lost)} lack, {lost[0]} first): copy them again"
+        )
+    if len(tokenizer) > network.get_input_embeddings().num_embeddings:
+        raise ModelError(
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens, more than the model knows: it is another model's"
+        )
+    return LlavaOnevision(network.to(device), tokenizer, _preprocessing(folder), spec, weights, sheet)
 
 
 # model_type of config.json -> loader. A family is one file and one line here.
-FAMILIES: dict[str, Callable[[Path, torch.device, torch.dtype, str], VideoModel]] = {
+FAMILIES: dict[str, Callable[[Path, torch.device, torch.dtype, str, ModelSheet], VideoModel]] = {
     "llava_onevision": _load_llava_onevision,
 }
 
@@ -130,7 +163,9 @@ def _load_folder(folder: Path, device: torch.device, dtype: torch.dtype, *, spec
     family = str(config.get("model_type"))
     if family not in FAMILIES:
         raise UnsupportedModel(f"{folder} is a {family!r} model: memdb carries {', '.join(FAMILIES)}")
-    return FAMILIES[family](folder, device, dtype, spec)
+    sheet = read_sheet(folder)
+    check_files(folder, sheet)
+    return FAMILIES[family](folder, device, dtype, spec, sheet)
 
 
 def _fetch(hub_id: str) -> Path:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from memdb.models.attention import Context
 from memdb.models.rotary import Rotary
+from memdb.models.sheet import ModelSheet
 from memdb.schemas.fingerprint import ModelIdentity, ModelShape
 from memdb.schemas.frames import Image
 
@@ -25,6 +26,7 @@ class VideoModel(Protocol):
     """
 
     identity: ModelIdentity
+    sheet: ModelSheet
     device: torch.device
     dtype: torch.dtype
     rotary: Rotary

@@ -19,11 +19,10 @@ from torch import Tensor
 
 from memdb.h264 import OFFSETS, YUV, Bytes, Canvas, add_stream, check_film, write_frames
 from memdb.schemas.errors import UsageError
-from memdb.world import draw
+from memdb.world import MARK, draw
 from memdb.world.scenes import ASPECT, BESIDE_RADIUS, CORNERS, Scene
 from memdb.world.vocabulary import COLOURS, PLACES, SHAPES, TEXTURES
 
-MARK = "memdb-world"  # the comment in the container: by it a film of this world is known
 KEYFRAME_S = 2.0
 _REACH = 1.15  # how far the outline of a thing reaches, in radii
 _WHITE, _INK = 0.97, 0.05
