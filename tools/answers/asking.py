@@ -36,6 +36,8 @@ def run(job: Job, tell: Tell) -> tuple[list[Outcome], list[Ingested]]:
 
 def _row(job: Job, found: Ground, row: Row, codec: str, tell: Tell) -> Iterator[Outcome]:
     asked = [(number, one) for number, one in enumerate(found.questions) if one.kind in row.kinds]
+    found.tap.turn(None, "stored")
+    found.client.prepare(OTHER if row.other else codec, row.mode)
     found.tap.turn(row.pick, row.content)
     what = f"seed {found.seed}, {codec}, row {row.name}"
     for done, (number, question) in enumerate(asked):

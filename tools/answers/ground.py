@@ -18,6 +18,7 @@ from memdb.client import Client
 from memdb.models.load import resolve_device
 from memdb.query.engine import Engine
 from memdb.recipes import recipe
+from memdb.schemas.question import Question as Asked
 from memdb.stats import stats
 from memdb.store import Store
 from memdb.world import films
@@ -52,6 +53,10 @@ class TappedClient(Client):
                 open_kv=partial(TappedKV, tap=self._tap),
             )
         return self._engine
+
+    def prepare(self, recording: str, mode: str) -> None:
+        """Load and measure what the first question would: it reads blocks that are no question's."""
+        self._asking().prepare(Asked("what was seen?", mode, recording))
 
 
 @dataclass(frozen=True, eq=False)

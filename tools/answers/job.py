@@ -73,7 +73,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Ingested:
-    """What the ingest of one recording took and made. Bytes count everything that the recording has in the store."""
+    """What the ingest of one recording took and made. Bytes count everything that the recording has in the store.
+
+    The encoder's state is of one size however long a recording is: it is no part of the bytes an hour.
+    """
 
     seed: int
     codec: str
@@ -83,7 +86,8 @@ class Ingested:
 
     @property
     def bytes_per_hour(self) -> float:
-        return sum(self.bytes_by_tier.values()) / self.length_s * 3600
+        growing = sum(size for tier, size in self.bytes_by_tier.items() if tier != "state")
+        return growing / self.length_s * 3600
 
     @property
     def times_real_time(self) -> float:

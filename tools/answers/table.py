@@ -112,13 +112,18 @@ def _rows(job: Job) -> str:
 
 
 def _recordings(ingested: Sequence[Ingested]) -> str:
-    head = ["seed", "codec", "MiB an hour", "by tier", "ingest s", "times real time"]
+    head = ["seed", "codec", "MiB an hour", "MiB by tier", "state MiB", "ingest s", "times real time"]
     cells = [
         [
             str(one.seed),
             one.codec,
             f"{one.bytes_per_hour / 2**20:.1f}",
-            ", ".join(f"{tier} {size / 2**20:.1f}" for tier, size in one.bytes_by_tier.items() if size),
+            ", ".join(
+                f"{tier} {size / 2**20:.2f}"
+                for tier, size in one.bytes_by_tier.items()
+                if size and tier != "state"
+            ),
+            f"{one.bytes_by_tier.get('state', 0) / 2**20:.1f}",
             f"{one.ingest_s:.1f}" if one.ingest_s else "reused",
             f"{one.times_real_time:.1f}" if one.ingest_s else "",
         ]
