@@ -80,7 +80,8 @@ def ground(job: Job, seed: int, others: bool, tell: Tell) -> Iterator[Ground]:
     blocks = int(recipe("hybrid", settings=job.settings).retrieve.params["blocks"])  # type: ignore[arg-type]
     tap = Tap(blocks, seed)
     options = {"model": job.model, "device": job.device, "dtype": job.dtype}
-    with TappedClient(Store.open(path), tap, **options) as client:
+    client = TappedClient(Store.open(path), tap, **options)
+    with client:
         scenes = plan(seed, job.length_s, SPLIT)
         took_s = {codec: _ingest(client, job, seed, scenes, codec, codec, tell) for codec in job.codecs}
         if others:

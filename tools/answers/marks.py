@@ -39,9 +39,16 @@ def marks(found: Sequence[Line], codec: str) -> list[Mark]:
 
     if both is not None:
         add("both, macro average, %", _percent(both.macro), 90)
-        last, uniform = by_row.get("last4"), by_row.get("uniform")
-        add("both above the last four frames, past, points", _above(both.past, last and last.past), 40)
-        add("both above uniform sampling, macro, points", _above(both.macro, uniform and uniform.macro), 10)
+        add(
+            "both above the last four frames, past, points",
+            _above(both.past, _of(by_row, "last4", "past")),
+            40,
+        )
+        add(
+            "both above uniform sampling, macro, points",
+            _above(both.macro, _of(by_row, "uniform", "macro")),
+            10,
+        )
         add("absent said when absent, both, %", _percent(both.by_kind.get("absent")), 90)
         add("called absent though it was there, both, %", _percent(both.called_absent), 5, least=False)
         add("an answer, both, p50, ms", both.p50_ms, 400, least=False)
@@ -60,6 +67,11 @@ def marks(found: Sequence[Line], codec: str) -> list[Mark]:
             0,
         )
     return result
+
+
+def _of(by_row: dict[str, Line], row: str, figure: str) -> float | None:
+    found: float | None = getattr(by_row[row], figure) if row in by_row else None
+    return found
 
 
 def _percent(share: float | None) -> float | None:

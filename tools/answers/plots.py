@@ -6,6 +6,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from tools.answers.job import Outcome
 from tools.answers.score import by_age, lines
 
@@ -39,7 +41,9 @@ def _accuracy_latency(path: Path, outcomes: Sequence[Outcome]) -> None:
             continue
         error = 100 * (line.macro_error or 0.0)
         late = max(0.0, line.p95_ms - line.p50_ms)
-        axes.errorbar(line.p50_ms, 100 * line.macro, yerr=error, xerr=[[0], [late]], fmt="o", capsize=3)
+        axes.errorbar(
+            line.p50_ms, 100 * line.macro, yerr=error, xerr=np.array([[0.0], [late]]), fmt="o", capsize=3
+        )
         axes.annotate(line.row, (line.p50_ms, 100 * line.macro), textcoords="offset points", xytext=(5, 5))
     axes.set(xlabel="latency, p50 and up to p95 (ms)", ylabel="macro average over kinds (%)", ylim=(0, 100))
     axes.grid(alpha=0.3)

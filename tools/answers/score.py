@@ -137,7 +137,7 @@ def sign_test(a: int, b: int) -> float:
     """Two-sided probability of a split at least as uneven as a : b by fair coins (McNemar, exact)."""
     n = a + b
     tail = sum(math.comb(n, k) for k in range(min(a, b) + 1))
-    return min(1.0, 2 * tail / 2**n)
+    return min(1.0, 2 * tail / (1 << n))
 
 
 AGES_S = (60, 300, 900, 1800, 3600, 3 * 3600, 10 * 3600)
