@@ -226,6 +226,12 @@ class _Applying:
         state.kv_from_unit = max(state.kv_from_unit, meta_int(record, "kv_from_unit"))
 
 
+def counts_of(event: Record) -> list[int]:
+    """How many units there were, as far as an event says. Raises CorruptionError."""
+    name = {Kind.END: "units", Kind.EPOCH: "first_unit", Kind.TOMBSTONE: "below_unit"}.get(event.kind)
+    return [] if name is None or event.meta.get("whole") is True else [meta_int(event, name)]
+
+
 def event_values(recording_id: str, record: Record) -> tuple[Value, ...]:
     """The row of an event. Raises CorruptionError where its meta is not that of its kind."""
     _, integers, texts = EVENTS[record.kind]

@@ -15,9 +15,10 @@ from typing import Any, cast
 
 from memdb import policy_seal
 from memdb.applying import EVENTS, RecordingState
+from memdb.believed import LOST_MAX
 from memdb.database import CATALOG, Database, Value
 from memdb.records import Record, encode
-from memdb.schemas.errors import FormatVersionError, StoreError
+from memdb.schemas.errors import CorruptionError, FormatVersionError, StoreError
 from memdb.schemas.format import FORMAT_VERSION
 from memdb.schemas.rows import NOT_WHAT_IT_SAYS, RecordingSpec, UnitRow
 
@@ -78,14 +79,24 @@ class Remembered:
         found: list[Record] = []
         for kind, (table, integers, texts) in EVENTS.items():
             for row in self._each(table, recording_id):
+                if cast("int", row[1]) < 0:
+                    continue
                 meta = dict(zip((*integers, *texts), row[2:], strict=True))
                 found.append(encode(kind, cast("int", row[1]), meta, offset=0, previous=b"")[1])
         return found
 
     def unit_count(self, recording_id: str) -> int:
-        """How many units were acknowledged at least."""
+        """How many units were acknowledged at least, where about as many rows are left."""
         state = self._state(recording_id)
-        return state.units if state else 0
+        if state is None or self._database is None:
+            return 0
+        try:
+            [(rows,)] = self._database.execute(
+                "SELECT count(*) FROM units WHERE recording = ?", (recording_id,)
+            )
+        except StoreError:
+            return 0
+        return state.units if 0 <= state.units <= int(rows or 0) + LOST_MAX else 0
 
     @property
     def policies(self) -> list[str]:
@@ -98,8 +109,12 @@ class Remembered:
         return state.generation if state else 0
 
     def unit(self, recording_id: str, number: int) -> UnitRow | None:
-        rows = self._select("units", "WHERE recording = ? AND number = ?", (recording_id, number))
-        return UnitRow(*cast("tuple[Any, ...]", rows[0])) if rows else None
+        for values in self._select("units", "WHERE recording = ? AND number = ?", (recording_id, number)):
+            row = UnitRow(*cast("tuple[Any, ...]", values))
+            with suppress(CorruptionError):
+                row.check()
+                return row
+        return None
 
     def _state(self, recording_id: str) -> RecordingState | None:
         rows = self._select("recordings", "WHERE id = ?", (recording_id,))

@@ -196,6 +196,7 @@ class _Repair:
             if written is not None:
                 truth = self._truth(truth.id, [*truth.files, written])
             self._warn_of_tails(truth, row.name)
+            self.report.notes += [f"{row.name}: {note}" for note in truth.notes]
             found.append((truth, row))
         return self._named(found)
 

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from memdb.applying import STREAM, SegmentRow, forget_recording, role_of
+from memdb.applying import EVENTS, STREAM, SegmentRow, counts_of, forget_recording, role_of
 from memdb.catalog import Catalog
 from memdb.files import sync_folder, sync_open
 from memdb.locks import is_held, writer_lock
@@ -186,5 +186,10 @@ def _that_go_on(
                 logger.warning("%s: unit %d does not go on here", segment.file, record.number)
                 break
             next_unit = max(next_unit, record.number + 1)
+        elif (
+            role == STREAM and record.kind in EVENTS and any(count > next_unit for count in counts_of(record))
+        ):
+            logger.warning("%s: byte %d speaks of units that are not there", segment.file, record.offset)
+            break
         good.append(record)
     return good

@@ -11,13 +11,15 @@ what it forgot does not count as it is. Units are numbered without holes, so tha
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
-from memdb.applying import EVENTS, FORGET, IMPORT, STREAM, spec_of
+from memdb.applying import EVENTS, FORGET, IMPORT, STREAM, counts_of, spec_of
+from memdb.believed import believed_count, believed_events, lost_bytes, units_there
 from memdb.events import EventKey, wider, without_joined
 from memdb.records import Kind, Record, meta_int
 from memdb.salvage import FOUND_DTYPE, SegmentContents
@@ -61,7 +63,12 @@ class Truth:
         """The files that count."""
         gone = {file.name for file in self.replaced}
         counting = [file for file in self.files if file.role == STREAM or file.sealed]
-        return [file for file in counting if file.name not in gone and not _is_blank(file)]
+        counting = [file for file in counting if file.name not in gone]
+        known = {number for file in counting for number in file.units["number"].tolist()}
+        # Of a file that cannot say what it is nothing counts but units that stand nowhere else: it may be torn.
+        return [
+            file for file in counting if not _is_nameless(file) or not known.issuperset(_lost_numbers(file))
+        ]
 
     @cached_property
     def obeyed(self) -> list[SegmentContents]:
@@ -98,8 +105,11 @@ class Truth:
 
     @cached_property
     def created_ns(self) -> int:
-        known = [header.meta.get("created_ns") for header in self.headers]
-        return min((moment for moment in known if isinstance(moment, int)), default=0)
+        known: list[int] = []
+        for header in self.headers:
+            with suppress(CorruptionError):
+                known.append(meta_int(header, "created_ns"))
+        return min(known, default=0)
 
     @cached_property
     def kv_from_unit(self) -> int:
@@ -116,7 +126,17 @@ class Truth:
                 if event.meta.get("whole") is not True:
                     key = event.kind, event.number
                     found[key] = wider(found.get(key), event)
-        return without_joined(found)
+        believed, doubted = believed_events(found, self.lost_bytes)
+        for event in doubted:
+            self.notes.append(
+                f"the number of {event.kind.name.lower()} {event.number} cannot be, and is not believed"
+            )
+        return without_joined(believed)
+
+    @cached_property
+    def lost_bytes(self) -> int:
+        """How much of the recording may be missing."""
+        return lost_bytes(self.files)
 
     @cached_property
     def standing_events(self) -> dict[EventKey, Record]:
@@ -152,8 +172,8 @@ class Truth:
         limit: int = _NO_LIMIT
         for file in reversed([file for file in self.standing if file.role == STREAM]):
             limits[file.name] = limit
-            numbers = [*file.units["number"].tolist(), *_lost_numbers(file)]
-            limit = min([limit, *numbers])
+            if not _is_nameless(file):
+                limit = min([limit, *file.units["number"].tolist(), *_lost_numbers(file)])
         return limits
 
     @cached_property
@@ -187,7 +207,7 @@ class Truth:
         and the next ingest writes it again.
         """
         bounds = [self.told_units]
-        bounds += [meta_int(event, name) for event in self.events.values() for name in _bounds(event)]
+        bounds += [count for event in self.events.values() for count in counts_of(event)]
         # A rewriting holds all that its sources held: they are asked only where it is damaged itself.
         asked = [*self.standing, *(file for file in self.spare if file not in self.replaced)]
         if any(file.holes for file in self.standing if file.role != STREAM):
@@ -202,7 +222,10 @@ class Truth:
                 hole.unit for hole in file.holes if hole.unit is not None and (all_sure or hole.start < last)
             ]
             bounds += [number + 1 for number in lost if number < limit]
-        return max(bounds)
+        believed = believed_count(bounds, units_there(self.files), self.lost_bytes, told=self.told_units)
+        if believed < max(bounds):
+            self.notes.append(f"a record speaks of {max(bounds)} units: there can have been {believed}")
+        return believed
 
     @cached_property
     def chosen(self) -> Table:
@@ -236,11 +259,10 @@ class Truth:
             if file.role != FORGET or not file.holes or file.tombstones(whole=False):
                 continue
             numbers = [*file.units["number"].tolist(), *_lost_numbers(file)]
-            for number in range(min(numbers, default=0), max(numbers, default=-1) + 1):
-                if number < self.unit_count:
-                    place = int(self.chosen["file"][number])
-                    if place == NOWHERE or self.files[place].sequence < file.sequence:
-                        lost.add(number)
+            for number in range(min(numbers, default=0), min(max(numbers, default=-1) + 1, self.unit_count)):
+                place = int(self.chosen["file"][number])
+                if place == NOWHERE or self.files[place].sequence < file.sequence:
+                    lost.add(number)
         return lost
 
     def end_bytes(self, file: SegmentContents) -> int:
@@ -264,17 +286,10 @@ class Truth:
 PLACED_DTYPE = np.dtype([*((name, "<i8") for name in FOUND_DTYPE.names or ()), ("file", "<i8")])
 
 
-def _is_blank(file: SegmentContents) -> bool:
-    """Whether nothing at all could be read of a file."""
-    return file.header is None and not file.events and not file.seals and not len(file.units)
+def _is_nameless(file: SegmentContents) -> bool:
+    """Whether nothing that could be read of a file says who wrote it."""
+    return file.header is None and not file.seals and not len(file.units)
 
 
 def _lost_numbers(file: SegmentContents) -> list[int]:
     return [hole.unit for hole in file.holes if hole.unit is not None]
-
-
-def _bounds(event: Record) -> tuple[str, ...]:
-    """The fields of an event that say how many units there were."""
-    return {Kind.END: ("units",), Kind.EPOCH: ("first_unit",), Kind.TOMBSTONE: ("below_unit",)}.get(
-        event.kind, ()
-    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import fields
 
-from memdb.applying import EVENTS, event_values, revision_of, unit_row
+from memdb.applying import EVENTS, counts_of, event_values, revision_of, unit_row
 from memdb.catalog import Catalog
 from memdb.contents import digests_from, stored_element_bytes
 from memdb.database import CATALOG
@@ -77,6 +77,10 @@ class SegmentCheck:
                 raise CorruptionError("its header is of another recording or store")
         elif record.kind in EVENTS:
             event_values("", record)  # raises where it is none
+            if any(count > self._recording.units for count in counts_of(record)):
+                raise CorruptionError(
+                    f"its {record.kind.name.lower()} {record.number} speaks of units that are not there"
+                )
             key = record.kind, record.number
             events[key] = wider(events.get(key), record)
 
