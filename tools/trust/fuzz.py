@@ -19,7 +19,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from memdb.transfer import export_recording
-from tools.trust.fuzz_child import EXPORT, TARGETS
+from tools.trust.fuzz_child import TARGETS
+from tools.trust.fuzz_input import EXPORT
 from tools.trust.ground import make_ground
 from tools.trust.outcome import Outcome, table
 

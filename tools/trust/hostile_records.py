@@ -1,12 +1,9 @@
-"""What a hostile writer makes of valid files: wrong lengths, numbers and tables under right checksums."""
+"""What a hostile writer makes of valid segments: wrong lengths, numbers and tables under right checksums."""
 
 from __future__ import annotations
 
 import json
-import random
-import sqlite3
-from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,127 +13,13 @@ import xxhash
 import zstandard
 
 from memdb.contents import digests_from
-from memdb.database import row_checksum
 from memdb.records import canonical_ascii, encode_prologue, read_body, read_record
 from memdb.schemas.errors import MemdbError
 from memdb.schemas.rows import PART_DTYPE, PROLOGUE_BYTES, Part, UnitRow
 from memdb.schemas.units import BLOCK_DTYPE, SLICE_DTYPE, Table
-from memdb.tables import COLUMNS, KEYS
+from tools.trust.hostile_values import NUMBERS, Chance, deep, mangled, odd_field, odd_json
 
-NUMBERS = (
-    *(0, 1, -1, 2, 7, 63, 64, 255, 65535, 65536, 10**6),
-    *((1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 32, 1 << 40, (1 << 53) + 1),
-    *((1 << 62), (1 << 63) - 1, -(1 << 63), 1 << 63, (1 << 64) - 1, 10**30),
-)
-_DEEP = '"@deep@"'  # stands for nesting that json.dumps could not write
-_DEPTH = 100_000
 _BOMB_BYTES = 1 << 30
-Chance = random.Random
-
-
-def mangled(data: bytes, chance: Chance) -> bytes:
-    """Bytes with a few changes: flips, cuts, chunks that are doubled or swapped, numbers."""
-    changed = bytearray(data)
-    for _ in range(chance.choice((1, 1, 2, 4, 16))):
-        if not changed:
-            break
-        _mangle(changed, chance)
-    return bytes(changed)
-
-
-def _mangle(data: bytearray, chance: Chance) -> None:
-    at = chance.randrange(len(data))
-    size = min(chance.choice((1, 4, 8, 64, 512, 4096)), len(data) - at)
-    other = chance.randrange(len(data))
-    match chance.randrange(7):
-        case 0:
-            data[at] ^= 1 << chance.randrange(8)
-        case 1:
-            del data[at:]
-        case 2:
-            data[other:other] = data[at : at + size]
-        case 3:
-            data[at : at + size], data[other : other + size] = (
-                data[other : other + size],
-                data[at : at + size],
-            )
-        case 4:
-            del data[at : at + size]
-        case 5:
-            width = chance.choice((2, 4, 8))
-            at -= at % width
-            data[at : at + width] = (chance.choice(NUMBERS) % (1 << 8 * width)).to_bytes(width, "little")
-        case _:
-            data[at : at + size] = chance.randbytes(size)
-
-
-def odd_value(chance: Chance) -> object:
-    """A value where another is expected."""
-    return chance.choice(
-        (
-            *(
-                None,
-                True,
-                -0.5,
-                float("inf"),
-                float("nan"),
-                "",
-                "x" * 100_000,
-                "\ud800",
-                "a/../../b",
-                "0" * 32,
-            ),
-            *([], {}, [None], {"": ""}, ["a", 1], [[[]]], "@deep@"),
-            *NUMBERS,
-        )
-    )
-
-
-def odd_json(value: Any, chance: Chance) -> Any:
-    """A JSON document with one of its values, or one of its keys, replaced or gone."""
-    if isinstance(value, dict) and value and chance.random() < 0.9:
-        key = chance.choice(list(value))
-        changed = dict(value)
-        match chance.randrange(8):
-            case 0:
-                del changed[key]
-            case 1:
-                changed[str(odd_value(chance))] = changed.pop(key)
-            case _:
-                changed[key] = odd_json(value[key], chance)
-        return changed
-    if isinstance(value, list) and value and chance.random() < 0.8:
-        at = chance.randrange(len(value))
-        changed_list = list(value)
-        if chance.random() < 0.2:
-            return changed_list * chance.choice((0, 2, 1000))
-        changed_list[at] = odd_json(value[at], chance)
-        return changed_list
-    if isinstance(value, str) and value and chance.random() < 0.3:
-        return mangled(value.encode("utf-8", "surrogatepass"), chance).decode("latin-1")
-    if isinstance(value, int | float) and chance.random() < 0.7:
-        return chance.choice(NUMBERS)
-    return odd_value(chance)
-
-
-def deep(text: bytes) -> bytes:
-    """JSON text with its mark replaced by nesting."""
-    return text.replace(_DEEP.encode(), b"[" * _DEPTH + b"]" * _DEPTH)
-
-
-def odd_field(table: Table, chance: Chance) -> Table:
-    """A table with one number, or one column, replaced."""
-    changed = table.copy()
-    if not len(changed):
-        return np.zeros(chance.choice((1, 3)), table.dtype)
-    name = chance.choice(table.dtype.names or ("",))
-    kind = table.dtype[name]
-    value = np.array(chance.choice(NUMBERS) % (1 << 8 * kind.itemsize), f"<u{kind.itemsize}").view(kind)
-    changed[name][chance.choice((slice(None), chance.randrange(len(changed))))] = value
-    return changed
-
-
-# Segments, and exported recordings, which have the same form
 
 
 @dataclass(frozen=True)
@@ -317,65 +200,3 @@ def _believable(record: Raw) -> Raw:
             digest = digests_from(row, record.body, 4).all.hex()
             found = replace(found, meta={**meta, "digest": digest})
     return found
-
-
-# Catalogs
-
-
-def hostile_rows(path: Path, chance: Chance) -> None:
-    """Rows of a catalog with odd values under right checksums, rows that are gone, and rows twice."""
-    with closing(sqlite3.connect(path, isolation_level=None)) as database:
-        for _ in range(chance.choice((1, 1, 2, 4))):
-            with suppress(sqlite3.Error, OverflowError):
-                _hostile_row(database, chance)
-
-
-def _hostile_row(database: sqlite3.Connection, chance: Chance) -> None:
-    table = chance.choice(list(COLUMNS))
-    names = COLUMNS[table]
-    rows = database.execute(f"SELECT rowid, {', '.join(names)} FROM {table}").fetchall()
-    if not rows:
-        return
-    rowid, *values = chance.choice(rows)
-    if chance.random() < 0.15:
-        database.execute(f"DELETE FROM {table} WHERE rowid = ?", (rowid,))
-        return
-    at = chance.randrange(len(values))
-    values[at] = _odd_cell(values[at], chance)
-    keys = len(KEYS[table])
-    twice = chance.random() < 0.2 and at < keys
-    checksum = row_checksum(table, values) if not isinstance(values[at], float) else 0
-    if twice:
-        marks = ", ".join("?" * (len(names) + 1))
-        database.execute(
-            f"INSERT INTO {table} ({', '.join(names)}, checksum) VALUES ({marks})",
-            [*values, checksum],
-        )
-    else:
-        sets = ", ".join(f"{name} = ?" for name in (*names, "checksum"))
-        database.execute(f"UPDATE {table} SET {sets} WHERE rowid = ?", [*values, checksum, rowid])
-
-
-def _odd_cell(value: object, chance: Chance) -> Any:
-    if isinstance(value, bytes):
-        return mangled(value, chance) if chance.random() < 0.8 else bytes(chance.choice((0, 1, 1 << 20)))
-    if isinstance(value, int) and chance.random() < 0.8:
-        number = chance.choice(NUMBERS)
-        return number if -(1 << 63) <= number < 1 << 63 else -number % (1 << 63)
-    if isinstance(value, str) and value.startswith("{"):
-        with suppress(ValueError, TypeError):
-            return deep(canonical_ascii(odd_json(json.loads(value), chance))).decode()
-    if isinstance(value, str) and chance.random() < 0.5:
-        return mangled(value.encode(), chance).decode("latin-1")
-    return chance.choice((None, "", "x" * 1000, "../../etc/passwd", 0, -1, b"", b"x" * 40, 1.5))
-
-
-# Small files with a checksum of their own
-
-
-def hostile_json_file(data: bytes, chance: Chance, seal: Callable[[bytes], bytes]) -> bytes:
-    """A JSON text changed and sealed anew."""
-    try:
-        return seal(deep(canonical_ascii(odd_json(json.loads(data), chance))))
-    except (ValueError, TypeError):
-        return seal(mangled(data, chance))
