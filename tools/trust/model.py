@@ -19,7 +19,7 @@ WINDOW_UNITS = 2  # of the stub's encoder: what its state holds of the stream
 _FOREVER_NS = (1 << 63) - 1
 
 
-Fate = Literal["whole", "aged", "lost"]
+Fate = Literal["whole", "aged", "lost", "blank"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Kept:
     aged_below: int = 0  # units below have no KV any more
     may_be_aged_below: int = 0
     wounded: set[int] = field(default_factory=set)  # units whose bytes were damaged: a repair may lose them
+    has_no_catalog: bool = False  # that could say which blocks there were
     found: dict[int, Fate] = field(default_factory=dict)  # what was seen of those of which two things may be
 
     def spans_of(self, number: int) -> tuple[Span, ...]:
@@ -65,6 +66,8 @@ class Kept:
                 return without_kv(unit)
             case "lost":
                 return replace(without_kv(unit), caption=None, keyframe=None)
+            case "blank":
+                return replace(without_kv(unit), caption=None, keyframe=None, blocks=unit.blocks[:0])
         return unit
 
     def digest_of(self, number: int) -> bytes:
@@ -79,7 +82,11 @@ class Kept:
         fates: list[Fate] = [] if number < self.aged_below else ["whole"]
         if number < max(self.aged_below, self.may_be_aged_below):
             fates.append("aged")
-        return [*fates, "lost"] if number in self.wounded else fates
+        if number in self.wounded:
+            fates.append("lost")
+            if self.has_no_catalog:
+                fates.append("blank")
+        return fates
 
     def settle(self, number: int, digest: bytes) -> bool:
         """Whether a unit may have this digest; what it is from then on."""
@@ -199,6 +206,13 @@ class Model:
             yield self._halfway(op)
         else:
             yield self.after(op)
+
+    def lose_catalog(self) -> None:
+        """The catalog is gone: a file that its repair leaves out may be torn, and a damaged unit has no row."""
+        self.hurt = True
+        for kept in self.kept.values():
+            kept.has_no_catalog = True
+            kept.found = {number: fate for number, fate in kept.found.items() if number not in kept.wounded}
 
     def _halfway(self, op: Op) -> Model:
         copy = deepcopy(self)

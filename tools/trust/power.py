@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from pathlib import Path
 
 from memdb.database import CATALOG
@@ -80,7 +81,7 @@ class Campaign:
         path = target / self.trace.store
         return check(
             path,
-            self._models[done].outcomes(under_way),
+            deepcopy(self._models[done]).outcomes(under_way),
             may_be_new=done == 0,
             repairing=under_way is not None and under_way.kind in REPAIRING,
             derived_may_be_damaged=True,
@@ -94,9 +95,9 @@ class Campaign:
             return Findings()
         for file in sorted(path.glob(f"{CATALOG}*")):
             file.unlink()
-        models = list(self._models[done].outcomes(under_way))
+        models = list(deepcopy(self._models[done]).outcomes(under_way))
         for model in models:
-            model.hurt = True  # a file that a repair leaves out may be torn
+            model.lose_catalog()
         found, _ = check(path, models, repairing=True, derived_may_be_damaged=True)
         return Findings(
             [f"repaired: {what}" for what in found.lost], [f"repaired: {what}" for what in found.silent]
