@@ -306,12 +306,15 @@ def test_marks_compare_the_rows_that_there_are() -> None:
     def of(row: str, right: bool) -> list[Outcome]:
         return [outcome(kind, right, n, row=row) for n, kind in enumerate(KINDS)]
 
-    found = lines([*of("both", True), *of("last4", False)])
-    said = {mark.what: mark.is_reached for mark in marks(found, "int4")}
+    found = [*of("both", True), *of("last4", False), outcome("detail", False, 1, row="zeroed")]
+    found.append(outcome("gist", False, 0, row="both", codec="raw"))
+    said = {mark.what: mark.is_reached for mark in marks(found, ("int4", "raw"))}
     assert said["both, macro average, %"]
     assert said["both above the last four frames, past, points"]
+    assert said["control zeroed, detail above chance, standard errors"]
+    assert not said["int4 and raw apart, both, points"]
     assert not any("uniform" in what for what in said)
-    assert marks(found, "raw") == []
+    assert marks(found, ("fp16",)) == []
 
 
 # The quick form
@@ -320,7 +323,7 @@ def test_marks_compare_the_rows_that_there_are() -> None:
 @pytest.mark.skipif(not EMBEDDED.is_dir(), reason="the embedded model's weights are not here yet")
 def test_the_memory_remembers(tmp_path: Path) -> None:
     """A broken memory fails the build: both tiers are far above the last frames, and above chance."""
-    outcomes, _ = run(quick(tmp_path), quiet)
+    outcomes, _ = run(replace(quick(tmp_path), rows=("kv", "both", "last4")), quiet)
     found: dict[str, Line] = {one.row: one for one in lines(outcomes)}
     chance = [value for kind, value in chances(outcomes).items() if kind != "absent"]
     both, last = found["both"], found["last4"]

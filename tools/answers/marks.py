@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tools.answers.score import Line
+from tools.answers.job import Outcome
+from tools.answers.score import Line, chances, lines, pairs
 
 _POINT = 0.01
 
@@ -13,7 +15,7 @@ _POINT = 0.01
 @dataclass(frozen=True)
 class Mark:
     what: str
-    reached: float  # in percent, points or milliseconds
+    reached: float  # in percent, points, milliseconds or standard errors
     wanted: float
     least: bool  # whether `wanted` is a floor, not a ceiling
 
@@ -27,9 +29,9 @@ class Mark:
         return f"{self.what}: {self.reached:.1f}, {sign} {self.wanted:g} wanted: {verdict}"
 
 
-def marks(found: Sequence[Line], codec: str) -> list[Mark]:
-    """Those for which the rows that they compare were asked."""
-    by_row = {line.row: line for line in found if line.codec == codec}
+def marks(outcomes: Sequence[Outcome], codecs: Sequence[str]) -> list[Mark]:
+    """Those for which the rows that they compare were asked, over the first of the codecs, and codecs in pairs."""
+    by_row = {line.row: line for line in lines(outcomes) if line.codec == codecs[0]}
     both, kv, captions = (by_row.get(name) for name in ("both", "kv", "captions"))
     result: list[Mark] = []
 
@@ -66,7 +68,20 @@ def marks(found: Sequence[Line], codec: str) -> list[Mark]:
             _above(captions.by_kind.get("gist"), kv.by_kind.get("gist")),
             0,
         )
+    chance = chances(outcomes).get("detail")
+    for name in ("other", "zeroed", "shuffled"):
+        if name in by_row and chance is not None:
+            errors = _errors_above(by_row[name], chance)
+            add(f"control {name}, detail above chance, standard errors", errors, 2, least=False)
+    for pair in pairs(outcomes, codecs):
+        what = f"{pair.first} and {pair.second} apart, {pair.row}, points"
+        add(what, abs(pair.difference) / _POINT, 1, least=False)
     return result
+
+
+def _errors_above(line: Line, chance: float) -> float:
+    """How far a control is above chance, in standard errors of chance over as many questions."""
+    return (line.by_kind["detail"] - chance) / math.sqrt(chance * (1 - chance) / line.asked)
 
 
 def _of(by_row: dict[str, Line], row: str, figure: str) -> float | None:

@@ -22,7 +22,7 @@ def markdown(job: Job, outcomes: Sequence[Outcome], ingested: Sequence[Ingested]
     parts = [_head(job, outcomes), _accuracy(outcomes), _rows(job), _recordings(ingested)]
     if len(job.codecs) > 1:
         parts.append(_pairs(outcomes, job.codecs))
-    found = marks(lines(outcomes), job.codecs[0])
+    found = marks(outcomes, job.codecs)
     if found:
         parts.append("\n".join(["Marks of the issue", "", *(f"- {mark}" for mark in found)]))
     return "\n\n".join(parts) + "\n"
@@ -38,7 +38,7 @@ def document(job: Job, outcomes: Sequence[Outcome], ingested: Sequence[Ingested]
             "rows": [asdict(line) for line in lines(outcomes)],
             "ingested": [asdict(one) for one in ingested],
             "pairs": [asdict(pair) for pair in pairs(outcomes, job.codecs)],
-            "marks": [asdict(mark) for mark in marks(lines(outcomes), job.codecs[0])],
+            "marks": [asdict(mark) for mark in marks(outcomes, job.codecs)],
         },
         indent=1,
     )
