@@ -19,6 +19,7 @@ from memdb.salvage import SegmentContents
 from memdb.segments import SEGMENT_BYTES_MAX
 
 LOST_MAX = 1 << 17  # so many units, or events of a kind, are believed to be lost at most
+_LOST_MIN = 16  # so many without a trace: a record of another number may stand in the place of one
 _RECORD_BYTES_MIN = 192  # a prologue, and a footer with the least that one says
 
 
@@ -45,7 +46,7 @@ def believed_count(
 
     `told`: below it none is missing, as an old catalog knows.
     """
-    allowed = told + min(LOST_MAX, missing_bytes // _RECORD_BYTES_MIN)
+    allowed = told + min(LOST_MAX, _LOST_MIN + missing_bytes // _RECORD_BYTES_MIN)
     there = there[there >= told]
     return max((count for count in claims if count - int(there.searchsorted(count)) <= allowed), default=0)
 

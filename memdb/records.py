@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ _HASH64 = struct.Struct("<Q")
 _LENGTH = struct.Struct("<I")
 _FOOTER_HASH_BYTES = 16
 _HASH_BYTES = 256 << 10
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _ZEROS = bytes(ALIGNMENT_BYTES)
 _NUMBER_MAX = (1 << 63) - 1  # a catalog holds no greater one
 
@@ -230,8 +232,9 @@ def meta_int(record: Record, key: str) -> int:
 
 
 def meta_str(record: Record, key: str) -> str:
+    """A text of a record's meta. Raises CorruptionError where there is none, or one that a catalog cannot hold."""
     value = record.meta.get(key)
-    if not isinstance(value, str):
+    if not isinstance(value, str) or (not value.isascii() and _SURROGATE.search(value)):
         raise CorruptionError(f"the record at byte {record.offset} has no text {key!r}")
     return value
 

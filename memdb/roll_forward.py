@@ -13,7 +13,18 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from memdb.applying import EVENTS, STREAM, SegmentRow, counts_of, forget_recording, role_of
+from memdb.applying import (
+    EVENTS,
+    FORGET,
+    STREAM,
+    SegmentRow,
+    counts_of,
+    event_values,
+    forget_recording,
+    role_of,
+    spec_of,
+    unit_row,
+)
 from memdb.catalog import Catalog
 from memdb.files import sync_folder, sync_open
 from memdb.locks import is_held, writer_lock
@@ -96,6 +107,8 @@ def beyond(catalog: Catalog, folder: Path, recording_id: str) -> Iterator[Beyond
                 continue  # foreign, or left unfinished: it never counted
         else:
             role = row.role
+        if catalog.state(recording_id) is None and not _describes(found.records, segment):
+            continue
         records = _that_go_on(catalog, recording_id, found.records, segment, role)
         if records:
             end = records[-1]
@@ -140,6 +153,30 @@ def first_header(segment: OpenSegment, store_id: str) -> Record | None:
     return None
 
 
+def _makes_sense(record: Record, segment: OpenSegment, units: int | None) -> bool:
+    """Whether a record can be committed. In a stream an event speaks of no unit that comes after it."""
+    try:
+        if record.kind is Kind.UNIT:
+            unit_row(record, recording_id="", segment=segment.file.removeprefix("segments/"), commit_id=0)
+        elif record.kind in EVENTS and not is_whole_tombstone(record):
+            event_values("", record)
+            return units is None or all(count <= units for count in counts_of(record))
+    except CorruptionError as error:
+        logger.warning("%s", error)
+        return False
+    return True
+
+
+def _describes(records: tuple[Record, ...], segment: OpenSegment) -> bool:
+    """Whether a segment can begin a recording: one that cannot stands in the way of no other."""
+    try:
+        spec_of(records[0])
+    except CorruptionError as error:
+        logger.warning("%s: %s: it is passed over", segment.file, error)
+        return is_whole_tombstone(records[-2]) if len(records) > 2 else False
+    return True
+
+
 def check_format(header: Record) -> None:
     """Raises FormatVersionError for a segment that a newer memdb wrote: nobody may guess what is in it."""
     found = header.meta.get("format")
@@ -173,12 +210,21 @@ def _make_safe(folder: Path, name: str) -> None:
 def _that_go_on(
     catalog: Catalog, recording_id: str, records: tuple[Record, ...], segment: OpenSegment, role: str
 ) -> list[Record]:
-    """The records up to the first that leaves a hole in the recording's units, or is encoded in another way."""
+    """The records up to the first that leaves a hole in the recording's units, or is encoded in another way.
+
+    Of a forgetting all that make sense: it is obeyed as far as it can be. Of what writes a file anew all or none:
+    what it replaces is removed afterwards.
+    """
     state = catalog.state(recording_id)
     next_unit = state.units if state else 0
     encoding = catalog.by_id(recording_id).spec.encoding_fingerprint if state else None
     good: list[Record] = []
     for record in records:
+        if not _makes_sense(record, segment, next_unit if role == STREAM else None):
+            logger.warning("%s: the record at byte %d makes no sense", segment.file, record.offset)
+            if role == FORGET:
+                continue
+            return good if role == STREAM else []
         if record.kind is Kind.UNIT:
             if role == STREAM and (
                 record.number > next_unit or (encoding and meta_str(record, "encoding") != encoding)
@@ -186,10 +232,5 @@ def _that_go_on(
                 logger.warning("%s: unit %d does not go on here", segment.file, record.number)
                 break
             next_unit = max(next_unit, record.number + 1)
-        elif (
-            role == STREAM and record.kind in EVENTS and any(count > next_unit for count in counts_of(record))
-        ):
-            logger.warning("%s: byte %d speaks of units that are not there", segment.file, record.offset)
-            break
         good.append(record)
     return good
