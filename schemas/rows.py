@@ -238,17 +238,9 @@ class UnitRow:
 
     def check(self) -> None:
         """Whether the row can be one of a unit. Raises CorruptionError."""
-        least = (
-            self.number,
-            self.offset,
-            self.length,
-            self.start_ns,
-            self.epoch,
-            self.layers,
-            self.block_count,
-        )
-        least += (self.revision, self.kept_ppm, self.caption_tokens or 0)
-        if min(least) < 0 or self.end_ns <= self.start_ns or len(self.digest) != DIGEST_BYTES:
+        numbers = [self.number, self.offset, self.length, self.start_ns, self.epoch, self.layers]
+        numbers += [self.block_count, self.revision, self.kept_ppm, self.caption_tokens or 0]
+        if min(numbers) < 0 or self.end_ns <= self.start_ns or len(self.digest) != DIGEST_BYTES:
             raise self._absurd("numbers that no unit has")
         if len(self.first_digest) != DIGEST_BYTES or max(self.layers, self.block_count) > LAYERS_MAX:
             raise self._absurd("numbers that no unit has")

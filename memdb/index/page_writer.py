@@ -197,12 +197,13 @@ def write_pages(writer: PageWriter, units: Iterator[PageUnit], *, flush: bool) -
         except CorruptionError as error:
             _log.warning("pages of %s end early: %s", writer.recording_id, error)
             unit = None
-        if unit is not None and unit.vector is not None:
-            if writer.vector_size not in (None, len(unit.vector)):
+        vector = unit.vector if unit is not None else None
+        if unit is not None and vector is not None:
+            if writer.vector_size not in (None, len(vector)):
                 _log.warning(_OTHER_VECTOR, writer.recording_id, unit.number)
                 unit = None
             else:
-                writer.vector_size = len(unit.vector)
+                writer.vector_size = len(vector)
         if unit is None:
             return written + (writer.append(waiting) if flush else 0)
         waiting.append(unit)
