@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from memdb.applying import STREAM, SegmentRow, event_values, role_of
+from memdb.believed import LOST_MAX
 from memdb.database import CATALOG, Value
 from memdb.events import EventKey, without_joined
 from memdb.folder import FILES, FOLDERS
@@ -150,7 +151,7 @@ class _Verification:
             recording = catalog.by_id(recording.id)
             segments = catalog.segments(recording.id)
         units: dict[str, dict[int, UnitRow]] = {row.name: {} for row in segments}  # by file and offset
-        for number in range(recording.units):
+        for number in range(self._rows_there(recording)):
             with self._noting(CATALOG, recording):
                 unit = catalog.unit(recording.id, number)
                 units.setdefault(unit.segment, {})[unit.offset] = unit
@@ -168,6 +169,17 @@ class _Verification:
         if len(self.report.problems) == before:
             self._events(recording, events)
         return {row.name for row in segments}
+
+    def _rows_there(self, recording: RecordingRow) -> int:
+        """How many units to look at: a row that counts more than there are is not believed."""
+        with self._noting(CATALOG, recording):
+            where = "SELECT count(*), max(number) FROM units WHERE recording = ?"
+            [(rows, last)] = self.store.catalog.database.execute(where, (recording.id,))
+            if int(rows or 0) < recording.units:
+                self.add(CATALOG, f"{rows} of {recording.units} rows of units are there", recording)
+            most = min(recording.units, int(rows or 0) + LOST_MAX)
+            return min(most, int(last) + 1) if isinstance(last, int) else 0
+        return 0
 
     def _events(self, recording: RecordingRow, events: Events) -> None:
         """Gaps, epochs and tombstones of the segments against those of the catalog."""

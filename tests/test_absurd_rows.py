@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
 
 from memdb.database import CATALOG, Database, row_checksum
+from memdb.repair import repair
 from memdb.schemas.errors import CorruptionError, MemdbError
 from memdb.store import Store
 from memdb.tables import COLUMNS, KEYS
@@ -51,16 +52,6 @@ def read_all(store: Path) -> None:
         opened.catalog.forgotten()
 
 
-def expect_typed(store: Path) -> None:
-    """Reading may fail, with an error of memdb's own; verify names the catalog; repair makes it anew."""
-    with pytest.raises(MemdbError):
-        read_all(store)
-    assert CATALOG in {problem.file for problem in verify_path(store).problems}
-
-
-CELLS = [(table, column) for table, columns in COLUMNS.items() for column in columns]
-
-
 @pytest.mark.parametrize("table", COLUMNS)
 def test_a_value_of_another_type_is_damage_whatever_its_checksum(
     furnished: Path, copied: Path, table: str
@@ -75,3 +66,22 @@ def test_a_value_of_another_type_is_damage_whatever_its_checksum(
         assert caught.value.file == CATALOG
         shutil.rmtree(copied)
         shutil.copytree(furnished, copied)
+
+
+@pytest.mark.parametrize(
+    "column", [name for name in COLUMNS["recordings"] if name not in ("id", "name", "spec")]
+)
+def test_a_count_that_cannot_be_is_told_and_walked_by_nobody(copied: Path, bare: None, column: str) -> None:
+    """verify asked for every unit of four milliards of milliards."""
+    before = value_of(copied, "recordings", column)
+    for value in (HUGE, -5):
+        reseal(copied, "recordings", column, value)
+        with suppress(MemdbError):
+            read_all(copied)
+        problems = {problem.file for problem in verify_path(copied).problems}
+        if column in ("units", "segments", "gaps", "epochs", "ends", "tombstones", "replaced"):
+            assert CATALOG in problems
+    repair(copied)
+    assert verify_path(copied).ok
+    if column in ("units", "watermark_ns", "kv_bytes"):
+        assert value_of(copied, "recordings", column) == before
