@@ -1,4 +1,4 @@
-"""`memdb demo`: a film goes into a store, and another process answers from it."""
+"""`memdb demo`: a recording with known answers goes into a store, and another process answers from it."""
 
 from __future__ import annotations
 
@@ -6,21 +6,27 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from memdb.films import Scene, render_film
 from memdb.schemas.errors import MemdbError
 from memdb.schemas.times import format_time
 
-FILM_S = 48.0
-BLOCKS = 16  # of 48 that are stored: each layer has to choose
-QUESTION = "Where was the {colour} {shape}?"
+if TYPE_CHECKING:
+    from memdb.world.questions import Question
+    from memdb.world.scenes import Scene
+
+FILM_S = 120
+KINDS = ("gist", "detail", "place", "motion", "when", "absent")  # of questions, one each
+# Of the random stand-in, which fits no settings to itself: each layer has to choose, and nobody reads its words.
+STAND_IN = ("retrieve.blocks=16", "caption.tokens_max=8", "answer.tokens_max=8")
+PROOF_FPS = 0.4  # the uncut forward is a plain one, which takes long over many frames
+DIFFERENCE_MAX = 1e-4  # of the largest logit
 
 
 def demo(seed: int, keep: Path | None, say: Callable[[str], object]) -> None:
-    """Render, ingest, ask from a new process, print answer, plan and evidence, compare with the uncut forward.
+    """Render, ingest, ask from a new process, compare with the truth, prove the path against an uncut forward.
 
     Raises MemdbError where a step fails or the rebuilt context is not the uncut one.
     """
@@ -33,79 +39,121 @@ def demo(seed: int, keep: Path | None, say: Callable[[str], object]) -> None:
 
 
 def _demo(seed: int, folder: Path, say: Callable[[str], object]) -> None:
-    film, store = folder / f"shapes-{seed}.mp4", folder / "demo.memdb"
-    scenes = render_film(film, seconds=FILM_S, seed=seed)
-    say(f"rendered {film.name}: {FILM_S:g} s of H.264, {len(scenes)} scenes, {film.stat().st_size:,} bytes")
+    from memdb.models.load import is_trained
+    from memdb.world.films import render
+    from memdb.world.questions import Asker
+    from memdb.world.scenes import plan
+
+    film, store = folder / f"world-{seed}.mp4", folder / "demo.memdb"
+    scenes = plan(seed, FILM_S)
+    render(film, scenes)
+    say(f"rendered {film.name}: {FILM_S} s of H.264, {len(scenes)} scenes, {film.stat().st_size:,} bytes")
+    if not is_trained():
+        say(
+            "note: the embedded model has random weights here, so its words mean nothing; the path is what is shown"
+        )
+    fitted = () if is_trained() else [part for setting in STAND_IN for part in ("--set", setting)]
+    words = ("--store", str(store), "--recording", "world", "--sample-fps", "1", *fitted)
+    report = _process("memdb", "ingest", str(film), *words, "--json")
     say(
-        "note: the embedded model is random here (seed 0), so its words mean nothing; the path is what is shown"
+        f"ingested by one process: {report['units']} units up to {format_time(report['watermark_s'])}, recipe hybrid, "
+        f"codec int4, {FILM_S / report['timings_ms']['total'] * 1000:.0f} times real time"
     )
-    made = ("--recording", "shapes", "--sample-fps", "1", "--set", f"retrieve.blocks={BLOCKS}")
-    report = _memdb("ingest", str(film), "--store", str(store), *made)
+    asker = Asker(scenes, seed)
+    questions = [question for kind in KINDS if (question := asker.ask(kind)) is not None]
+    asked = {"questions": [question.text for question in questions], "search": _words(scenes)}
+    replies = _process("memdb.demo", str(store), given=json.dumps(asked))
+    say("asked by another process:")
+    right = sum(_show(*pair, say) for pair in zip(questions, replies["answers"], strict=True))
+    say(f"right: {right} of {len(questions)}")
+    hits = [f"{format_time(hit['start_s'])} {hit['caption']}" for hit in replies["hits"]]
+    say(f"search {asked['search']!r}: {'; '.join(hits) or 'nothing'}")
+    say(f"verify: {replies['checked_bytes']:,} bytes checked, {replies['problems']} problems")
+    _prove(film, folder / "proof.memdb", say)
+
+
+def _words(scenes: Sequence[Scene]) -> str:
+    """What is searched for: something in the middle of the film."""
+    seen = [scene for scene in scenes if not scene.empty]
+    return f"{seen[len(seen) // 2].colour} {seen[len(seen) // 2].shape}"
+
+
+def _show(question: Question, answer: dict[str, Any], say: Callable[[str], object]) -> bool:
+    """One question with its answer, what is true, and where the evidence lies. Returns whether it is right."""
+    right = question.is_right(answer["text"])
+    true = ", ".join(_span(*span) for span in question.spans)
+    say(f"  {question.kind}: {question.text}")
     say(
-        f"ingested by one process: {report['units']} units up to {format_time(report['watermark_s'])}, "
-        "recipe hybrid, codec int4"
+        f"    {'right' if right else 'WRONG'}: {answer['text']}"
+        + ("" if right else f" (it is {question.answer})")
     )
-    scene = scenes[len(scenes) // 2]
-    question = QUESTION.format(colour=scene.colour, shape=scene.shape)
-    answer = _memdb("ask", question, "--store", str(store), "--mode", "both", "--latency-ms-max", "20000")
-    _show(question, scene, answer, say)
-    found = _memdb("search", f"{scene.colour} {scene.shape}", "--store", str(store), "--limit", "3")
-    say(f"search finds {len(found['hits'])} captions")
-    whole = _memdb("verify", "--store", str(store))
-    say(f"verify: {whole['checked_bytes']:,} bytes checked, {len(whole['problems'])} problems")
-    _prove(film, folder, say)
+    best = [max(part, key=lambda item: item["score"]) for part in _by_tier(answer["evidence"]) if part]
+    found = ", ".join(f"{_span(item['start_s'], item['end_s'])} ({item['tier']})" for item in best)
+    say(f"    evidence: {found}; {f'on film: {true}' if true else 'not on film'}; {answer['ms']:.0f} ms")
+    for warning in answer["warnings"]:
+        say(f"    warning: {warning}")
+    return right
 
 
-def _show(question: str, scene: Scene, answer: dict[str, Any], say: Callable[[str], object]) -> None:
-    say(f"asked by another process: {question}")
-    say(f"  (on film: {scene}, {format_time(scene.start_s)} - {format_time(scene.end_s)})")
-    say(f"  answer: {answer['text']}")
-    plan = answer["plan"]
-    sizes = plan["sizes"]
-    say(
-        f"  plan: {plan['mode']}, {sizes['blocks']} blocks a layer, {sizes['caption_tokens']} caption tokens; "
-        f"predicted {plan['predicted_ms']:.0f} ms, took {answer['timings_ms']['total']:.0f} ms"
-    )
-    for item in answer["evidence"][:4]:
-        span = f"{format_time(item['start_s'])} - {format_time(item['end_s'])}"
-        say(f"  evidence: {item['recording']} {span}, {item['tier']}, score {item['score']:.2f}")
+def _by_tier(evidence: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    return [[item for item in evidence if item["tier"] == tier] for tier in ("captions", "kv")]
 
 
-def _prove(film: Path, folder: Path, say: Callable[[str], object]) -> None:
+def _span(start_s: float, end_s: float) -> str:
+    return f"{format_time(start_s)} - {format_time(end_s)}"
+
+
+def _prove(film: Path, store: Path, say: Callable[[str], object]) -> None:
     """The same film with nothing dropped and codec raw: logits through the store against one uncut forward."""
     from memdb.client import connect
 
-    store = folder / "proof.memdb"
-    _memdb(
-        "ingest",
-        str(film),
-        "--store",
-        str(store),
-        "--recording",
-        "proof",
-        "--sample-fps",
-        "1",
-        "--codec",
-        "raw",
-    )
+    with connect(store) as db:
+        db.ingest(film, recording="proof", recipe="rekv", codec="raw", sample_fps=PROOF_FPS)
     with connect(store, create=False) as db:
-        report = db.compare_uncut(film, "proof", "What happens?")
+        report = db.compare_uncut(film, "proof", "what is seen?")
     say(
         f"proof: {report.frames} frames through store, close, reopen and rebuild against one uncut forward: logits "
         f"differ by {report.relative:.1e} of the largest"
     )
-    if not report.relative < 1e-4:
+    if not report.relative < DIFFERENCE_MAX:
         raise MemdbError(f"the rebuilt context is not the uncut one: logits differ by {report.relative:.1e}")
 
 
-def _memdb(*words: str) -> dict[str, Any]:
-    """Run one command in a process of its own; its JSON."""
+def reply(store: str, asked: dict[str, Any]) -> dict[str, Any]:
+    """What the other process does: every question, a search, and a look at every byte."""
+    from memdb.client import connect
+
+    with connect(store, create=False) as db:
+        answers = [db.ask(text, mode="both") for text in asked["questions"]]
+        hits = db.search(asked["search"], limit=2)
+        whole = db.verify()
+    return {
+        "answers": [
+            {
+                "text": answer.text,
+                "ms": answer.timings_ms["total"],
+                "warnings": answer.warnings,
+                "evidence": [item.as_json() for item in answer.evidence],
+            }
+            for answer in answers
+        ],
+        "hits": [hit.as_json() for hit in hits],
+        "checked_bytes": whole.checked_bytes,
+        "problems": len(whole.problems),
+    }
+
+
+def _process(module: str, *words: str, given: str = "") -> dict[str, Any]:
+    """Run a module in a process of its own; the JSON that it prints."""
     run = subprocess.run(  # noqa: S603
-        [sys.executable, "-m", "memdb", *words, "--json"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", module, *words], input=given, capture_output=True, text=True, check=False
     )
     if run.returncode != 0:
-        raise MemdbError(
-            f"memdb {words[0]} failed with exit code {run.returncode}: {run.stderr.strip()[-500:]}"
-        )
+        told = f"{module} {words[0]} failed with exit code {run.returncode}: {run.stderr.strip()[-500:]}"
+        raise MemdbError(told)
     document: dict[str, Any] = json.loads(run.stdout)
     return document
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(reply(sys.argv[1], json.load(sys.stdin))))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,10 +54,21 @@ def render(
     check_film(bounds[-1], fps, width, height)
     import av
 
-    with av.open(os.fspath(path), "w") as container:
+    with _one_thread(), av.open(os.fspath(path), "w") as container:
         container.metadata["comment"] = MARK
         stream = add_stream(container, (width, height), fps, KEYFRAME_S)
         write_frames(container, stream, _told(_pictures(scenes, fps, width, height), on_frame), fps)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """What is cut out is small: two threads that wait for each other took ten times as long as one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _told(pictures: Iterator[Bytes], on_frame: Callable[[int], object] | None) -> Iterator[Bytes]:
