@@ -17,7 +17,6 @@ from typing import Any
 from memdb.client import Client
 from memdb.models.load import resolve_device
 from memdb.query.engine import Engine
-from memdb.recipes import recipe
 from memdb.schemas.question import Question as Asked
 from memdb.stats import stats
 from memdb.store import Store
@@ -77,8 +76,7 @@ def ground(job: Job, seed: int, others: bool, tell: Tell) -> Iterator[Ground]:
         shutil.rmtree(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     Store.open(path, create=True, write=True).close()
-    blocks = int(recipe("hybrid", settings=job.settings).retrieve.params["blocks"])  # type: ignore[arg-type]
-    tap = Tap(blocks, seed)
+    tap = Tap(seed)
     options = {"model": job.model, "device": job.device, "dtype": job.dtype}
     client = TappedClient(Store.open(path), tap, **options)
     with client:
@@ -87,10 +85,18 @@ def ground(job: Job, seed: int, others: bool, tell: Tell) -> Iterator[Ground]:
         if others:
             there = plan(seed + OTHER_SEED, min(job.length_s, OTHER_S_MAX), SPLIT)
             _ingest(client, job, seed + OTHER_SEED, there, OTHER, job.codecs[0], tell)
+        tap.blocks = _blocks(client, job.codecs[0])
         sizes = {row.name: row.bytes for row in stats(client.store).recordings}
         ingested = [Ingested(seed, codec, job.length_s, took_s[codec], sizes[codec]) for codec in job.codecs]
         questions = Asker(scenes, seed, SPLIT).some(job.per_kind)
         yield Ground(seed, client, tap, questions, ingested)
+
+
+def _blocks(client: Client, recording: str) -> int:
+    """How many blocks retrieval takes: the recipe says so, as the model's own settings and the job's left it."""
+    blocks = client.store.recording(recording).spec.recipe.retrieve.params["blocks"]
+    assert isinstance(blocks, int)
+    return blocks
 
 
 def _ingest(

@@ -52,8 +52,8 @@ Pick = Callable[[Choice], Rows]
 class Tap:
     """`taken`: of each layer the blocks whose content stood in the context of the last question."""
 
-    blocks: int
     seed: int = 0
+    blocks: int = 0  # that the recipe retrieves
     pick: Pick | None = None
     content: str = "stored"
     truth: Truth = field(default_factory=Truth)
