@@ -102,14 +102,15 @@ def _own_kv(
     if chosen is None or chosen.row.spec.model.fingerprint == session.model.identity.fingerprint:
         return chosen
     spec, here = chosen.row.spec, session.model.identity.spec
+    made_by = f"{spec.model.spec!r}" + (" with other weights" if spec.model.spec == here else "")
     captions = any(len(one.usable_captions) for one in opened)
     if question.mode in ("kv", "both", "recent") or (question.mode == "auto" and not captions):
         raise ModelMismatch(
-            f"the KV of {spec.name!r} was computed by {spec.model.spec!r} and means nothing to {here!r}: ask "
+            f"the KV of {spec.name!r} was computed by {made_by} and means nothing to {here!r}: ask "
             "with that model" + (", or with mode captions" if captions else "")
         )
     if question.mode == "auto":
-        warnings.append(f"the KV here was computed by {spec.model.spec!r}, so {here!r} reads captions only")
+        warnings.append(f"the KV here was computed by {made_by}, so {here!r} reads captions only")
     return None
 
 

@@ -231,3 +231,12 @@ def test_a_store_of_the_random_stand_in_names_the_trouble(
         pytest.raises(ModelMismatch, match=r"not with 'embedded' .*: use another store"),
     ):
         db.ingest(films / "other.mp4", sample_fps=1)
+    with (
+        memdb.connect(tmp_path / "a.memdb", model="embedded") as db,
+        pytest.raises(
+            ModelMismatch, match="computed by 'embedded' with other weights and means nothing to 'embedded'"
+        ),
+    ):
+        db.ask("what is seen?", mode="kv")
+    with memdb.connect(tmp_path / "a.memdb", model="random:0") as db:  # what stood in for it, by its own name
+        assert db.ask("what is seen?", mode="kv").evidence
