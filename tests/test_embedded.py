@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import memdb
 from memdb.films import render_film
 from memdb.models import load
 from memdb.models.load import load_model
-from memdb.models.random_llava import save_random_llava
+from memdb.models.random_llava import random_llava, save_random_llava
 from memdb.models.sheet import ModelSheet, read_sheet, write_sheet
-from memdb.recipes import RECIPES
+from memdb.recipes import RECIPES, for_live
 from memdb.repair import repair
 from memdb.schemas.errors import ModelError, ModelMismatch, RecipeError
 from memdb.schemas.rows import RecordingSpec
@@ -58,6 +59,39 @@ def test_the_embedded_model_is_that_of_the_folder(embedded: Path) -> None:
     assert model.identity.fingerprint == load_model(str(embedded), device="cpu").identity.fingerprint
     assert model.sheet == replace(SHEET, sha256=read_sheet(embedded).sha256)
     assert set(model.sheet.sha256) == {"model.safetensors", "tokenizer.json"}
+
+
+def test_shards_and_the_joint_head_lie_in_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the package has it: bf16 in shards with an index, and weights beside them that are no part of the network."""
+    folder = save_random_llava(tmp_path / "embedded", seed=4)
+    network, _ = random_llava(seed=4, dtype=torch.bfloat16)
+    (folder / "model.safetensors").unlink()
+    network.save_pretrained(folder, max_shard_size="4MB")
+    save_file({"joint_clip.weight": torch.ones(2, 2)}, folder / "joint.safetensors")
+    write_sheet(folder, ModelSheet(joint="joint.safetensors"))
+    monkeypatch.setattr(load, "EMBEDDED", folder)
+    sheet = load_model("embedded", device="cpu").sheet
+    shards = sorted(path.name for path in folder.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert list(sheet.sha256) == ["joint.safetensors", *shards, "tokenizer.json"]
+    assert sheet.joint == "joint.safetensors"
+    for name in ("joint.safetensors", shards[-1]):
+        flip(folder / name)
+        with pytest.raises(ModelError, match=f"{name} is damaged"):
+            load_model("embedded", device="cpu")
+        flip(folder / name)
+    (folder / shards[0]).unlink()
+    with pytest.raises(ModelError, match=f"{shards[0]} cannot be read"):
+        load_model("embedded", device="cpu")
+
+
+def test_a_live_source_closes_clips_soon_also_where_the_model_fits_settings() -> None:
+    fitted = SHEET.fitted()["hybrid"]
+    live = for_live(fitted, fitted)
+    assert live.unit.params == {"frames": 4, "unit_s_max": 10.0}
+    assert live.encode.params["window_tokens"] == 512
+    by_hand = fitted.with_settings(("unit.frames=2",))
+    assert for_live(by_hand, fitted) == by_hand
 
 
 def test_a_folder_of_the_same_name_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
