@@ -50,7 +50,7 @@ class Sizes:
     rows: int = 24  # streams of ROW frames
     seen: int = 96  # questions over KV alone
     told: int = 24  # questions with captions as text, half of them without KV
-    clips: int = 96  # captions
+    clips: int = 144  # captions
     question: int = 32  # tokens of a question
     prompt: int = 56  # tokens of a question as a prompt, with its answer
     caption: int = 72  # tokens of the caption prompt with the caption

@@ -28,6 +28,7 @@ class Stage:
     stamps: int = 32
     limit: int = 64  # frames that a question reads at most, but for counting
     own: float = 0.6  # share of rows that read what their own keys found
+    asked: bool = True  # without, a step is captions alone
     disturbed: float = 0.3  # share of rows and streams that are merged, thinned or windowed narrowly
 
 
@@ -79,6 +80,8 @@ class Learner:
     def loss(self, batch: Batch, stage: Stage, marks: Marks, *, train: bool = True) -> Tensor:
         stored = self._store(batch, stage, train)
         parts = [self._captions(batch, stored, marks)]
+        if not stage.asked:
+            return parts[0]
         picked, scores, contrast = self._search(batch, stored, stage, marks)
         parts.append(contrast)
         seen = self.sizes.seen
@@ -178,7 +181,7 @@ class Learner:
             losses.append(_contrast(scores * network.sharp[at].exp(), evidence, asked))
             scores = scores.detach().masked_fill(~allowed, -torch.inf)
             picked = top(scores, counts, stage.most, 1)
-            marks.add(f"found{at}", (picked & evidence).sum(1)[asked] / evidence.sum(1).clamp(min=1)[asked], asked)
+            marks.add(f"found{at}", asked * (picked & evidence).sum(1) / evidence.sum(1).clamp(min=1), asked)
             all_scores.append(scores)
             all_picked.append(picked)
             frames = torch.where(picked, torch.arange(picked.shape[1], device=self.device), picked.shape[1])
@@ -191,7 +194,7 @@ class Learner:
             x = network.layer_over(at, x, q, k, v, stored, memory, place, real)
         losses.append(_contrast(joint * network.sharp[-1].exp(), evidence, asked) * (JOINT_WEIGHT / CONTRAST_WEIGHT))
         best = top(joint.detach().masked_fill(~allowed, -torch.inf), counts, stage.most, 1)
-        marks.add("found_joint", (best & evidence).sum(1)[asked] / evidence.sum(1).clamp(min=1)[asked], asked)
+        marks.add("found_joint", asked * (best & evidence).sum(1) / evidence.sum(1).clamp(min=1), asked)
         contrast = torch.stack(losses).mean()
         marks.add("loss_contrast", contrast, torch.ones_like(contrast))
         return all_picked, all_scores, CONTRAST_WEIGHT * contrast

@@ -219,6 +219,25 @@ class Network(nn.Module):
 def _with_tokenizer(config: dict[str, Any], tokenizer: Any, seed: int) -> Any:
     composed = random_config(config, tokenizer=tokenizer)
     torch.manual_seed(seed)
-    return LlavaOnevisionForConditionalGeneration._from_config(
+    network = LlavaOnevisionForConditionalGeneration._from_config(
         composed, attn_implementation="sdpa", dtype=torch.float32
     )
+    _calm(network.model.vision_tower)
+    return network
+
+
+def _calm(tower: nn.Module) -> None:
+    """Small weights in the vision tower's layers, so that a patch is itself at first.
+
+    As transformers draws them, each layer adds the mean of the picture to every patch: behind six layers the patches
+    of a frame differ by a tenth of what frames differ, and a model learned the places and nothing else (RESULTS.md).
+    """
+    depth = sum(name.endswith("out_proj.weight") for name, _ in tower.named_parameters())
+    with torch.no_grad():
+        for name, parameter in tower.named_parameters():
+            if name.endswith(("out_proj.weight", "fc2.weight")):
+                parameter.normal_(0, 0.02 / (2 * depth) ** 0.5)
+            elif name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "fc1.weight")):
+                parameter.normal_(0, 0.02)
+            elif "position_embedding" in name:
+                parameter.normal_(0, 0.2)

@@ -75,7 +75,7 @@ def train(
             line |= {name: round(value, 4) for name, value in stepper.marks.shares().items()}
             log.append(line)
             print(_brief(line), flush=True)
-            if not math.isfinite(line["loss_gist"]):
+            if not math.isfinite(line["loss_caption"]):
                 raise SystemExit("the loss is no number: lower the learning rate")
             stepper.marks.clear()
 
@@ -129,7 +129,7 @@ class Stepper:
 
     def _prepare(self) -> None:
         """Find out which parameters learn, and make the optimiser over their masters."""
-        self.learner.loss(self._batch, self._stage, Marks()).backward()
+        self.learner.loss(self._batch, Stage(), Marks()).backward()
         self._own = [p for p in self._network.parameters() if p.grad is not None]
         self._masters = [p.detach().float().clone() for p in self._own]
         for master in self._masters:
@@ -148,7 +148,11 @@ class Stepper:
         assert self._optimiser is not None
         self.learner.loss(self._batch, self._stage, self.marks).backward()
         grads = [master.grad for master in self._masters]
-        torch._foreach_copy_(grads, [p.grad for p in self._own])
+        for grad, parameter in zip(grads, self._own, strict=True):
+            if parameter.grad is None:  # it has no part in this stage
+                grad.zero_()
+            else:
+                grad.copy_(parameter.grad)
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         torch._foreach_mul_(grads, (1.0 / (norm + 1e-6)).clamp(max=1.0))
         self._optimiser.step()
@@ -158,15 +162,18 @@ class Stepper:
 
 
 def stage_at(share: float, later: bool) -> Stage:
-    """Fewer distractors and nothing disturbed at first; a run that goes on from weights begins in full."""
+    """Captions alone first: they teach to see. Then few distractors, and nothing disturbed until late.
+
+    A run that goes on from weights begins in full.
+    """
     if later:
         return Stage()
-    if share < 0.1:
-        return Stage(limit=8, own=0.0, disturbed=0.0)
-    if share < 0.25:
-        return Stage(limit=16, own=0.3, disturbed=0.0)
-    if share < 0.5:
-        return Stage(limit=32, own=0.5, disturbed=0.15)
+    if share < 0.22:
+        return Stage(asked=False, disturbed=0.0)
+    if share < 0.35:
+        return Stage(limit=8, own=0.2, disturbed=0.0)
+    if share < 0.6:
+        return Stage(limit=24, own=0.5, disturbed=0.1)
     return Stage()
 
 
@@ -209,14 +216,11 @@ def save(network: Network, folder: Path) -> None:
 
 
 def load(network: Network, folder: Path) -> None:
-    found: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("model*.safetensors")):
-        found |= load_file(path)
-    missing, unexpected = network.hf.load_state_dict({k: v.float() for k, v in found.items()}, strict=False)
+    """Take over the weights that an earlier run saved in `folder`."""
+    found = type(network.hf).from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True)
+    network.hf.load_state_dict(found.state_dict())
     own = {name: tensor.float() for name, tensor in load_file(folder / "joint.safetensors").items()}
     network.load_state_dict(own, strict=False)
-    if missing or unexpected:
-        raise SystemExit(f"{folder} holds another model: {missing[:3]} {unexpected[:3]}")
 
 
 def _loader(given: argparse.Namespace, sizes: Sizes, split: str, seed: int) -> DataLoader[dict[str, torch.Tensor]]:
