@@ -52,9 +52,9 @@ class Sizes:
     told: int = 24  # questions with captions as text, half of them without KV
     clips: int = 144  # captions
     question: int = 32  # tokens of a question
-    prompt: int = 56  # tokens of a question as a prompt, with its answer
-    caption: int = 72  # tokens of the caption prompt with the caption
-    text: int = 296  # tokens of captions before a question
+    prompt: int = 50  # tokens of a question as a prompt, with its answer
+    caption: int = 64  # tokens of the caption prompt with the caption
+    text: int = 260  # tokens of captions before a question
 
     @property
     def frames(self) -> int:

@@ -63,7 +63,7 @@ def train(
         share = step / given.steps if given.steps else (time.perf_counter() - began_s) / given.seconds
         cosine = 0.5 + 0.5 * math.cos(math.pi * min(1, share))
         stepper.rate.fill_(given.lr * min(1, (step + 1) / given.warmup) * (0.02 + 0.98 * cosine))
-        wanted = stage_at(share, given.start is not None)
+        wanted = stage_at(share, given.see, given.start is not None)
         batch["pictures"] = learner.pictures(batch.pop("frames"), train=True)
         if wanted != stage:
             stage = wanted
@@ -75,7 +75,7 @@ def train(
             line |= {name: round(value, 4) for name, value in stepper.marks.shares().items()}
             log.append(line)
             print(_brief(line), flush=True)
-            if not math.isfinite(line["loss_caption"]):
+            if line["skipped"] > 0.5:
                 raise SystemExit("the loss is no number: lower the learning rate")
             stepper.marks.clear()
 
@@ -154,25 +154,29 @@ class Stepper:
             else:
                 grad.copy_(parameter.grad)
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-        torch._foreach_mul_(grads, (1.0 / (norm + 1e-6)).clamp(max=1.0))
+        whole = norm.isfinite()
+        self.marks.add("skipped", (~whole).float(), torch.ones_like(norm))
+        for grad in grads:  # a step that went wrong teaches nothing, and harms nothing
+            grad.nan_to_num_(0.0, 0.0, 0.0)
+        torch._foreach_mul_(grads, torch.where(whole, (1.0 / (norm + 1e-6)).clamp(max=1.0), 0.0))
         self._optimiser.step()
         with torch.no_grad():
             torch._foreach_copy_(self._own, self._masters)
         self.norm.copy_(norm)
 
 
-def stage_at(share: float, later: bool) -> Stage:
-    """Captions alone first: they teach to see. Then few distractors, and nothing disturbed until late.
+def stage_at(share: float, see: float, later: bool) -> Stage:
+    """Captions alone first, for the share `see`: they teach to see. Then few distractors, and nothing disturbed.
 
     A run that goes on from weights begins in full.
     """
     if later:
         return Stage()
-    if share < 0.22:
+    if share < see:
         return Stage(asked=False, disturbed=0.0)
-    if share < 0.35:
+    if share < see + 0.15:
         return Stage(limit=8, own=0.2, disturbed=0.0)
-    if share < 0.6:
+    if share < see + 0.4:
         return Stage(limit=24, own=0.5, disturbed=0.1)
     return Stage()
 
@@ -248,6 +252,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=540.0)
     parser.add_argument("--steps", type=int, default=0, help="instead of seconds")
     parser.add_argument("--from", dest="start", type=Path)
+    parser.add_argument("--see", type=float, default=0.22, help="share of the time for captions alone, from scratch")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--warmup", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
