@@ -52,6 +52,7 @@ def small(folder: Path) -> Job:
         device="cpu",
         paint=True,
         film_size=(64, 36),
+        cold=True,
         reuse=True,
     )
 

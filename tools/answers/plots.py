@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from tools.answers.job import Outcome
-from tools.answers.score import by_age, lines
+from tools.answers.score import AGES_S, by_age, lines
 
 log = logging.getLogger(__name__)
 
@@ -32,41 +33,43 @@ def plots(out: Path, outcomes: Sequence[Outcome], codec: str) -> list[Path]:
 
 
 def _accuracy_latency(path: Path, outcomes: Sequence[Outcome]) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _empty()
     for line in lines(outcomes):
         if line.macro is None:
             continue
         error = 100 * (line.macro_error or 0.0)
-        late = max(0.0, line.p95_ms - line.p50_ms)
+        late = np.array([[0.0], [max(0.0, line.p95_ms - line.p50_ms)]])
         axes.errorbar(
-            line.p50_ms, 100 * line.macro, yerr=error, xerr=np.array([[0.0], [late]]), fmt="o", capsize=3
+            line.p50_ms, 100 * line.macro, yerr=error, xerr=late, fmt="o", capsize=3, label=line.row
         )
-        axes.annotate(line.row, (line.p50_ms, 100 * line.macro), textcoords="offset points", xytext=(5, 5))
-    axes.set(xlabel="latency, p50 and up to p95 (ms)", ylabel="macro average over kinds (%)", ylim=(0, 100))
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    axes.set(xlabel="latency, p50 and up to p95 (ms)", ylabel="macro average over kinds (%)")
+    _save(path, figure, axes)
 
 
 def _recall_age(path: Path, outcomes: Sequence[Outcome]) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    drawn = False
+    figure, axes = _empty()
+    oldest = 0
     for row in AGED:
         points = by_age(found for found in outcomes if found.row == row)
         if points:
-            ages_s, recalls, _ = zip(*points, strict=True)
-            axes.plot([age_s / 60 for age_s in ages_s], [100 * recall for recall in recalls], "o-", label=row)
-            drawn = True
-    axes.set(
-        xlabel="age of the evidence, up to (minutes)", ylabel="true span in the context (%)", ylim=(0, 102)
-    )
-    axes.set_xscale("log")
+            places = [AGES_S.index(round(age_s)) for age_s, _, _ in points]
+            axes.plot(places, [100 * recall for _, recall, _ in points], "o-", label=row)
+            oldest = max(oldest, *places)
+    axes.set(xlabel="age of the evidence, up to (minutes)", ylabel="true span in the context (%)")
+    axes.set_xticks(range(oldest + 1), [f"{age_s / 60:g}" for age_s in AGES_S[: oldest + 1]])
+    _save(path, figure, axes)
+
+
+def _empty() -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _save(path: Path, figure: Any, axes: Any) -> None:
+    axes.set_ylim(-3, 103)
     axes.grid(alpha=0.3)
-    if drawn:
+    if axes.get_legend_handles_labels()[0]:
         axes.legend()
     figure.savefig(path, dpi=150)
