@@ -270,7 +270,7 @@ class _Backup:
                     file.write([data], 0)
                     file.sync("the policy of a backup")
             there, known = (
-                policy_seal.digest_of(self._copy),
+                policy_seal.seal_there(self._copy),
                 policy_seal.admitted(self._store.catalog.database),
             )
             if not known:

@@ -171,6 +171,12 @@ class Catalog:
             for row in rows:
                 yield UnitRow(*cast("tuple[Any, ...]", row))
 
+    def units_without_kv(self, recording: RecordingRow) -> list[int]:
+        """Numbers of the units, from where ageing came to, that hold no slice."""
+        where = "SELECT number FROM units WHERE recording = ? AND number >= ? AND length(slices) = 0 ORDER BY number"
+        rows = self.database.execute(where, (recording.id, recording.kv_from_unit))
+        return [cast(int, number) for (number,) in rows]
+
     def first_unit(self, recording: RecordingRow, reached: Callable[[UnitRow], bool]) -> int:
         """The first number from which on `reached` holds; the count of units where it never does."""
         numbers = range(recording.units)

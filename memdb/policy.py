@@ -250,10 +250,11 @@ def _read(store_path: Path) -> Policy:
     except OSError as error:
         raise CorruptionError(f"{POLICY} cannot be read: {error.strerror}", file=POLICY) from None
     try:
-        policy = parse(json.loads(data)["policy"])
+        table = json.loads(data)
+        policy, serial = parse(table["policy"]), int(table["serial"])
     except (ValueError, TypeError, KeyError, RecursionError, UsageError):
         raise damaged from None
-    if _bytes_of(policy) != data:
+    if _bytes_of(policy, serial) != data:
         raise damaged
     return policy
 
@@ -264,26 +265,27 @@ def write_policy(store_path: Path, policy: Policy) -> None:
     Raises UsageError for one that makes no sense, StoreError.
     """
     parse(policy.as_table())
-    data = _bytes_of(policy)
-    digest = xxhash.xxh3_128_hexdigest(data)
     with FileLock(store_path / "locks" / "policy.lock", wait=True):
         catalog = Catalog(store_path / CATALOG, write=True)
         try:
-            policy_seal.admit_beside(catalog.database, store_path, digest)
+            data = _bytes_of(policy, policy_seal.next_serial(catalog.database, store_path))
+            seal = policy_seal.seal_of(data)
+            policy_seal.admit_beside(catalog.database, store_path, seal)
             write_whole(
                 store_path / POLICY,
                 [data],
                 sync="the store's policy",
                 sync_name="the name of the store's policy",
             )
-            policy_seal.admit(catalog.database, [digest])
+            policy_seal.admit(catalog.database, [seal])
         except OSError as error:
             raise refused(error, "cannot set the policy") from error
         finally:
             catalog.close()
 
 
-def _bytes_of(policy: Policy) -> bytes:
+def _bytes_of(policy: Policy, serial: int) -> bytes:
+    """`serial` counts the policies of a store: see memdb/policy_seal.py."""
     table = policy.as_table()
-    digest = xxhash.xxh3_128_hexdigest(canonical_ascii(table))
-    return canonical_ascii({"format": _FORMAT, "policy": table, "xxh3": digest})
+    digest = xxhash.xxh3_128_hexdigest(canonical_ascii([table, serial]))
+    return canonical_ascii({"format": _FORMAT, "policy": table, "serial": serial, "xxh3": digest})

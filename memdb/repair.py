@@ -264,7 +264,7 @@ class _Repair:
 
     def _take_policy(self, catalog: Catalog) -> None:
         """The policy counts that lies there: segments know of none."""
-        there, told = policy_seal.digest_of(self._folder), self._remembered.policies
+        there, told = policy_seal.seal_there(self._folder), self._remembered.policies
         policy_seal.admit(catalog.database, [there])
         if there not in told and (told or there != policy_seal.NONE):
             known = "is not the one that was set last" if told else "may be an older one, for nobody knows"

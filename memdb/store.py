@@ -196,6 +196,10 @@ class Store:
             )
         return self._catalog.unit(recording_id, number)
 
+    def units_without_kv(self, recording: RecordingRow) -> list[int]:
+        """Numbers of the units, from where ageing came to, that hold no slice; their rows are not checked."""
+        return self._catalog.units_without_kv(recording)
+
     def units_after(
         self,
         commit_id: int,

@@ -172,14 +172,15 @@ class _Verification:
 
     def _rows_there(self, recording: RecordingRow) -> int:
         """How many units to look at: a row that counts more than there are is not believed."""
+        there = 0
         with self._noting(CATALOG, recording):
             where = "SELECT count(*), max(number) FROM units WHERE recording = ?"
-            [(rows, last)] = self.store.catalog.database.execute(where, (recording.id,))
-            if int(rows or 0) < recording.units:
+            [(count, last)] = self.store.catalog.database.execute(where, (recording.id,))
+            rows = int(count or 0)
+            if rows < recording.units:
                 self.add(CATALOG, f"{rows} of {recording.units} rows of units are there", recording)
-            most = min(recording.units, int(rows or 0) + LOST_MAX)
-            return min(most, int(last) + 1) if isinstance(last, int) else 0
-        return 0
+            there = min(rows + LOST_MAX, int(last) + 1 if isinstance(last, int) else 0)
+        return min(there, recording.units)
 
     def _events(self, recording: RecordingRow, events: Events) -> None:
         """Gaps, epochs and tombstones of the segments against those of the catalog."""

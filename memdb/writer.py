@@ -95,7 +95,8 @@ class RecordingWriter:
         self._require_room(units)
         with self._lock, FileLock(self._commit_lock, wait=True):
             seen = len(self.recording.tombstones) if tombstones_seen is None else tombstones_seen
-            since = self.tombstones()[seen:]  # first of all: a recording that was forgotten has no rows to check
+            # First of all: a recording that was forgotten has no rows to check.
+            since = self.tombstones()[seen:]
             self._check(units)
             units = [self._without_forgotten(unit, since) for unit in units]
             fingerprint = self._row.spec.encoding_fingerprint

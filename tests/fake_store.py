@@ -142,6 +142,9 @@ class FakeStore:
     def last_commit(self) -> int:
         return self.rows[-1].commit_id if self.rows else 0
 
+    def units_without_kv(self, recording: Any) -> list[int]:
+        return []
+
     def units_after(
         self,
         commit_id: int,

@@ -14,6 +14,7 @@ import torch
 
 from memdb import age, keep
 from memdb.age import LATE_NS
+from memdb.catalog import Catalog
 from memdb.client import connect
 from memdb.clock import LEAP_NS, set_policy
 from memdb.codecs import codec as codec_named
@@ -24,6 +25,7 @@ from memdb.database import CATALOG
 from memdb.digest import digests_of
 from memdb.files import watched
 from memdb.forget import forget
+from memdb.index.key_search import KeySearch
 from memdb.index.key_table import KeyTable
 from memdb.index.page_writer import index_recording
 from memdb.keep import Keeper, Seen, keep_one
@@ -33,9 +35,11 @@ from memdb.page_check import check_pages
 from memdb.policy import Age, Policy, parse
 from memdb.repair import repair
 from memdb.retain import THINNERS
+from memdb.rewrite import Change, Changed, rewrite
 from memdb.schemas.errors import Interrupted, StoreFull
 from memdb.schemas.rows import UnitRow
 from memdb.store import Store, recording_digest
+from memdb.survey import survey
 from memdb.verify import verify
 from tests import run_cases
 from tests.age_cases import (
@@ -301,6 +305,37 @@ def test_key_pages_follow(tmp_path: Path) -> None:
             assert np.array_equal(table.layer_keys(layer), expected)
         assert table.captions["unit"].tolist() == list(range(8))
     assert_whole(path)
+
+
+def test_what_lost_its_kv_is_found_no_more_whatever_its_place(tmp_path: Path) -> None:
+    """Ageing goes by files, which hold units in any order: a kill may leave one bare between two that are not."""
+    path = new_kv_store(tmp_path, 8, DAY_NS)
+    with Store.open(path, write=True) as store:
+        lobby = store.recording("lobby").id
+        index_recording(store, lobby, flush=True)
+        catalog = Catalog(path / CATALOG, write=True)
+        try:
+            [*_, last] = survey(store, catalog, lobby, {}).held
+            assert last.first_unit == 4
+            rewrite(store, catalog, lobby, [last], bytes_max=1 << 30, change=_without_kv_of(store, {5}))
+        finally:
+            catalog.close()
+    with Store.open(path) as store, KeyTable.open(store, lobby) as table:
+        assert store.recording("lobby").kv_from_unit == 0
+        bare = table.blocks["unit"] == 5
+        assert not table.blocks["tokens"][bare].any()
+        assert table.blocks["tokens"][~bare].all()
+        found = KeySearch(table, backend="exact").search(0, np.ones(H * D, np.float32), 100)
+        assert set(table.blocks["unit"][found.rows].tolist()) == {0, 1, 2, 3, 4, 6, 7}
+
+
+def _without_kv_of(store: Store, numbers: set[int]) -> Change:
+    def change(row: UnitRow) -> Changed | None:
+        if row.number not in numbers:
+            return None
+        return Changed(replace(stored(store, row), kv=None, keys=None), row.codec, 0)
+
+    return change
 
 
 def test_what_is_aged_can_be_forgotten_and_repaired(tmp_path: Path) -> None:

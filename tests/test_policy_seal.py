@@ -21,7 +21,6 @@ from memdb.schemas.errors import CorruptionError
 from tests.store_cases import fill, new_store
 from tests.test_policy import AS_POLICY
 
-
 OLDER = Policy(when_full="forget-oldest")
 
 

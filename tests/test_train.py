@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import numpy as np
 import pytest
 import torch
@@ -99,14 +98,26 @@ def test_answers_over_blocks_and_times_are_those_of_the_pipeline(
     stamps = learner._stamp_ids(times[chosen.frames.gather(1, layout.stamp_frame)])
     prompt = torch.tensor([model.prompt_ids("what digit was on the red star?")])
     whole = torch.cat((stamps.flatten(1), prompt), 1)
-    real = torch.cat((layout.stamp_real.repeat_interleave(STAMP, 1), torch.ones_like(prompt, dtype=torch.bool)), 1)
+    real = torch.cat(
+        (layout.stamp_real.repeat_interleave(STAMP, 1), torch.ones_like(prompt, dtype=torch.bool)), 1
+    )
     with torch.no_grad():
         x = learner._read(
-            network.embed(whole), stored, chosen, layout, torch.arange(prompt.shape[1])[None], real, None, stamped=True
+            network.embed(whole),
+            stored,
+            chosen,
+            layout,
+            torch.arange(prompt.shape[1])[None],
+            real,
+            None,
+            stamped=True,
         )
         ours = network.logits(x[:, -1])[0]
 
-    init = [LayerKV(k.transpose(0, 1), v.transpose(0, 1)) for k, v in zip(stored.init_k, stored.init_v, strict=True)]
+    init = [
+        LayerKV(k.transpose(0, 1), v.transpose(0, 1))
+        for k, v in zip(stored.init_k, stored.init_v, strict=True)
+    ]
     found = [
         LayerKV(*(part[layer][rows[layer]].flatten(0, 1).transpose(0, 1) for part in (stored.k, stored.v)))
         for layer in range(layers)

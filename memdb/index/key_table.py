@@ -29,7 +29,7 @@ from memdb.schemas.errors import CorruptionError, UsageError
 from memdb.schemas.units import Table
 
 if TYPE_CHECKING:
-    from memdb.schemas.rows import UnitRow
+    from memdb.schemas.rows import RecordingRow, UnitRow
     from memdb.store import Store
 
 CACHE_BYTES_MAX = 1 << 30
@@ -149,14 +149,25 @@ class KeyTable:
         """Asked after pages and tail were read: what was forgotten by then has no tokens, whoever held it."""
         row = self._store.recording_by_id(self.recording_id)
         before = self._vectors_of
-        self._blocks_gone = forgotten_rows(self.blocks, row.tombstones) | (
-            self.blocks["unit"] < row.kv_from_unit
-        )
+        gone = forgotten_rows(self.blocks, row.tombstones) | (self.blocks["unit"] < row.kv_from_unit)
+        self._blocks_gone = gone | np.isin(self.blocks["unit"], self._bare(row, ~gone))
         self.captions_gone = forgotten_rows(self.captions, row.tombstones)
         self.blocks["tokens"][self._blocks_gone] = 0
         self.captions["tokens"][self.captions_gone] = 0
         if before is not None and not np.array_equal(before, self._vector_rows()):
             self._vectors = self._vectors_of = None
+
+    def _bare(self, row: RecordingRow, left: npt.NDArray[np.bool_]) -> list[int]:
+        """Units of blocks that are `left` whose KV ageing took: it goes by files, which hold units in any order."""
+        held = set(np.unique(self.blocks["unit"][left & (self.blocks["tokens"] > 0)]).tolist())
+        found = []
+        for number in held.intersection(self._store.units_without_kv(row)):
+            with suppress(
+                CorruptionError
+            ):  # a row that is damaged says nothing: its block is missed when it is read
+                if not len(self._store.unit(row.id, number).slices):
+                    found.append(number)
+        return found
 
     def _vector_rows(self) -> npt.NDArray[np.int64]:
         """(captions,): the unit of each caption vector, -1 where it is zero because it is forgotten."""

@@ -28,7 +28,18 @@ PALETTE = {
     "cave": ((68, 58, 54), (104, 88, 78)),
 }
 # A digit's seven segments: top, upper left, upper right, middle, lower left, lower right, bottom.
-SEGMENTS = ("1110111", "0010010", "1011101", "1011011", "0111010", "1101011", "1101111", "1010010", "1111111", "1111011")
+SEGMENTS = (
+    "1110111",
+    "0010010",
+    "1011101",
+    "1011011",
+    "0111010",
+    "1101011",
+    "1101111",
+    "1010010",
+    "1111111",
+    "1111011",
+)
 _OUTLINE = 0.07  # of the radius
 _PLATE = (0.44, 0.5)  # half the width and height of the white plate, in radii
 _GLYPH = (0.22, 0.34, 0.07)  # half the width and height of a digit, half its stroke

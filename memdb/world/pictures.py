@@ -94,7 +94,14 @@ class Painter:
         return low[:, None, None] + share[..., None] * (high - low)[:, None, None]
 
     def _thing(
-        self, picture: Tensor, own: Tensor, things: Tensor, x: Tensor, y: Tensor, pixel: float, main: Tensor | None
+        self,
+        picture: Tensor,
+        own: Tensor,
+        things: Tensor,
+        x: Tensor,
+        y: Tensor,
+        pixel: float,
+        main: Tensor | None,
     ) -> Tensor:
         """Lay one thing over the picture; the main one with its texture and digit (`main`: all columns)."""
         at_x, at_y, radius, shape, colour, present = (own[:, k] for k in range(THING))

@@ -24,7 +24,11 @@ COUNT_SPAN_S_MAX = 60
 # Wordings: the first ones are for every split, those behind the bar only for test.
 _WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "colour": (
-        ("what colour was the {ref}?", "which colour did the {ref} have?", "tell me the colour of the {ref}."),
+        (
+            "what colour was the {ref}?",
+            "which colour did the {ref} have?",
+            "tell me the colour of the {ref}.",
+        ),
         ("what was the colour of the {ref}?",),
     ),
     "shape": (
@@ -32,11 +36,19 @@ _WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("what was the shape of the {ref}?",),
     ),
     "digit": (
-        ("what digit was on the {ref}?", "which digit did the {ref} carry?", "tell me the digit on the {ref}."),
+        (
+            "what digit was on the {ref}?",
+            "which digit did the {ref} carry?",
+            "tell me the digit on the {ref}.",
+        ),
         ("what was the digit on the {ref}?",),
     ),
     "texture": (
-        ("what pattern was on the {ref}?", "which pattern did the {ref} have?", "tell me the pattern of the {ref}."),
+        (
+            "what pattern was on the {ref}?",
+            "which pattern did the {ref} have?",
+            "tell me the pattern of the {ref}.",
+        ),
         ("what was the pattern on the {ref}?",),
     ),
     "beside": (
@@ -194,7 +206,9 @@ class Asker:
                 return phrase(scene, self._choose.choice(able))
         return None
 
-    def _about(self, kind: str, about: str, answer: str, scene: Scene, choices: int, **parts: str) -> Question | None:
+    def _about(
+        self, kind: str, about: str, answer: str, scene: Scene, choices: int, **parts: str
+    ) -> Question | None:
         without = "" if about in ("beside", "digit", "texture", "when") else about
         ref = self._naming(scene, without)
         if ref is None:
@@ -266,7 +280,9 @@ class Asker:
 
     def _absent(self) -> Question | None:
         """Any question about one thing, of which the recording shows nothing: most resemble something that it does."""
-        about = self._choose.choice(("colour", "shape", "digit", "texture", "beside", "place", "motion", "when"))
+        about = self._choose.choice(
+            ("colour", "shape", "digit", "texture", "beside", "place", "motion", "when")
+        )
         near = self._choose.choice(self.scenes)
         names = [name for name in _NAMES if name != about]
         pick = tuple(name for name in names if name == "shape" or self._choose.random() < 0.75)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import cast
 
 from memdb.schemas.errors import UsageError
 from memdb.world.vocabulary import (
@@ -93,7 +94,9 @@ def plan(seed: int | str, seconds: int, split: str = "test") -> list[Scene]:
     if split not in SPLITS:
         raise UsageError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
     if not 1 <= seconds <= SECONDS_MAX:
-        raise UsageError(f"a recording of {seconds} s cannot be planned: choose 1 to {SECONDS_MAX} whole seconds")
+        raise UsageError(
+            f"a recording of {seconds} s cannot be planned: choose 1 to {SECONDS_MAX} whole seconds"
+        )
     choose = random.Random(f"{split}/{seed}")  # noqa: S311
     scenes: list[Scene] = []
     start_s = 0
@@ -150,13 +153,13 @@ def _resembling(choose: random.Random, main: Main, split: str) -> Main:
     """The same but for one attribute, in the same split; where there is none, the same."""
     ranges = (SIZES, tuple(COLOURS), SHAPES, PLACES, MOTIONS)
     others = [
-        (*main[:at], value, *main[at + 1 :])
+        cast(Main, (*main[:at], value, *main[at + 1 :]))
         for at, values in enumerate(ranges)
         for value in values
         if value != main[at]
     ]
-    mine = [other for other in others if split_of(other) == split]  # type: ignore[arg-type]
-    return choose.choice(mine) if mine else main  # type: ignore[return-value]
+    mine = [other for other in others if split_of(other) == split]
+    return choose.choice(mine) if mine else main
 
 
 def _beside(choose: random.Random, shape: str) -> Iterator[Beside]:

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from memdb.models.world_words import world_tokenizer
 from memdb.world.captions import of_clip
 from memdb.world.pictures import parameters
 from memdb.world.questions import KINDS, Asker, Question, clock
 from memdb.world.scenes import Scene, plan, scene_at
-from memdb.world.words import world_tokenizer
 
 ROW = 64  # frames that are encoded as one stream
 CLIP = 8  # frames of a clip, as the recipes of the embedded model have it
@@ -72,7 +72,9 @@ class Batches(IterableDataset[dict[str, Tensor]]):
         step, stride = (self.first, 1) if worker is None else (self.first + worker.id, worker.num_workers)
         writer = Writer(self.split, self.sizes)
         while True:
-            yield {name: torch.from_numpy(array) for name, array in writer.batch(f"{self.seed}/{step}").items()}
+            yield {
+                name: torch.from_numpy(array) for name, array in writer.batch(f"{self.seed}/{step}").items()
+            }
             step += stride
 
 
@@ -93,7 +95,7 @@ class Writer:
         return self._ids[text]
 
     def batch(self, name: str) -> dict[str, npt.NDArray[np.generic]]:
-        choose = random.Random(f"batch/{self.split}/{name}")  # noqa: S311
+        choose = random.Random(f"batch/{self.split}/{name}")
         stride_s = choose.choice((1, 1, 1, 2))
         count = self.sizes.frames
         scenes = plan(name, count * stride_s, self.split)
@@ -203,14 +205,22 @@ class Writer:
                 for start_s, end_s in spans
                 for clip in range(start_s // stride_s // CLIP, min(clips, -(-end_s // stride_s // CLIP)))
             }
-            others = list(wanted) if question.kind == "count" else self._like(choose, question, shown, wanted, clips)
+            others = (
+                list(wanted)
+                if question.kind == "count"
+                else self._like(choose, question, shown, wanted, clips)
+            )
             parts, room, used = {}, self.sizes.text, 0
             for clip in [*sorted(wanted), *others]:
                 frames = shown[clip * CLIP : (clip + 1) * CLIP]
                 start_s = times[clip * CLIP] + offset_s
                 end_s = start_s + CLIP * stride_s
                 line = f"[{clock(start_s)} - {clock(end_s)}] {of_clip(frames)}\n"
-                own = self.ids(f"[{clock(start_s)} - {clock(end_s)}] ") + self.ids(f" {of_clip(frames)}") + self.ids("\n")
+                own = (
+                    self.ids(f"[{clock(start_s)} - {clock(end_s)}] ")
+                    + self.ids(f" {of_clip(frames)}")
+                    + self.ids("\n")
+                )
                 if clip in parts or used + len(own) > room or not line:
                     continue
                 parts[clip], used = own, used + len(own)
@@ -226,11 +236,13 @@ class Writer:
     def _like(
         choose: random.Random, question: Question, shown: Sequence[Scene], wanted: set[int], clips: int
     ) -> list[int]:
-        """Other clips to stand beside the true ones: those that share most words with the question, and some at random."""
+        """Other clips to stand beside the true ones: of some drawn by lot, those that share most words with it."""
         words = set(question.text.rstrip("?.").split())
         picked = choose.sample(range(clips), min(clips, 40))
         score = {
-            clip: sum(word in words for scene in {shown[clip * CLIP], shown[clip * CLIP + 4]} for word in scene.main)
+            clip: sum(
+                word in words for scene in {shown[clip * CLIP], shown[clip * CLIP + 4]} for word in scene.main
+            )
             for clip in picked
             if clip not in wanted
         }
@@ -243,7 +255,7 @@ class Writer:
     def _by_captions(
         question: Question, answer: str, shown: Sequence[Scene], stride_s: int, offset_s: int
     ) -> str:
-        """What captions alone can tell: no detail, and of a time the end of the clip that is sure to lie in its span."""
+        """What captions alone can tell: no detail, and of a time an end of a clip that lies in its span."""
         if question.kind == "detail":
             return UNKNOWN
         if question.kind != "when":

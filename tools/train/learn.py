@@ -1,4 +1,4 @@
-"""What is learned in a step: captions of clips, answers over retrieved frames, captions as text, keys that can be found."""
+"""What a step teaches: captions of clips, answers over retrieved frames or captions, keys that can be found."""
 
 from __future__ import annotations
 
@@ -82,16 +82,18 @@ class Learner:
         parts = [self._captions(batch, stored, marks)]
         if not stage.asked:
             return parts[0]
-        picked, scores, contrast = self._search(batch, stored, stage, marks)
+        scores, contrast = self._search(batch, stored, stage, marks)
         parts.append(contrast)
         seen = self.sizes.seen
         parts.append(self._answers(batch, stored, stage, scores, slice(0, seen), None, marks, train))
-        parts.append(self._answers(batch, stored, stage, scores, slice(seen, None), batch["told_text"], marks, train))
+        parts.append(
+            self._answers(batch, stored, stage, scores, slice(seen, None), batch["told_text"], marks, train)
+        )
         return torch.stack(parts).sum()
 
     @torch.no_grad()
     def pictures(self, frames: Tensor, *, train: bool) -> Tensor:
-        """Parameters of frames -> what a film shows of them, (N, 3, S, S) in 8 steps of a byte, for training disturbed."""
+        """Parameters of frames -> what a film shows of them, (N, 3, S, S) in whole bytes; for training, disturbed."""
         pictures = self.paint(frames.float())
         if train:
             gain = 1 + 0.06 * torch.randn(len(pictures) // ROW, 1, 3, 1, 1, device=self.device)
@@ -109,7 +111,7 @@ class Learner:
         return self.network.stream(seen, self.init_ids, ROW, window)
 
     def _merged(self, seen: Tensor, stage: Stage) -> Tensor:
-        """Some streams hold frames that were averaged with their neighbour, or a summary of four in every fourth place."""
+        """Some streams hold frames averaged with their neighbour, or a summary of four in every fourth place."""
         R = len(seen) // ROW
         rows = seen.view(R, ROW, *seen.shape[1:])
         pairs = rows.view(R, ROW // 2, 2, *seen.shape[1:]).mean(2, keepdim=True).expand(-1, -1, 2, -1, -1)
@@ -159,7 +161,7 @@ class Learner:
 
     def _search(
         self, batch: Batch, stored: Stored, stage: Stage, marks: Marks
-    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    ) -> tuple[list[Tensor], Tensor]:
         """The question alone, layer by layer, each reading what it found; keys of the evidence are to score high."""
         network, ids = self.network, batch["query"]
         real = ids > 0
@@ -170,7 +172,7 @@ class Learner:
         counts = torch.full((R,), stage.most, device=self.device)
         n = len(self.init_ids)
         words = real.sum(1).clamp(min=1)
-        losses, all_scores, all_picked = [], [], []
+        losses, all_scores = [], []
         joint = self._joint(x, real, words, stored)
         for at, layer in enumerate(network.layers):
             q, k, v = network.project(layer, x)
@@ -183,7 +185,6 @@ class Learner:
             picked = top(scores, counts, stage.most, 1)
             marks.add(f"found{at}", asked * (picked & evidence).sum(1) / evidence.sum(1).clamp(min=1), asked)
             all_scores.append(scores)
-            all_picked.append(picked)
             frames = torch.where(picked, torch.arange(picked.shape[1], device=self.device), picked.shape[1])
             frames = frames.sort(1).values[:, : stage.most]
             there = frames < picked.shape[1]
@@ -192,12 +193,14 @@ class Learner:
             place = layout.end[0][:, None] + torch.arange(T, device=self.device)
             memory = memory_of(chosen, layout, 0, network.tokens, None)
             x = network.layer_over(at, x, q, k, v, stored, memory, place, real)
-        losses.append(_contrast(joint * network.sharp[-1].exp(), evidence, asked) * (JOINT_WEIGHT / CONTRAST_WEIGHT))
+        losses.append(
+            _contrast(joint * network.sharp[-1].exp(), evidence, asked) * (JOINT_WEIGHT / CONTRAST_WEIGHT)
+        )
         best = top(joint.detach().masked_fill(~allowed, -torch.inf), counts, stage.most, 1)
         marks.add("found_joint", asked * (best & evidence).sum(1) / evidence.sum(1).clamp(min=1), asked)
         contrast = torch.stack(losses).mean()
         marks.add("loss_contrast", contrast, torch.ones_like(contrast))
-        return all_picked, all_scores, CONTRAST_WEIGHT * contrast
+        return all_scores, CONTRAST_WEIGHT * contrast
 
     def _joint(self, x: Tensor, real: Tensor, words: Tensor, stored: Stored) -> Tensor:
         """Questions and frames in one space: (R, N), cosine times 10."""
@@ -208,8 +211,15 @@ class Learner:
     # -- answers
 
     def _answers(
-        self, batch: Batch, stored: Stored, stage: Stage, scores: list[Tensor], rows: slice, text: Tensor | None,
-        marks: Marks, train: bool,
+        self,
+        batch: Batch,
+        stored: Stored,
+        stage: Stage,
+        scores: list[Tensor],
+        rows: slice,
+        text: Tensor | None,
+        marks: Marks,
+        train: bool,
     ) -> Tensor:
         network = self.network
         evidence, allowed, kind = batch["evidence"][rows], batch["allowed"][rows], batch["kind"][rows]
@@ -225,7 +235,7 @@ class Learner:
         labels = (batch["told_labels"] if told else batch["ask_labels"][rows]).clone()
         self._set_when(ids, labels, batch, rows, chosen, layout, kind, told)
         stamps = self._stamp_ids(batch["times"][chosen.frames.gather(1, layout.stamp_frame)])  # (R, S, 7)
-        R, S = layout.stamp_real.shape
+        R = len(layout.stamp_real)
         head = text if text is not None else ids[:, :0]
         whole = torch.cat((stamps.flatten(1), head, ids), 1)
         real = torch.cat((layout.stamp_real.repeat_interleave(STAMP, 1), head > 0, ids > 0), 1)
@@ -238,13 +248,22 @@ class Learner:
             keep = ~half | (lot < 0.5)
         x = network.embed(whole).to(stored.k[0].dtype)
         x = self._read(x, stored, chosen, layout, behind, real, keep, stamped=True)
-        groups = {"told": ~batch["told_alone"], "captions": batch["told_alone"]} if told else {
-            name: kind == number for number, name in enumerate(KINDS)
-        }
+        groups = (
+            {"told": ~batch["told_alone"], "captions": batch["told_alone"]}
+            if told
+            else {name: kind == number for number, name in enumerate(KINDS)}
+        )
         return self._told(x[:, -ids.shape[1] :], labels, marks, groups, R)
 
     def _picked(
-        self, scores: list[Tensor], evidence: Tensor, allowed: Tensor, kind: Tensor, stage: Stage, most: int, train: bool
+        self,
+        scores: list[Tensor],
+        evidence: Tensor,
+        allowed: Tensor,
+        kind: Tensor,
+        stage: Stage,
+        most: int,
+        train: bool,
     ) -> list[Tensor]:
         """What rows read, a layer each: what they found, or frames by lot; with the evidence in nearly all layers."""
         R, N = evidence.shape
@@ -253,7 +272,11 @@ class Learner:
             own = [self._recent_or_all(score, allowed, kind) for score in scores]
             return [top(score, counts, most, 1) for score in own]
         limit = min(most, stage.limit)
-        counts = (limit * self._steps[torch.randint(len(self._steps), (R,), device=self.device)]).long().clamp(min=1)
+        counts = (
+            (limit * self._steps[torch.randint(len(self._steps), (R,), device=self.device)])
+            .long()
+            .clamp(min=1)
+        )
         counts = torch.where(kind == COUNT, most, counts)
         by_lot = torch.rand(R, 1, device=self.device) >= stage.own
         shared = torch.rand(R, N, device=self.device)
@@ -277,7 +300,14 @@ class Learner:
         return torch.where((kind == NOW)[:, None], late, score)
 
     def _set_when(
-        self, ids: Tensor, labels: Tensor, batch: Batch, rows: slice, chosen: Selection, layout: Layout, kind: Tensor,
+        self,
+        ids: Tensor,
+        labels: Tensor,
+        batch: Batch,
+        rows: slice,
+        chosen: Selection,
+        layout: Layout,
+        kind: Tensor,
         told: bool,
     ) -> None:
         """A time is answered with the first one that stands before a frame of the evidence, inside its span."""
@@ -307,8 +337,16 @@ class Learner:
     # -- shared
 
     def _read(
-        self, x: Tensor, stored: Stored, chosen: Selection, layout: Layout, behind: Tensor, real: Tensor,
-        keep: Tensor | None, *, stamped: bool = False,
+        self,
+        x: Tensor,
+        stored: Stored,
+        chosen: Selection,
+        layout: Layout,
+        behind: Tensor,
+        real: Tensor,
+        keep: Tensor | None,
+        *,
+        stamped: bool = False,
     ) -> Tensor:
         """Run text (R, T, E) over a selection; `behind` counts the text's places after the frames, stamps excluded."""
         network = self.network
@@ -325,7 +363,9 @@ class Learner:
         """Cross entropy of the answers, each row counting the same; which rows are right to the last token."""
         where = labels >= 0
         scores = self.network.logits(x).float()
-        each = F.cross_entropy(scores.flatten(0, 1), labels.clamp(min=0).flatten(), reduction="none").view_as(labels)
+        each = F.cross_entropy(scores.flatten(0, 1), labels.clamp(min=0).flatten(), reduction="none").view_as(
+            labels
+        )
         exact = ((scores.argmax(-1) == labels) | ~where).all(1).float()
         for name, mask in groups.items():
             marks.add(name, exact * mask, mask)

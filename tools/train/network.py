@@ -1,4 +1,4 @@
-"""The model under training, in batches: transformers' own modules, with attention over the memory that the store rebuilds.
+"""The model under training, in batches: transformers' own modules, attending over the memory that the store rebuilds.
 
 Keys and values of frames are computed once a step, in streams under a sliding window, without rotation. Captions,
 searches and answers then read any selection of them, a set of their own in each layer, at consecutive places with
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import LlavaOnevisionForConditionalGeneration
 
 from memdb.models.random_llava import random_config
-from memdb.world.words import world_tokenizer
+from memdb.models.world_words import world_tokenizer
 
 JOINT = 128  # size of the space of clips and questions
 CONFIG: dict[str, Any] = {
@@ -163,7 +163,9 @@ class Network(nn.Module):
         """
         N, t, E = seen.shape
         R, n = N // row, len(init_ids)
-        x = torch.cat((self.embed(init_ids)[None].expand(R, -1, -1).to(seen.dtype), seen.view(R, row * t, E)), 1)
+        x = torch.cat(
+            (self.embed(init_ids)[None].expand(R, -1, -1).to(seen.dtype), seen.view(R, row * t, E)), 1
+        )
         place = torch.arange(x.shape[1], device=x.device)
         gap = place[:, None] - place[None]
         near = (gap[None] < window[:, None, None]) | (place < n)[None, None]
@@ -180,8 +182,16 @@ class Network(nn.Module):
         return Stored(ks, vs, init_k, init_v, last, seen)
 
     def layer_over(
-        self, at: int, x: Tensor, q: Tensor, k: Tensor, v: Tensor, stored: Stored, memory: Memory | None,
-        place: Tensor, real: Tensor,
+        self,
+        at: int,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        stored: Stored,
+        memory: Memory | None,
+        place: Tensor,
+        real: Tensor,
     ) -> Tensor:
         """One layer of text rows x (R, T, E) at `place` (R, T), over [init | memory | the text itself]."""
         R, T = place.shape

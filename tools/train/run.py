@@ -42,7 +42,9 @@ def main() -> int:
     learner = Learner(network, sizes, device)
     if given.compile and device.type == "cuda":
         compile_parts(network, learner)
-    log: list[dict[str, Any]] = [{"arguments": {k: str(v) for k, v in vars(given).items()}, "torch": torch.__version__}]
+    log: list[dict[str, Any]] = [
+        {"arguments": {k: str(v) for k, v in vars(given).items()}, "torch": torch.__version__}
+    ]
     train(network, learner, sizes, given, device, log)
     given.out.mkdir(parents=True, exist_ok=True)
     save(network, given.out)
@@ -52,7 +54,12 @@ def main() -> int:
 
 
 def train(
-    network: Network, learner: Learner, sizes: Sizes, given: argparse.Namespace, device: torch.device, log: list[Any]
+    network: Network,
+    learner: Learner,
+    sizes: Sizes,
+    given: argparse.Namespace,
+    device: torch.device,
+    log: list[Any],
 ) -> None:
     batches = iter(_loader(given, sizes, "train", given.seed + 1000 * (given.start is not None)))
     stepper = Stepper(network, learner, device, given.lr)
@@ -71,7 +78,11 @@ def train(
         stepper.step(batch)
         step += 1
         if step % SAY_EVERY == 0 or step in (1, 10, 30) or share >= 1:
-            line = {"step": step, "s": round(time.perf_counter() - began_s, 1), "norm": round(float(stepper.norm), 2)}
+            line = {
+                "step": step,
+                "s": round(time.perf_counter() - began_s, 1),
+                "norm": round(float(stepper.norm), 2),
+            }
             line |= {name: round(value, 4) for name, value in stepper.marks.shares().items()}
             log.append(line)
             print(_brief(line), flush=True)
@@ -138,7 +149,9 @@ class Stepper:
         thin = [m for m in self._masters if m.ndim <= 1]
         groups = [{"params": thick, "weight_decay": 0.05}, {"params": thin, "weight_decay": 0.0}]
         gpu = self.device.type == "cuda"
-        self._optimiser = torch.optim.AdamW(groups, lr=self.rate, betas=(0.9, 0.98), fused=gpu, capturable=gpu)
+        self._optimiser = torch.optim.AdamW(
+            groups, lr=self.rate, betas=(0.9, 0.98), fused=gpu, capturable=gpu
+        )
 
     def _clear(self) -> None:
         for parameter in self._network.parameters():
@@ -209,7 +222,9 @@ def compile_parts(network: Network, learner: Learner) -> None:
 
 def save(network: Network, folder: Path) -> None:
     """bf16 weights in shards below 16 MiB, and the joint head."""
-    weights = {name: tensor.detach().to(torch.bfloat16).cpu() for name, tensor in network.hf.state_dict().items()}
+    weights = {
+        name: tensor.detach().to(torch.bfloat16).cpu() for name, tensor in network.hf.state_dict().items()
+    }
     network.hf.save_pretrained(folder, state_dict=weights, max_shard_size="14MB")
     joint = {
         name: tensor.detach().to(torch.bfloat16).cpu().contiguous()
@@ -221,13 +236,17 @@ def save(network: Network, folder: Path) -> None:
 
 def load(network: Network, folder: Path) -> None:
     """Take over the weights that an earlier run saved in `folder`."""
-    found = type(network.hf).from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True)
+    found = type(network.hf).from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
+    )
     network.hf.load_state_dict(found.state_dict())
     own = {name: tensor.float() for name, tensor in load_file(folder / "joint.safetensors").items()}
     network.load_state_dict(own, strict=False)
 
 
-def _loader(given: argparse.Namespace, sizes: Sizes, split: str, seed: int) -> DataLoader[dict[str, torch.Tensor]]:
+def _loader(
+    given: argparse.Namespace, sizes: Sizes, split: str, seed: int
+) -> DataLoader[dict[str, torch.Tensor]]:
     workers = given.workers
     return DataLoader(
         Batches(seed, split, sizes),
@@ -247,12 +266,16 @@ def _brief(line: dict[str, Any]) -> str:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=540.0)
     parser.add_argument("--steps", type=int, default=0, help="instead of seconds")
     parser.add_argument("--from", dest="start", type=Path)
-    parser.add_argument("--see", type=float, default=0.22, help="share of the time for captions alone, from scratch")
+    parser.add_argument(
+        "--see", type=float, default=0.22, help="share of the time for captions alone, from scratch"
+    )
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--warmup", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)

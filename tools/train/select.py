@@ -15,7 +15,7 @@ EVERY_S = 4  # within a run, a time is written this often
 
 @dataclass
 class Selection:
-    """Frames that at least one layer holds, (R, U) ascending with `real` marking those that count, and who holds them."""
+    """Frames that at least one layer holds, (R, U) ascending; `real` ones count; `held` says which layers hold them."""
 
     frames: Tensor
     real: Tensor
@@ -23,14 +23,16 @@ class Selection:
 
 
 def top(scores: Tensor, counts: Tensor, most: int, group: int) -> Tensor:
-    """(R, N) scores -> (R, N) bool: the best counts[r] frames, as neighbours in groups of `group`; -inf is never taken."""
+    """(R, N) scores -> (R, N) bool: the best counts[r] frames, in groups of `group` neighbours; never those of -inf."""
     R, N = scores.shape
     if group > 1:
         joined = scores.view(R, N // group, group)
         able = joined > -torch.inf
         mean = joined.masked_fill(~able, 0).sum(-1) / able.sum(-1).clamp(min=1)
-        scores = mean.masked_fill(~able.any(-1), -torch.inf).repeat_interleave(group, 1).masked_fill(
-            scores == -torch.inf, -torch.inf
+        scores = (
+            mean.masked_fill(~able.any(-1), -torch.inf)
+            .repeat_interleave(group, 1)
+            .masked_fill(scores == -torch.inf, -torch.inf)
         )
     best, where = scores.topk(min(most, N), 1)
     rank = torch.arange(best.shape[1], device=scores.device)

@@ -26,7 +26,7 @@ def policies(given: Input) -> None:
     def seal(data: bytes) -> bytes:
         try:
             table = json.loads(data)
-            table["xxh3"] = xxhash.xxh3_128_hexdigest(canonical_ascii(table["policy"]))
+            table["xxh3"] = xxhash.xxh3_128_hexdigest(canonical_ascii([table["policy"], table["serial"]]))
             return canonical_ascii(table)
         except (ValueError, TypeError, KeyError, RecursionError):
             return data

@@ -13,7 +13,10 @@ _ASKED = (
     "place beside times many often first move way that grew shrank view now time video happening you are helpful "
     "assistant system user helps evidence"
 )
-_BEGIN = "what which when where how tell describe at you system user assistant between a an the is was were who in name say"
+_BEGIN = (
+    "what which when where how tell describe at you system user assistant between a an the is was were who in "
+    "name say"
+)
 NUMBERS = tuple(f"{number:02d}" for number in range(100))
 
 
