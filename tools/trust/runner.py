@@ -247,6 +247,7 @@ class Runner:
             if row.parts and _read(path, offset, len(WOUND)) != WOUND:
                 self._damage(path, offset)
         if op.count:
+            self.store.catalog.database.checkpoint()  # a WAL that holds the first page would make good the damage
             self._damage(self.path / CATALOG, 0)
         self._abandon()
         repair(self.path)
