@@ -61,9 +61,10 @@ class Filter:
         """
         terms = []
         if self.end_ns is not None:
-            terms.append(f"start_ns < {self.end_ns}")
+            terms.append(f"start_ns < {_told(self.end_ns)}")
         if self.start_ns is not None:
-            terms.append(f"(end_ns > {self.start_ns} OR start_ns >= {self.start_ns})")
+            start_ns = _told(self.start_ns)
+            terms.append(f"(end_ns > {start_ns} OR start_ns >= {start_ns})")
         assert all(set(name) <= set("0123456789abcdef") for name in self.recordings)
         if not set(tabled) <= set(self.recordings):
             terms.append(f"recording_id IN ({', '.join(repr(name) for name in sorted(self.recordings))})")
@@ -75,6 +76,11 @@ class Filter:
             for name, stone in stones[:_STONES_TOLD_MAX]
         ]
         return " AND ".join(terms)
+
+
+def _told(ns: int) -> int:
+    """A time as a table can be asked for it, in 64 bits: no caption lies beyond."""
+    return max(-(1 << 63), min(ns, (1 << 63) - 1))
 
 
 @dataclass(frozen=True, eq=False)
