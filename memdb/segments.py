@@ -192,14 +192,20 @@ class SegmentWriter:
 
 
 def remove_segments(folder: Path, names: Sequence[str], why: str) -> list[str]:
-    """Remove segment files that nobody has open; the names of those that are gone now. Raises OSError.
-
-    One that is being read or written stays, for a later try: bytes that somebody reads are still on the disk.
-    """
-    gone = [name for name in names if _remove(folder / name)]
+    """Remove segment files as `unlink_segments` does, and wait until that is on the disk."""
+    gone = unlink_segments(folder, names)
     if gone:
         sync_folder(folder, why)
     return gone
+
+
+def unlink_segments(folder: Path, names: Sequence[str]) -> list[str]:
+    """Remove segment files that nobody has open; the names of those that are gone now. Raises OSError.
+
+    One that is being read or written stays, for a later try: bytes that somebody reads are still on the disk.
+    A power cut may bring back what is gone.
+    """
+    return [name for name in names if _remove(folder / name)]
 
 
 def _remove(path: Path) -> bool:

@@ -29,7 +29,7 @@ from memdb.catalog import Catalog
 from memdb.contents import caption_from, digests_from, keys_from, stored_element_bytes
 from memdb.database import CATALOG
 from memdb.digest import TIERS, check_digest, recording_hash
-from memdb.files import sync_folder, unlink
+from memdb.files import unlink
 from memdb.folder import FOLDERS as FOLDERS
 from memdb.folder import open_folder
 from memdb.locks import FileLock, is_held, writer_lock
@@ -382,12 +382,14 @@ def _check_same(found: RecordingRow, spec: RecordingSpec) -> None:
 
 
 def _forget_empty(catalog: Catalog, folder: Path, found: RecordingRow) -> None:
-    """Drop a recording without units: its rows, then its files, which without rows would only bring it back."""
+    """Drop a recording without units: its rows, then its files, which without rows would only bring it back.
+
+    So may a power cut, until the folder is synced for the recording that takes the name: it is dropped again.
+    """
     drop_empty(catalog, found.id)
     catalog.database.checkpoint()  # a lost WAL must not bring back rows whose files are gone
     for _, name in segment_files(folder).get(found.id, []):
         unlink(folder / name)
-    sync_folder(folder, "the removal of a recording that held nothing")
     for state in StateFiles(folder.parent / "state", found.id, "").files():
         unlink(state)
     logger.info("recording %s held nothing and is begun anew", found.name)

@@ -23,7 +23,7 @@ from memdb.records import Kind
 from memdb.roll_forward import first_header, is_whole_tombstone
 from memdb.schemas.errors import LockedError
 from memdb.schemas.rows import RecordingRow
-from memdb.segments import next_prologue, reading, remove_segments, scan, segment_files
+from memdb.segments import next_prologue, reading, remove_segments, scan, segment_files, unlink_segments
 from memdb.state import StateFiles, recording_of, state_files
 from memdb.store import Store
 from memdb.table_files import FOLDER as CAPTIONS
@@ -65,7 +65,7 @@ def remove_unfinished(store: Store, catalog: Catalog, recording_id: str) -> list
                     pass  # perhaps the file that a writer is just making
                 case _:
                     names.append(name)
-        gone = remove_segments(folder, names, "the removal of segments that were never finished")
+        gone = unlink_segments(folder, names)  # one that a power cut brings back still does not count
     return left + _kept(store, [name for name in names if name not in gone])
 
 
@@ -99,7 +99,7 @@ def remove_forgotten(store: Store, catalog: Catalog, recording_id: str) -> list[
         gone = remove_segments(folder, data, "the removal of a forgotten recording's segments")
         if len(gone) < len(data):
             return _kept(store, [name for name in data if name not in gone])
-        gone = remove_segments(folder, stones, "the removal of a forgotten recording's tombstone")
+        gone = unlink_segments(folder, stones)  # one that a power cut brings back forgets nothing more
         if len(gone) < len(stones):
             return _kept(store, [name for name in stones if name not in gone])
         with catalog.database.writing():
@@ -138,6 +138,7 @@ def remove_strangers(store: Store, catalog: Catalog) -> None:
 
 def make_removals_safe(store: Store) -> None:
     """Whatever was removed stays removed, also by those before whom a kill kept from seeing to it."""
+    sync_folder(store.segments_path, "the removal of unfinished segments and of tombstones")
     sync_folder(store.path / "state", "the removal of states")
     if (store.path / KEYS).is_dir():
         sync_folder(store.path / KEYS, "the removal of key pages")

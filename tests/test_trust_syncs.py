@@ -1,0 +1,114 @@
+"""Syncs that random scripts do not miss: a power cut at the one moment at which each of them is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from memdb.compact import compact
+from memdb.database import CATALOG
+from memdb.files import Step, watched
+from memdb.forget import forget
+from memdb.segments import reading
+from memdb.store import Store
+from memdb.verify import verify_path
+from tests.repair_cases import Killed, put, rewrite, true_unit
+from tests.store_cases import UNIT_NS, spec
+from tools.trust.runner import also_watched
+from tools.trust.shadow import Folder
+from tools.trust.trace import STORE, Player, Recorder, Trace
+
+SEEDS = 6  # of what becomes of the WAL
+FILM = "the door of last night.mp4"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    """lobby: four units. hall: two, of a film whose name is told nowhere else."""
+    path = tmp_path / "home" / STORE
+    path.parent.mkdir(parents=True)
+    with Store.open(path, create=True, write=True) as opened:
+        put(opened, "lobby", 4)
+        with opened.writer(spec("hall", source_name=FILM)) as writer:
+            writer.append([true_unit(0), true_unit(1)])
+        yield opened
+
+
+class Account:
+    """Looks on from now, when everything that is there is safe."""
+
+    def __init__(self, home: Path) -> None:
+        self._trace = Trace(home, STORE, (), 0)
+        self._trace.base = Folder.of(home, without=(f"{CATALOG}-shm",))
+        self.watch = Recorder(self._trace)
+
+    def cuts(self, folder: Path) -> Iterator[Path]:
+        """The store after a power cut at this moment: nothing is there but what a sync reached."""
+        folder.mkdir()
+        for seed in range(SEEDS):
+            player = Player(self._trace)
+            while player.at < len(self._trace.events):
+                player.step()
+            player.crash(folder / str(seed), "nothing", seed)
+            yield folder / str(seed) / STORE
+
+
+class DiesBefore:
+    def __init__(self, why: str) -> None:
+        self._why = why
+
+    def before(self, step: Step) -> None:
+        if step.name == self._why:
+            raise Killed
+
+    def after(self, step: Step) -> None:
+        pass
+
+
+def test_a_killed_forgetting_that_a_writer_commits_is_on_the_disk(store: Store, tmp_path: Path) -> None:
+    """The writer saw it committed, and would lose its file: its name was not safe yet."""
+    account = Account(tmp_path / "home")
+    with watched(account.watch):
+        with also_watched(DiesBefore("the name of a sealed segment")), pytest.raises(Killed):
+            forget(store, "lobby", start_ns=0, end_ns=UNIT_NS)
+        with store.writer(spec("lobby")) as writer:
+            assert len(writer.tombstones()) == 1
+        for path in account.cuts(tmp_path / "cut"):
+            assert verify_path(path).problems == []
+            with Store.open(path) as opened:
+                [unit, *_] = opened.units(opened.recording("lobby").id)
+                assert not unit.has_caption
+
+
+def test_an_unfinished_segment_that_is_removed_last_stays_removed(store: Store, tmp_path: Path) -> None:
+    """A reader had it open when all else that held the span was removed."""
+    secret = true_unit(2).keyframe
+    assert secret is not None
+    unfinished = rewrite(store, "lobby", seal=False)
+    forget(store, "lobby", start_ns=2 * UNIT_NS, end_ns=3 * UNIT_NS)
+    with reading(store.segments_path, unfinished):
+        assert any(found.left for found in compact(store).recordings)
+    assert files_with(secret, store.path) == [unfinished]
+    account = Account(tmp_path / "home")
+    with watched(account.watch):
+        compact(store)
+        for path in account.cuts(tmp_path / "cut"):
+            assert files_with(secret, path) == []
+
+
+def test_nothing_tells_of_a_forgotten_recording_after_a_compaction(store: Store, tmp_path: Path) -> None:
+    """Its tombstone, which holds what its header says of it, is the last to go."""
+    forget(store, "hall")
+    assert files_with(FILM.encode(), store.path)
+    account = Account(tmp_path / "home")
+    with watched(account.watch):
+        compact(store)
+        assert files_with(FILM.encode(), store.path) == []
+        for path in account.cuts(tmp_path / "cut"):
+            assert files_with(FILM.encode(), path) == []
+
+
+def files_with(secret: bytes, store: Path) -> list[str]:
+    return sorted(path.name for path in store.rglob("*") if path.is_file() and secret in path.read_bytes())
