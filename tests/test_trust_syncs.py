@@ -75,11 +75,11 @@ def test_a_killed_forgetting_that_a_writer_commits_is_on_the_disk(store: Store, 
             forget(store, "lobby", start_ns=0, end_ns=UNIT_NS)
         with store.writer(spec("lobby")) as writer:
             assert len(writer.tombstones()) == 1
-        for path in account.cuts(tmp_path / "cut"):
-            assert verify_path(path).problems == []
-            with Store.open(path) as opened:
-                [unit, *_] = opened.units(opened.recording("lobby").id)
-                assert not unit.has_caption
+    for path in account.cuts(tmp_path / "cut"):
+        assert verify_path(path).problems == []
+        with Store.open(path) as opened:
+            [unit, *_] = opened.units(opened.recording("lobby").id)
+            assert not unit.has_caption
 
 
 def test_an_unfinished_segment_that_is_removed_last_stays_removed(store: Store, tmp_path: Path) -> None:
@@ -94,8 +94,8 @@ def test_an_unfinished_segment_that_is_removed_last_stays_removed(store: Store, 
     account = Account(tmp_path / "home")
     with watched(account.watch):
         compact(store)
-        for path in account.cuts(tmp_path / "cut"):
-            assert files_with(secret, path) == []
+    for path in account.cuts(tmp_path / "cut"):
+        assert files_with(secret, path) == []
 
 
 def test_nothing_tells_of_a_forgotten_recording_after_a_compaction(store: Store, tmp_path: Path) -> None:
@@ -106,8 +106,48 @@ def test_nothing_tells_of_a_forgotten_recording_after_a_compaction(store: Store,
     with watched(account.watch):
         compact(store)
         assert files_with(FILM.encode(), store.path) == []
-        for path in account.cuts(tmp_path / "cut"):
-            assert files_with(FILM.encode(), path) == []
+    for path in account.cuts(tmp_path / "cut"):
+        assert files_with(FILM.encode(), path) == []
+
+
+# Removals that a power cut may undo, for nothing comes of it
+
+
+def test_a_tombstone_that_a_power_cut_brings_back_forgets_nothing_more(store: Store, tmp_path: Path) -> None:
+    forget(store, "hall")
+    put(store, "hall", 2)
+    account = Account(tmp_path / "home")
+    with watched(account.watch):
+        why = "the removal of unfinished segments and of tombstones"
+        with also_watched(DiesBefore(why)), pytest.raises(Killed):
+            compact(store)
+    for path in account.cuts(tmp_path / "cut"):
+        assert files_with(FILM.encode(), path), "it is back"
+        with Store.open(path, write=True) as opened:
+            assert opened.recording("hall").units == 2
+            assert compact(opened).left == []
+        assert files_with(FILM.encode(), path) == []
+        assert verify_path(path).problems == []
+
+
+def test_an_empty_recording_that_a_power_cut_brings_back_is_dropped_again(
+    store: Store, tmp_path: Path
+) -> None:
+    store.writer(spec("shed")).close()
+    account = Account(tmp_path / "home")
+    other = spec("shed", fingerprint="d" * 32)
+    with watched(account.watch):
+        died = "a new segment's header, before it is committed"
+        with also_watched(DiesBefore(died)), pytest.raises(Killed):
+            store.writer(other)
+    for path in account.cuts(tmp_path / "cut"):
+        assert len(list((path / "segments").iterdir())) == 3, "it is back"
+        with Store.open(path, write=True) as opened:
+            with opened.writer(other) as writer:
+                writer.append([true_unit(0)])
+            assert [row.name for row in opened.recordings()] == ["hall", "lobby", "shed"]
+            assert opened.recording("shed").spec == other
+        assert verify_path(path).problems == []
 
 
 def files_with(secret: bytes, store: Path) -> list[str]:
