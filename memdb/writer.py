@@ -305,7 +305,7 @@ class OwnSegment(SegmentWriter):
         if len(buffer) >= AHEAD_BYTES:
             if self._thread is None:
                 self._thread = ThreadPoolExecutor(1, thread_name_prefix="memdb-ahead")
-            self._ahead.append((buffer, self._thread.submit(self._file.write, [buffer], offset)))
+            self._ahead.append((buffer, self._thread.submit(self._file.write_early, buffer, offset)))
 
     def append(self, buffers: Sequence[Buffer]) -> None:
         """Write at the end what is not there yet. Raises OSError."""
