@@ -23,7 +23,7 @@ import numpy.typing as npt
 from memdb.codecs.layout import ALIGNMENT as ALIGNMENT_BYTES
 from memdb.codecs.layout import aligned
 from memdb.pieces import MISSING, Names, Pieces, renewed, wanted_pieces
-from memdb.read_job import RWF_NOWAIT, Job, Preadv, ReadThreads, plan_runs
+from memdb.read_job import RWF_NOWAIT, Job, Preadv, ReadThreads, Runs, plan_runs
 from memdb.schemas.errors import CorruptionError
 from memdb.schemas.rows import UnitRow
 from memdb.schemas.units import Bytes
@@ -37,8 +37,10 @@ DEADLINE_S = 30.0
 PINNED_MAX = 256  # files; one read may open as many again
 _STUCK_MAX = 16  # threads left behind at a time: with so many, only the page cache is read
 _CORES = os.cpu_count() or 1
-# A second thread pays for its start from here on where everything lies in the page cache.
+# A second thread pays for its start from here on where everything lies in the page cache, if its runs are so long on
+# average: over shorter ones threads wait for each other's Python more than they copy side by side.
 _SHARE_BYTES = 4 << 20
+_SHARE_RUN_BYTES = 64 << 10
 
 
 class SliceReader:
@@ -209,7 +211,7 @@ class SliceReader:
         deadline_s = self._deadline_s / 2**stuck
         try:
             if self._cached_first:
-                helpers = min(self._threads.count, _CORES - 1, job.runs.length_bytes // _SHARE_BYTES)
+                helpers = min(self._threads.count, _CORES - 1, _helpers(job.runs))
                 if helpers > 0:
                     self._threads.put(job, helpers)
                 job.take_cached(shared=helpers > 0)
@@ -250,6 +252,12 @@ class SliceReader:
         self._left.append(job)
         self._threads.leave()
         self._buffer = np.zeros(0, np.uint8)
+
+
+def _helpers(runs: Runs) -> int:
+    """How many threads more than the caller's pay for a read from the page cache."""
+    size = runs.length_bytes
+    return size // _SHARE_BYTES if size >= len(runs) * _SHARE_RUN_BYTES else 0
 
 
 def _refused(pieces: Pieces, refused: dict[int, CorruptionError]) -> list[tuple[int, str]]:
