@@ -9,7 +9,7 @@ from pathlib import Path
 
 from memdb.catalog import Catalog
 from memdb.database import CATALOG
-from memdb.files import File, make_folder, sync_folder
+from memdb.files import File, make_folder, sync_folder, unlink
 from memdb.network import check_locks_hold
 from memdb.schemas.errors import CorruptionError, NotAStore, StoreError
 
@@ -17,6 +17,7 @@ POLICY = "policy.json"
 TRUTH = ("segments", "state", "locks")
 FOLDERS = (*TRUTH, "keys", "captions.lance")
 FILES = (CATALOG, POLICY)
+BESIDE = ("-wal", "-shm", "-journal")  # what SQLite may put beside a catalog
 _PAGE_BYTES = 4096  # of SQLite
 
 
@@ -88,13 +89,24 @@ def _create(folder: Path) -> None:
         for name in TRUTH:
             make_folder(folder / name)
         check_locks_hold(folder)
-        if not (folder / CATALOG).exists():
-            File(folder / CATALOG, new=False).close()
-        sync_folder(folder, "the names of a new store's catalog and folders")
-        sync_folder(folder.parent, "the name of a new store")
-        Catalog.create(folder / CATALOG, store_id=uuid.uuid4().hex, created_ns=time.time_ns())
+        try:
+            _create_catalog(folder)
+        except CorruptionError:
+            if has_catalog(folder):
+                raise
+            for suffix in ("", *BESIDE):  # a power cut left a page of noise, of a store that never was
+                unlink(folder / f"{CATALOG}{suffix}")
+            _create_catalog(folder)
     except OSError as error:
         raise StoreError(f"cannot make a store at {folder}: {error.strerror}") from error
+
+
+def _create_catalog(folder: Path) -> None:
+    if not (folder / CATALOG).exists():
+        File(folder / CATALOG, new=False).close()
+    sync_folder(folder, "the names of a new store's catalog and folders")
+    sync_folder(folder.parent, "the name of a new store")
+    Catalog.create(folder / CATALOG, store_id=uuid.uuid4().hex, created_ns=time.time_ns())
 
 
 def _make_folders(folder: Path) -> None:

@@ -28,7 +28,7 @@ from memdb.catalog import Catalog
 from memdb.database import CATALOG
 from memdb.derived import drop_derived, next_generation, rebuild_derived
 from memdb.files import make_folder, unlink
-from memdb.folder import FILES, FOLDERS, POLICY, TRUTH, has_segments
+from memdb.folder import BESIDE, FILES, FOLDERS, POLICY, TRUTH, has_segments
 from memdb.locks import FileLock, commit_lock, many_files, rewrite_lock, writer_lock
 from memdb.mend import Mender
 from memdb.network import check_locks_hold
@@ -45,7 +45,7 @@ from memdb.schemas.rows import RecordingRow
 from memdb.schemas.times import to_s
 from memdb.sealed import SealedSegment
 from memdb.segments import segment_files
-from memdb.swap import BESIDE, NEW, drop_states, swap
+from memdb.swap import NEW, drop_states, swap
 from memdb.truth import Truth
 
 logger = logging.getLogger(__name__)

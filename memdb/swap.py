@@ -7,11 +7,11 @@ from pathlib import Path
 
 from memdb.database import CATALOG
 from memdb.files import File, replace, sync_folder, unlink
+from memdb.folder import BESIDE
 from memdb.schemas.rows import RecordingRow
 from memdb.state import StateFiles, read_state, recording_of, state_files
 
 NEW = f"{CATALOG}.new"
-BESIDE = ("-wal", "-shm", "-journal")
 
 
 def drop_states(folder: Path, rows: Sequence[RecordingRow], forgotten: Collection[str]) -> int:

@@ -94,7 +94,19 @@ def test_a_caption_first_in_both_lists_comes_first(store):
 @pytest.mark.parametrize("lag_commit", [0, 25, 60])
 @pytest.mark.parametrize(
     ("start_s", "end_s"),
-    [(None, None), (10, 20), (10, 10.5), (11, 11), (None, 4), (30, None), (500, None), (20, 10), (None, 1e10), (1e10, None), (1e10, 2e10)],
+    [
+        (None, None),
+        (10, 20),
+        (10, 10.5),
+        (11, 11),
+        (None, 4),
+        (30, None),
+        (500, None),
+        (20, 10),
+        (None, 1e10),
+        (1e10, None),
+        (1e10, 2e10),
+    ],
 )
 def test_only_captions_that_overlap_the_span(store, lag_commit, start_s, end_s):
     start_ns = None if start_s is None else int(start_s * SECOND_NS)

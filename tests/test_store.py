@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from memdb.database import CATALOG, Database
 from memdb.digest import unit_digest
 from memdb.files import watched
+from memdb.repair import repair
 from memdb.schemas.errors import (
     CorruptionError,
     EncodingMismatch,
@@ -716,3 +718,32 @@ def test_a_recording_that_holds_nothing_may_be_begun_anew_in_another_way(tmp_pat
         assert report.ok, report.problems
         with pytest.raises(EncodingMismatch):  # now that it holds something, it stays as it is
             store.writer(spec("r"))
+
+
+@pytest.mark.parametrize("size_bytes", [1, 100, 4096])
+def test_a_store_whose_making_a_power_cut_left_as_noise_is_made_anew(tmp_path: Path, size_bytes: int) -> None:
+    """Nothing was acknowledged, and no repair could find anything: the next ingest must not stand before it."""
+    path = tmp_path / "lobby.memdb"
+    with Store.open(path, create=True, write=True):
+        pass
+    for beside in path.glob("catalog.sqlite?*"):
+        beside.unlink()
+    (path / "catalog.sqlite").write_bytes(random.Random(size_bytes).randbytes(size_bytes))
+    with pytest.raises(NotAStore):
+        Store.open(path)
+    with Store.open(path, create=True, write=True) as store:
+        assert store.recordings() == []
+
+
+def test_noise_in_the_place_of_a_catalog_is_for_a_repair_where_there_are_segments(tmp_path: Path) -> None:
+    with new_store(tmp_path) as store:
+        fill(store, 2)
+    path = tmp_path / "lobby.memdb"
+    for beside in path.glob("catalog.sqlite?*"):
+        beside.unlink()
+    (path / "catalog.sqlite").write_bytes(random.Random(1).randbytes(4096))
+    with pytest.raises(CorruptionError, match="memdb repair"):
+        Store.open(path, create=True, write=True)
+    repair(path)
+    with Store.open(path) as store:
+        assert store.recording("lobby").units == 2
