@@ -13,7 +13,7 @@ from memdb.query.rebuild.consecutive import Consecutive
 from memdb.schemas.units import BLOCK_DTYPE
 from memdb.world.pictures import Painter, parameters
 from memdb.world.scenes import plan, scene_at
-from tools.train.batches import INIT_PROMPT
+from tools.train.batches import FACTS, INIT_PROMPT, facts
 from tools.train.learn import Learner
 from tools.train.network import Network, Stored
 from tools.train.run import SMALL
@@ -133,3 +133,23 @@ def test_answers_over_blocks_and_times_are_those_of_the_pipeline(
         theirs = model.logits(states[-1:])[0]
     same(ours, theirs)
     assert float(theirs.std()) > 0.05, "logits that say nothing would be equal, too"
+
+
+def test_facts_are_those_of_the_scene_and_motion_waits_for_two_seconds() -> None:
+    scenes = plan(11, 300, "train")
+    times = list(range(300))
+    shown = [scene_at(scenes, time_s) for time_s in times]
+    rows = facts(shown, times)
+    for row, scene, time_s in zip(rows, shown, times, strict=True):
+        told = {
+            name: values[index]
+            for (name, values), index in zip(FACTS.items(), row.tolist(), strict=True)
+            if index >= 0
+        }
+        expected = {"place": scene.place}
+        if not scene.empty:
+            expected |= {name: getattr(scene, name) for name in FACTS if name != "motion"}
+            if time_s >= scene.start_s + 2:
+                expected["motion"] = scene.motion
+        assert told == expected
+    assert any(scene.empty for scene in shown), "an empty scene is among them"

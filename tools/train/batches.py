@@ -22,6 +22,7 @@ from memdb.world.captions import of_clip
 from memdb.world.pictures import parameters
 from memdb.world.questions import KINDS, Asker, Question, clock
 from memdb.world.scenes import Scene, plan, scene_at
+from memdb.world.vocabulary import COLOURS, DIGITS, MOTIONS, PLACES, SHAPES, SIZES, TEXTURES
 
 ROW = 64  # frames that are encoded as one stream
 CLIP = 8  # frames of a clip, as the recipes of the embedded model have it
@@ -107,6 +108,7 @@ class Writer:
         made: dict[str, npt.NDArray[np.generic]] = {
             "frames": parameters(shown, [time_s + late for time_s in times]),
             "times": np.asarray(times, np.int64) + offset_s,
+            "facts": facts(shown, times),
         }
         made |= self._captions(choose, shown)
         questions = [self._question(choose, asker) for _ in range(self.sizes.seen + self.sizes.told)]
@@ -279,6 +281,30 @@ class Writer:
         whole = [*prompt, *answer][: len(ids)]
         ids[: len(whole)] = whole
         labels[len(prompt) - 1 : len(whole) - 1] = whole[len(prompt) :]
+
+
+FACTS: dict[str, tuple[str, ...]] = {
+    "place": PLACES,
+    "size": SIZES,
+    "colour": tuple(COLOURS),
+    "shape": SHAPES,
+    "texture": TEXTURES,
+    "digit": DIGITS,
+    "motion": MOTIONS,
+}
+_MOVING_S = 2  # of a scene, behind which its motion can be told
+
+
+def facts(shown: Sequence[Scene], times: Sequence[int]) -> Ids:
+    """What is true in each frame, (N, FACTS), as indices; -100 where it cannot be told from it and those before."""
+    rows = np.full((len(shown), len(FACTS)), _IGNORED, np.int64)
+    for row, scene, time_s in zip(rows, shown, times, strict=True):
+        for at, (name, values) in enumerate(FACTS.items()):
+            if name == "place" or not (
+                scene.empty or (name == "motion" and time_s < scene.start_s + _MOVING_S)
+            ):
+                row[at] = values.index(getattr(scene, name))
+    return rows
 
 
 def later(question: Question, offset_s: int) -> tuple[str, str]:

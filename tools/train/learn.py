@@ -10,13 +10,13 @@ from torch import Tensor
 
 from memdb.world.pictures import Painter
 from memdb.world.questions import KINDS
-from tools.train.batches import CLIP, INIT_PROMPT, ROW, Sizes
+from tools.train.batches import CLIP, FACTS, INIT_PROMPT, ROW, Sizes
 from tools.train.network import Gather, Network, Stored
 from tools.train.select import STAMP, Layout, Selection, lay_out, memory_of, select, top
 
 Batch = dict[str, Tensor]
 NOW, COUNT, ABSENT, WHEN = (KINDS.index(kind) for kind in ("now", "count", "absent", "when"))
-CONTRAST_WEIGHT, JOINT_WEIGHT = 0.3, 0.1
+CONTRAST_WEIGHT, JOINT_WEIGHT, FACTS_WEIGHT = 0.3, 0.1, 1.0
 
 
 @dataclass
@@ -79,9 +79,9 @@ class Learner:
 
     def loss(self, batch: Batch, stage: Stage, marks: Marks, *, train: bool = True) -> Tensor:
         stored = self._store(batch, stage, train)
-        parts = [self._captions(batch, stored, marks)]
+        parts = [self._captions(batch, stored, marks), self._facts(batch, stored, marks)]
         if not stage.asked:
-            return parts[0]
+            return torch.stack(parts).sum()
         scores, contrast = self._search(batch, stored, stage, marks)
         parts.append(contrast)
         seen = self.sizes.seen
@@ -122,6 +122,23 @@ class Learner:
         rows = torch.where(lot < share, pairs.reshape_as(rows), rows)
         rows = torch.where((lot >= share) & (lot < 2 * share), summed.reshape_as(rows), rows)
         return rows.reshape_as(seen)
+
+    def _facts(self, batch: Batch, stored: Stored, marks: Marks) -> Tensor:
+        """What is true in each frame, from what the vision tower made of it and from what the stream did."""
+        losses = []
+        for tell, tokens, own in (
+            (self.network.tell_seen, stored.seen, "seen"),
+            (self.network.tell_last, stored.last, "kept"),
+        ):
+            for at, (name, scores) in enumerate(zip(FACTS, tell(tokens), strict=True)):
+                if own == "seen" and name == "motion":
+                    continue  # no single frame shows it
+                wanted = batch["facts"][:, at]
+                there = wanted >= 0
+                each = F.cross_entropy(scores.float(), wanted.clamp(min=0), reduction="none")
+                losses.append((each * there).sum() / there.sum().clamp(min=1))
+                marks.add(f"{own}_{name}", (scores.argmax(1) == wanted) & there, there)
+        return FACTS_WEIGHT * torch.stack(losses).mean()
 
     # -- captions
 

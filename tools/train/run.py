@@ -232,6 +232,12 @@ def save(network: Network, folder: Path) -> None:
         if name.startswith("joint_") or name == "sharp"
     }
     save_file(joint, folder / "joint.safetensors")
+    teachers = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in network.state_dict().items()
+        if name.startswith("tell_")
+    }
+    save_file(teachers, folder / "teachers.safetensors")  # for the next run; they are not shipped
 
 
 def load(network: Network, folder: Path) -> None:
@@ -240,8 +246,11 @@ def load(network: Network, folder: Path) -> None:
         folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
     )
     network.hf.load_state_dict(found.state_dict())
-    own = {name: tensor.float() for name, tensor in load_file(folder / "joint.safetensors").items()}
-    network.load_state_dict(own, strict=False)
+    for part in ("joint", "teachers"):
+        path = folder / f"{part}.safetensors"
+        if path.exists():
+            own = {name: tensor.float() for name, tensor in load_file(path).items()}
+            network.load_state_dict(own, strict=False)
 
 
 def _loader(
@@ -260,7 +269,11 @@ def _loader(
 
 def _brief(line: dict[str, Any]) -> str:
     found = [value for name, value in line.items() if name.startswith("found") and name != "found_joint"]
-    shown = {k: v for k, v in line.items() if not k.startswith("found") or k == "found_joint"}
+    seen = [value for name, value in line.items() if name.startswith("seen_")]
+    kept = [value for name, value in line.items() if name.startswith("kept_")]
+    hidden = ("found", "seen_", "kept_")
+    shown = {k: v for k, v in line.items() if not k.startswith(hidden) or k == "found_joint"}
+    shown |= {"seen": f"{min(seen):.2f}-{max(seen):.2f}", "kept": f"{min(kept):.2f}-{max(kept):.2f}"}
     shown["found"] = f"{min(found):.2f}-{max(found):.2f}" if found else ""
     return " ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in shown.items())
 
