@@ -22,7 +22,10 @@ def check_pages(store_path: Path) -> list[Problem]:
         with suppress(MemdbError):  # told by whoever verifies the catalog
             store = opened.enter_context(Store.open(store_path))
         for path in sorted((store_path / "keys").glob("*.pages")):
-            for problem in _problems(store, path):
+            problems: Sequence[PageProblem] = ()
+            with suppress(FileNotFoundError):  # a compaction removed it meanwhile
+                problems = _problems(store, path)
+            for problem in problems:
                 found.append(
                     Problem(
                         file=problem.file,

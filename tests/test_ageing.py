@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from memdb import age, keep
+from memdb import age, keep, page_check
 from memdb.age import LATE_NS
 from memdb.catalog import Catalog
 from memdb.client import connect
@@ -697,3 +697,20 @@ def test_a_disk_that_fills_up_at_any_write_is_a_typed_error_and_costs_nothing(re
         at_day_32(copy)
         assert digest_of(copy) == final
     assert typed > len(steps) // 4
+
+
+def test_pages_that_a_compaction_removes_meanwhile_are_no_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = new_kv_store(tmp_path, 4, DAY_NS)
+    with Store.open(path, write=True) as store:
+        index_recording(store, store.recording("lobby").id, flush=True)
+    real = page_check.verify_pages
+
+    def late(pages: Path, *rest: object) -> object:
+        pages.unlink()
+        return real(pages, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(page_check, "verify_pages", late)
+    assert page_check.check_pages(path) == []
+    assert not list((path / "keys").glob("*.pages"))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from memdb.backup import backup
 from memdb.compact import compact
 from memdb.database import CATALOG
 from memdb.files import Step, watched
@@ -152,3 +153,15 @@ def test_an_empty_recording_that_a_power_cut_brings_back_is_dropped_again(
 
 def files_with(secret: bytes, store: Path) -> list[str]:
     return sorted(path.name for path in store.rglob("*") if path.is_file() and secret in path.read_bytes())
+
+
+def test_a_backup_of_a_store_without_a_policy_is_on_the_disk(store: Store, tmp_path: Path) -> None:
+    """Nothing but the backup's own sync makes its catalog safe."""
+    account = Account(tmp_path / "home")
+    with watched(account.watch):
+        backup(store.path, store.path.with_name("copy.memdb"))
+    for path in account.cuts(tmp_path / "cut"):
+        copy = path.with_name("copy.memdb")
+        assert verify_path(copy).problems == []
+        with Store.open(copy) as opened:
+            assert [row.units for row in opened.recordings()] == [2, 4]
