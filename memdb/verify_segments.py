@@ -40,6 +40,7 @@ class SegmentCheck:
         self._units = units  # by offset
         self._previous: bytes | None = b""  # footer hash of the record before, None behind damage
         self._spec = recording.spec
+        self._is_foreign = False
 
     def run(self, end: int, events: Events) -> None:
         offset = 0
@@ -55,9 +56,15 @@ class SegmentCheck:
             try:
                 self._check(record, body, events)
             except CorruptionError as error:
-                self._damaged(str(error), offset, record.end, file=error.file)
+                if (
+                    error.file == CATALOG and offset not in self._units
+                ):  # rows that point into it are told below
+                    self._report(CATALOG, str(error), self._recording, None)
+                else:
+                    self._damaged(str(error), offset, record.end, file=error.file)
             self._previous, offset = record.footer_hash, record.end
-            self._units.pop(record.offset, None)
+            if record.kind is Kind.UNIT:  # of anything else in its place, its unit is told below
+                self._units.pop(record.offset, None)
         if offset > end:
             self._damaged(f"its last record ends at byte {offset}, the catalog's at {end}", end, offset)
         for unit in self._units.values():
@@ -74,6 +81,7 @@ class SegmentCheck:
             check_format(record)
             expected = (self._recording.id, self._catalog.store_id)
             if (meta_str(record, "recording_id"), meta_str(record, "store_id")) != expected:
+                self._is_foreign = True
                 raise CorruptionError("its header is of another recording or store")
         elif record.kind in EVENTS:
             event_values("", record)  # raises where it is none
@@ -90,15 +98,20 @@ class SegmentCheck:
             return  # dead bytes, until compaction
         if row is None:
             what = f"unit {record.number} of {self._file.file} has no row in the catalog"
-            raise CorruptionError(what, file=CATALOG)
+            raise CorruptionError(what, file=self._blamed)
         found = unit_row(record, recording_id=row.recording_id, segment=row.segment, commit_id=row.commit_id)
         differing = [
             item.name for item in fields(row) if getattr(row, item.name) != getattr(found, item.name)
         ]
         if differing:
             what = f"unit {record.number} differs from its row in the catalog: {differing[0]}"
-            raise CorruptionError(what, file=CATALOG)
+            raise CorruptionError(what, file=self._blamed if row.number == record.number else self._file.file)
         check_digest(row, digests_from(row, body, stored_element_bytes(self._spec, row)))
+
+    @property
+    def _blamed(self) -> str:
+        """Which is wrong where a unit and the catalog are whole and differ: the file, if it is another's altogether."""
+        return self._file.file if self._is_foreign else CATALOG
 
     def _is_superseded(self, record: Record) -> bool:
         """Whether the catalog has a later revision of the unit, in another file."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from memdb.database import CATALOG
+from memdb.forget import forget
 from memdb.records import Kind, encode
 from memdb.schemas.errors import MemdbError
 from memdb.segments import segment_name
@@ -233,3 +234,26 @@ def test_stats_count_every_byte(folder: Path) -> None:
     everything = [path for path in folder.rglob("*") if path.is_file()]
     assert found.total_bytes == sum(path.stat().st_size for path in everything)
     assert found.model == "random:0"
+
+
+def test_every_unit_of_a_file_that_is_another_ones_is_named(folder: Path) -> None:
+    """Whole records, whole rows, and they have nothing to do with each other."""
+    with Store.open(folder, write=True) as store:
+        fill(store, 3, "hall")
+        forget(store, "hall", start_ns=0, end_ns=UNIT_NS)
+        with store.writer(spec("hall", codec="int4")) as writer:
+            writer.append([unit(3), unit(4)])
+        rows = [row for recording in store.recordings() for row in store.units(recording.id)]
+        segments = sorted(store.segments_path.iterdir())
+    every = {segment: [row for row in rows if row.segment == segment.name] for segment in segments}
+    held = {segment: own for segment, own in every.items() if own}
+    assert len(held) > 2
+    for segment, own in held.items():
+        before = segment.read_bytes()
+        for other in held.keys() - {segment}:
+            segment.write_bytes(other.read_bytes())
+            problems = verify_path(folder).problems
+            named = {problem.start_s for problem in problems if problem.file == f"segments/{segment.name}"}
+            assert {row.start_ns / 1e9 for row in own} <= named or None in named
+        segment.write_bytes(before)
+    assert verify_path(folder).ok
