@@ -40,7 +40,7 @@ SEGMENTS = (
     "1111111",
     "1111011",
 )
-_OUTLINE = 0.07  # of the radius
+OUTLINE = 0.07  # of the radius
 _PLATE = (0.44, 0.5)  # half the width and height of the white plate, in radii
 _GLYPH = (0.22, 0.34, 0.07)  # half the width and height of a digit, half its stroke
 
@@ -153,6 +153,3 @@ def palette(device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     things = torch.tensor(list(COLOURS.values()), dtype=torch.float32, device=device) / 255
     places = torch.tensor([PALETTE[name] for name in PLACES], dtype=torch.float32, device=device) / 255
     return things, places
-
-
-OUTLINE = _OUTLINE

@@ -14,7 +14,7 @@ from memdb.world import draw
 from memdb.world.scenes import ASPECT, BESIDE_RADIUS, CORNERS, Scene
 from memdb.world.vocabulary import COLOURS, DIGITS, PLACES, SHAPES, TEXTURES
 
-# Columns of a frame's parameters: 8 of the whole, then 3 things of 5.
+# Columns of a frame's parameters: 5 of the whole, then 3 things of 6.
 PLACE, PHASE, LIGHT, TEXTURE, DIGIT = range(5)
 THINGS, THING = 5, 6  # where the things begin; x, y, radius, shape, colour, present
 COLUMNS = THINGS + 3 * THING

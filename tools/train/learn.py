@@ -28,8 +28,8 @@ class Stage:
     stamps: int = 32
     limit: int = 64  # frames that a question reads at most, but for counting
     own: float = 0.6  # share of rows that read what their own keys found
-    asked: bool = True  # without, a step is captions alone
-    disturbed: float = 0.3  # share of rows and streams that are merged, thinned or windowed narrowly
+    asked: bool = True  # without, a step is captions and facts alone
+    disturbed: float = 0.3  # about the share of streams and rows that are merged or thinned
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Marks:
 
 
 class Learner:
-    """Computes the loss of a batch. `chance` draws what is random on the device."""
+    """Computes the loss of a batch; what is random in it is drawn on the device."""
 
     def __init__(self, network: Network, sizes: Sizes, device: torch.device) -> None:
         self.network, self.sizes, self.device = network, sizes, device
