@@ -294,10 +294,19 @@ class Asker:
         if self._count_of(pick)[tuple(values[name] for name in pick)]:
             return None
         parts = {"ref": _phrase(values), "thing": self._choose.choice(SHAPES)}
-        return Question("absent", about, self._word(about, **parts), ABSENT, (), 1)
+        answers = {"beside": len(COLOURS), "when": len(self._all)}.get(about) or len(_RANGES[about])
+        return Question("absent", about, self._word(about, **parts), ABSENT, (), 1 + answers)
 
 
-_RANGES = {"size": SIZES, "colour": tuple(COLOURS), "shape": SHAPES, "motion": MOTIONS, "place": PLACES}
+_RANGES: dict[str, tuple[str, ...]] = {
+    "size": SIZES,
+    "colour": tuple(COLOURS),
+    "shape": SHAPES,
+    "motion": MOTIONS,
+    "place": PLACES,
+    "texture": TEXTURES,
+    "digit": DIGITS,
+}
 
 
 def phrase(scene: Scene, names: Sequence[str]) -> str:
