@@ -274,12 +274,14 @@ def chosen_plainly(film: Film, text: str, blocks: int, every_s: int) -> Chosen:
 
     own.loop(torch.cat((head, question)), passing, heard=heard)
 
-    # The rebuilt context: a time before each run that some layer holds, and again after `every_s` in a run.
+    # The rebuilt context: a time behind each run that some layer holds, and behind every `every_s` in a run.
     held = sorted(set().union(*rows))
     stamped: list[int] = []
+    begun = held[0]
     for row in held:
-        if row - 1 not in held or row - stamped[-1] >= every_s:
+        if row + 1 not in held or row + 1 - begun >= every_s:
             stamped.append(row)
+            begun = min((later for later in held if later > row), default=row)
     stamps = [model.encode_text(f"[00:00:{row:02d}]") for row in stamped]
     texts = [own.embed(ids) for ids in stamps]
     whole = torch.cat((head, *texts, film.embeddings[-len(film.ids) :]))
@@ -289,13 +291,13 @@ def chosen_plainly(film: Film, text: str, blocks: int, every_s: int) -> Chosen:
         place[:n] = np.arange(n)
         stamp_at = first
         for row in range(frames):
+            if row in mine:
+                place[n + row * N : n + (row + 1) * N] = np.arange(at, at + N)
+                at += N
             if row in stamped:
                 size = len(stamps[stamped.index(row)])
                 place[stamp_at : stamp_at + size] = np.arange(at, at + size)
                 stamp_at, at = stamp_at + size, at + size
-            if row in mine:
-                place[n + row * N : n + (row + 1) * N] = np.arange(at, at + N)
-                at += N
         place[stamp_at:] = np.arange(at, at + len(whole) - stamp_at)
         places.append(place)
     logits = own.loop(whole, at_places(places, first, encoded))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 
 import numpy as np
 import pytest
@@ -27,15 +26,15 @@ def rows_of(found: list[Stamp]) -> list[int]:
     return [stamp.row for stamp in found]
 
 
-def test_a_stamp_stands_before_each_run_and_every_four_seconds_within() -> None:
+def test_a_stamp_stands_behind_each_run_and_every_four_seconds_within() -> None:
     union = np.array([0, 1, 2, 3, 4, 10, 20, 21])
     found = stamps(table(30), union, 4 * S)
     assert [(stamp.row, stamp.text) for stamp in found] == [
-        (0, "[00:00:00]"),
-        (2, "[00:00:04]"),
+        (1, "[00:00:02]"),
+        (3, "[00:00:06]"),
         (4, "[00:00:08]"),
         (10, "[00:00:20]"),
-        (20, "[00:00:40]"),
+        (21, "[00:00:42]"),
     ]
 
 
@@ -51,17 +50,21 @@ def test_nothing_retrieved_needs_no_stamp() -> None:
 @settings(deadline=None)
 @given(st.sets(st.integers(0, 99), min_size=1), st.integers(1, 30), st.integers(0, 60))
 def test_stamps_are_due_or_too_close(rows: set[int], every_s: int, apart_s: int) -> None:
-    """Every block without a stamp continues a run whose last stamp is recent, or follows one too closely."""
+    """A stretch is closed where a run ends or its next block would make it longer than `every_s`; a stamp stands
+    behind each, but for those that follow another too closely."""
     union, blocks = np.array(sorted(rows)), table(100)
     found = rows_of(stamps(blocks, union, every_s * S, apart_ns=apart_s * S))
-    assert found[0] == union[0]
-    assert set(found) <= rows
-    last = found[0]
-    for before, row in itertools.pairwise(union):
-        since_s = (blocks[row]["start_ns"] - blocks[last]["start_ns"]) / S
-        due = row != before + 1 or since_s >= every_s
-        assert (row in found) == (due and since_s >= apart_s)
-        last = row if row in found else last
+    stretches: list[list[int]] = []
+    for row in sorted(rows):
+        starts = not stretches or row - 1 not in rows or 2.0 * (row - stretches[-1][0]) >= every_s
+        if starts:
+            stretches.append([])
+        stretches[-1].append(row)
+    wanted: list[int] = []
+    for *_, last in stretches:
+        if not wanted or 2.0 * (last - wanted[-1]) >= apart_s:
+            wanted.append(last)
+    assert found == wanted
 
 
 @settings(deadline=None)
@@ -76,23 +79,23 @@ def test_places_are_those_of_writing_one_after_another(data: st.DataObject) -> N
     start = data.draw(st.integers(0, 40))
     at, blocks, texts = start, [], []
     for row in range(count):
+        if row in mine:
+            blocks += range(at, at + int(tokens[row]))
+            at += int(tokens[row])
         if row in marks:
             size = sizes[marks.index(row)]
             texts += range(at, at + size)
             at += size
-        if row in mine:
-            blocks += range(at, at + int(tokens[row]))
-            at += int(tokens[row])
     found = layer_places(start, mine, tokens[mine], [Stamp(row, "") for row in marks], sizes)
     assert found.blocks.tolist() == blocks
     assert found.stamps.tolist() == texts
     assert found.end == at
 
 
-def test_a_stamp_before_a_block_that_a_layer_does_not_hold_keeps_its_place() -> None:
+def test_a_stamp_behind_a_block_that_a_layer_does_not_hold_keeps_its_place() -> None:
     found = layer_places(3, np.array([0, 5]), np.array([4, 4]), [Stamp(0, ""), Stamp(2, "")], [2, 2])
-    assert found.stamps.tolist() == [3, 4, 9, 10]
-    assert found.blocks.tolist() == [5, 6, 7, 8, 11, 12, 13, 14]
+    assert found.stamps.tolist() == [7, 8, 9, 10]
+    assert found.blocks.tolist() == [3, 4, 5, 6, 11, 12, 13, 14]
     assert found.end == 15
 
 

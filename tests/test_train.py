@@ -13,7 +13,19 @@ from memdb.query.rebuild.consecutive import Consecutive
 from memdb.schemas.units import BLOCK_DTYPE
 from memdb.world.pictures import Painter, parameters
 from memdb.world.scenes import plan, scene_at
-from tools.train.batches import FACTS, INIT_PROMPT, facts
+from memdb.world.vocabulary import (
+    COLOURS,
+    DIGITS,
+    MOTIONS,
+    PLACES,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    combinations,
+)
+from tools.train.batches import INIT_PROMPT
+from tools.train.facts import IGNORED, SHOWN, TOLD, shown, told
+from tools.train.frames import Frames
 from tools.train.learn import Learner
 from tools.train.network import Network, Stored
 from tools.train.run import SMALL
@@ -60,7 +72,7 @@ def pictures() -> torch.Tensor:
 @pytest.fixture(scope="module")
 def stored(network: Network, learner: Learner, pictures: torch.Tensor) -> Stored:
     with torch.no_grad():
-        return network.stream(network.see(pictures), learner.init_ids, FRAMES, torch.tensor([200]))
+        return network.stream(network.see(pictures), learner.text.init_ids, FRAMES, torch.tensor([200]))
 
 
 def same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -94,15 +106,15 @@ def test_answers_over_blocks_and_times_are_those_of_the_pipeline(
     held = [torch.isin(union, own)[None] for own in rows]
     chosen = Selection(union[None], torch.ones(1, len(union), dtype=torch.bool), held)
     times = torch.arange(FRAMES) + 3700
-    layout = lay_out(chosen, times, len(learner.init_ids), t, 32)
-    stamps = learner._stamp_ids(times[chosen.frames.gather(1, layout.stamp_frame)])
+    layout = lay_out(chosen, times, len(learner.text.init_ids), t, 32)
+    stamps = learner.text.stamp_ids(times[chosen.frames.gather(1, layout.stamp_frame)])
     prompt = torch.tensor([model.prompt_ids("what digit was on the red star?")])
     whole = torch.cat((stamps.flatten(1), prompt), 1)
     real = torch.cat(
         (layout.stamp_real.repeat_interleave(STAMP, 1), torch.ones_like(prompt, dtype=torch.bool)), 1
     )
     with torch.no_grad():
-        x = learner._read(
+        x = learner.text.read(
             network.embed(whole),
             stored,
             chosen,
@@ -138,18 +150,49 @@ def test_answers_over_blocks_and_times_are_those_of_the_pipeline(
 def test_facts_are_those_of_the_scene_and_motion_waits_for_two_seconds() -> None:
     scenes = plan(11, 300, "train")
     times = list(range(300))
-    shown = [scene_at(scenes, time_s) for time_s in times]
-    rows = facts(shown, times)
-    for row, scene, time_s in zip(rows, shown, times, strict=True):
-        told = {
-            name: values[index]
-            for (name, values), index in zip(FACTS.items(), row.tolist(), strict=True)
-            if index >= 0
+    on = [scene_at(scenes, time_s) for time_s in times]
+    seen = shown(torch.from_numpy(parameters(on, times)))
+    values = {
+        "place": PLACES,
+        "colour": tuple(COLOURS),
+        "shape": SHAPES,
+        "texture": TEXTURES,
+        "digit": DIGITS,
+    }
+    beside = ("none", *COLOURS)
+    for row, own, scene, time_s in zip(seen.tolist(), told(on, times).tolist(), on, times, strict=True):
+        found = dict(zip((*SHOWN, *TOLD), (*row, *own), strict=True))
+        assert values["place"][found["place"]] == scene.place
+        share = (time_s - scene.start_s) / (scene.end_s - scene.start_s)
+        there = {
+            thing.shape: thing.colour for thing in scene.beside if share >= thing.enters and not scene.empty
         }
-        expected = {"place": scene.place}
-        if not scene.empty:
-            expected |= {name: getattr(scene, name) for name in FACTS if name != "motion"}
-            if time_s >= scene.start_s + 2:
-                expected["motion"] = scene.motion
-        assert told == expected
-    assert any(scene.empty for scene in shown), "an empty scene is among them"
+        for shape in SHAPES:
+            assert beside[found[f"beside_{shape}"]] == there.get(shape, "none")
+        for name in ("colour", "shape", "texture", "digit"):
+            assert found[name] == (IGNORED if scene.empty else values[name].index(getattr(scene, name)))
+        assert found["size"] == (IGNORED if scene.empty else SIZES.index(scene.size))
+        tells = not scene.empty and time_s >= scene.start_s + 2
+        assert found["motion"] == (MOTIONS.index(scene.motion) if tells else IGNORED)
+    assert any(scene.empty for scene in on), "an empty scene is among them"
+
+
+def test_single_frames_are_drawn_as_scenes_of_their_split_have_them() -> None:
+    """Ranges, shares and combinations of frames that are drawn at once are those of planned recordings."""
+    torch.manual_seed(1)
+    drawn = Frames("train", torch.device("cpu")).draw(20_000)
+    scenes = [scene for seed in range(30) for scene in plan(seed, 3000, "train")]
+    moments = [
+        scene.start_s + (scene.end_s - scene.start_s) * (at % 10) / 10 for at, scene in enumerate(scenes)
+    ]
+    planned = torch.from_numpy(parameters(scenes, moments))
+    for column in range(drawn.shape[1]):
+        one, other = drawn[:, column], planned[:, column]
+        assert float(one.mean()) == pytest.approx(float(other.mean()), abs=0.05 * float(other.std()) + 0.02)
+        assert float(one.std()) == pytest.approx(float(other.std()), rel=0.06)
+    mine = {main[1:4] for main in combinations("train")}
+    colours = tuple(COLOURS)
+    for row in drawn[drawn[:, 10] > 0][:500]:
+        assert (colours[int(row[9])], SHAPES[int(row[8])], PLACES[int(row[0])]) in mine
+        shapes = [int(row[at + 3]) for at in (5, 11, 17) if row[at + 5] > 0]
+        assert len(set(shapes)) == len(shapes), "things of one frame have shapes of their own"

@@ -20,10 +20,11 @@ def of_scene(scene: Scene, *, moving: bool = True) -> str:
     return f"{text} in the {scene.place}"
 
 
-def of_clip(scenes: Sequence[Scene]) -> str:
-    """The caption of a clip whose frames show these scenes, one entry a frame in time order.
+def told_of_clip(scenes: Sequence[Scene]) -> list[tuple[Scene, bool]]:
+    """The scenes that a clip's caption tells of, in order, and whether it tells how each moves.
 
-    Scenes of at least FRAMES_MIN frames are told in order; where there is none, the longest, without its motion.
+    `scenes`: of each frame, in time order. Scenes of at least FRAMES_MIN frames are told; where there is none, the
+    longest, without its motion.
     """
     runs: list[list[Scene]] = []
     for scene in scenes:
@@ -31,7 +32,10 @@ def of_clip(scenes: Sequence[Scene]) -> str:
             runs[-1].append(scene)
         else:
             runs.append([scene])
-    long = [run[0] for run in runs if len(run) >= FRAMES_MIN]
-    if long:
-        return " then ".join(of_scene(scene) for scene in long)
-    return of_scene(max(runs, key=len)[0], moving=False)
+    long = [(run[0], True) for run in runs if len(run) >= FRAMES_MIN]
+    return long or [(max(runs, key=len)[0], False)]
+
+
+def of_clip(scenes: Sequence[Scene]) -> str:
+    """The caption of a clip whose frames show these scenes, one entry a frame in time order."""
+    return " then ".join(of_scene(scene, moving=moving) for scene, moving in told_of_clip(scenes))

@@ -22,7 +22,7 @@ from memdb.schemas.units import Table
 class Consecutive:
     """`windowed`: a context longer than the encoding window is seen through that window, as ReKV does.
 
-    `time_text_s`: a time stamp as text before each run of neighbouring blocks and at least this often within;
+    `time_text_s`: a time stamp as text behind each run of neighbouring blocks and at least this often within;
     0 for none, as in the papers.
     """
 

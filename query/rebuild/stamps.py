@@ -1,4 +1,8 @@
-"""Time stamps as text between blocks: keys without positions carry no clock."""
+"""Time stamps as text between blocks: keys without positions carry no clock.
+
+A stamp stands behind the blocks that it dates. Their keys and values were computed long before it and cannot take
+it up; it is computed now, sees them, and can be found by what they show.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from memdb.schemas.units import Table
 
 @dataclass(frozen=True)
 class Stamp:
-    """A time that is written before the block in this row of the key table."""
+    """A time that is written behind the block in this row of the key table."""
 
     row: int
     text: str
@@ -31,19 +35,25 @@ class LayerPlaces:
 
 
 def stamps(blocks: Table, union: Rows, every_ns: int, *, apart_ns: int = 0) -> list[Stamp]:
-    """One stamp before each run of neighbouring blocks and again wherever `every_ns` have passed in a run.
+    """One stamp behind each run of neighbouring blocks and wherever `every_ns` have passed in a run.
 
-    union: the rows that at least one layer holds, ascending. Stamps that would follow another within `apart_ns`
-    are left out: that is for contexts in which not all of them have room.
+    It says when the block that it stands behind began. union: the rows that at least one layer holds, ascending.
+    Stamps that would follow another within `apart_ns` are left out: that is for contexts in which not all of them
+    have room.
     """
     found: list[Stamp] = []
-    last_ns = 0
-    for index, row in enumerate(union):
-        start_ns = int(blocks[row]["start_ns"])
-        follows = index > 0 and row == union[index - 1] + 1
-        due = not follows or start_ns - last_ns >= every_ns
-        if due and (not found or start_ns - last_ns >= apart_ns):
-            found.append(Stamp(int(row), f"[{format_time(round(to_s(start_ns), 1))}]"))
+    starts_ns = blocks["start_ns"][union].tolist()
+    begun_ns, last_ns = 0, 0  # of the blocks since the last stamp, and the time that it said
+    fresh = True
+    for index, (row, start_ns) in enumerate(zip(union.tolist(), starts_ns, strict=True)):
+        if fresh:
+            begun_ns, fresh = start_ns, False
+        goes_on = index + 1 < len(union) and union[index + 1] == row + 1
+        if goes_on and starts_ns[index + 1] - begun_ns < every_ns:
+            continue
+        fresh = True
+        if not found or start_ns - last_ns >= apart_ns:
+            found.append(Stamp(row, f"[{format_time(round(to_s(start_ns), 1))}]"))
             last_ns = start_ns
     return found
 
@@ -57,12 +67,12 @@ def layer_places(
 ) -> LayerPlaces:
     """Consecutive places from `start` on for one layer: its own blocks, and every stamp in its turn.
 
-    rows: the blocks that this layer holds, ascending; tokens: of each. A stamp stands before the block of its
+    rows: the blocks that this layer holds, ascending; tokens: of each. A stamp stands behind the block of its
     row, also in a layer that does not hold that block.
     """
-    # Sort blocks and stamps together by row, a stamp before the block of the same row.
+    # Sort blocks and stamps together by row, a stamp behind the block of the same row.
     order = np.argsort(
-        np.concatenate((2 * np.asarray([stamp.row for stamp in stamps], np.int64), 2 * rows + 1)),
+        np.concatenate((2 * np.asarray([stamp.row for stamp in stamps], np.int64) + 1, 2 * rows)),
         kind="stable",
     )
     sizes = np.concatenate((np.asarray(stamp_tokens, np.int64), tokens))

@@ -13,7 +13,7 @@ from memdb.schemas.units import Caption
 
 @dataclass(frozen=True)
 class TextOnly:
-    """`time_text_s` above 0 writes each caption's span before it. `windowed` has no meaning for text."""
+    """`time_text_s` above 0 writes each caption's span behind it. `windowed` has no meaning for text."""
 
     windowed: bool = False
     time_text_s: float = 0.0
@@ -47,11 +47,13 @@ def caption_ids(model: VideoModel, captions: Sequence[CaptionAt], *, times: bool
 def around(
     model: VideoModel, name: str, start_ns: int, end_ns: int, *, times: bool
 ) -> tuple[list[int], list[int]]:
-    """The ids before and behind a caption: name and span before it, an end of line behind; none without both."""
+    """The ids before and behind a caption: its recording's name before it, its span and an end of line behind.
+
+    None without both. The span stands behind what it dates, as the stamps of stored blocks do.
+    """
     head = f"{name} " if name else ""
-    if times:
-        head += f"[{_clock(start_ns)} - {_clock(end_ns)}] "
-    return (model.encode_text(head), model.encode_text("\n")) if head else ([], [])
+    tail = f" [{_clock(start_ns)} - {_clock(end_ns)}]\n" if times else "\n" if name else ""
+    return (model.encode_text(head) if head else [], model.encode_text(tail) if tail else [])
 
 
 def _clock(ns: int) -> str:

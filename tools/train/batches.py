@@ -18,28 +18,30 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from memdb.models.world_words import world_tokenizer
-from memdb.world.captions import of_clip
+from memdb.world.captions import of_clip, told_of_clip
 from memdb.world.pictures import parameters
 from memdb.world.questions import KINDS, Asker, Question, clock
 from memdb.world.scenes import Scene, plan, scene_at
-from memdb.world.vocabulary import COLOURS, DIGITS, MOTIONS, PLACES, SHAPES, SIZES, TEXTURES
+from tools.train.facts import NOTED, noted, told
 
 ROW = 64  # frames that are encoded as one stream
 CLIP = 8  # frames of a clip, as the recipes of the embedded model have it
 CAPTION_PROMPT = "Describe what is happening in this video."
 INIT_PROMPT = "You are a helpful assistant."
 UNKNOWN = "unknown"  # what captions do not tell
-_SHARES = {
-    "gist": 10,
-    "detail": 21,
+# How often a kind is asked where few frames are read, and where many are: to count, all of a span must be seen.
+_NEAR = {
+    "gist": 12,
+    "detail": 26,
     "place": 8,
-    "motion": 8,
-    "count": 13,
-    "order": 11,
-    "when": 10,
-    "now": 5,
-    "absent": 14,
+    "motion": 9,
+    "count": 0,
+    "order": 13,
+    "when": 15,
+    "now": 4,
+    "absent": 18,
 }
+_FAR = {**_NEAR, "count": 30}
 _IGNORED = -100
 Ids = npt.NDArray[np.int64]
 
@@ -49,8 +51,9 @@ class Sizes:
     """How much one step holds."""
 
     rows: int = 24  # streams of ROW frames
-    seen: int = 96  # questions over KV alone
-    told: int = 24  # questions with captions as text, half of them without KV
+    near: int = 96  # questions over the KV of few frames
+    far: int = 40  # questions over that of many: all that count, and others
+    told: int = 36  # questions with captions as text, half of them without KV
     clips: int = 144  # captions
     question: int = 32  # tokens of a question
     prompt: int = 50  # tokens of a question as a prompt, with its answer
@@ -61,11 +64,16 @@ class Sizes:
     def frames(self) -> int:
         return self.rows * ROW
 
+    @property
+    def seen(self) -> int:
+        """Questions over KV alone."""
+        return self.near + self.far
+
 
 class Batches(IterableDataset[dict[str, Tensor]]):
     """Endless batches of one split; worker w of n makes those of the steps w, w + n, ..."""
 
-    def __init__(self, seed: int, split: str, sizes: Sizes, first: int = 0) -> None:
+    def __init__(self, seed: str, split: str, sizes: Sizes, first: int = 0) -> None:
         self.seed, self.split, self.sizes, self.first = seed, split, sizes, first
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
@@ -87,6 +95,7 @@ class Writer:
         tokenizer = world_tokenizer()
         self._encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
         self._ids: dict[str, list[int]] = {}
+        (self._then,) = self._encode(" then")
 
     def ids(self, text: str) -> list[int]:
         if text not in self._ids:
@@ -108,17 +117,19 @@ class Writer:
         made: dict[str, npt.NDArray[np.generic]] = {
             "frames": parameters(shown, [time_s + late for time_s in times]),
             "times": np.asarray(times, np.int64) + offset_s,
-            "facts": facts(shown, times),
+            "told_facts": told(shown, times),
         }
         made |= self._captions(choose, shown)
-        questions = [self._question(choose, asker) for _ in range(self.sizes.seen + self.sizes.told)]
+        near, rest = self.sizes.near, self.sizes.far + self.sizes.told
+        questions = [self._question(choose, asker, _NEAR) for _ in range(near)]
+        questions += [self._question(choose, asker, _FAR) for _ in range(rest)]
         made |= self._questions(questions, stride_s, offset_s)
         made |= self._told(choose, questions[self.sizes.seen :], scenes, shown, times, offset_s)
         return made
 
-    def _question(self, choose: random.Random, asker: Asker) -> Question:
+    def _question(self, choose: random.Random, asker: Asker, shares: dict[str, int]) -> Question:
         while True:
-            kind = choose.choices(KINDS, [_SHARES[kind] for kind in KINDS])[0]
+            kind = choose.choices(KINDS, [shares[kind] for kind in KINDS])[0]
             found = asker.ask(kind, 20)
             if found is not None:
                 return found
@@ -194,6 +205,10 @@ class Writer:
         """Captions as text before a question: those of its evidence among others, in time order."""
         R = len(questions)
         text = np.zeros((R, self.sizes.text), np.int64)
+        inside = np.zeros((R, self.sizes.text), np.bool_)  # captions of the evidence
+        said = np.full(
+            (R, self.sizes.text, len(NOTED)), _IGNORED, np.int64
+        )  # what the ends of captions tell of
         alone = np.zeros(R, np.bool_)  # no KV beside the captions
         ids, labels = self._blank(R, self.sizes.prompt)
         stride_s = times[1] - times[0]
@@ -212,27 +227,40 @@ class Writer:
                 if question.kind == "count"
                 else self._like(choose, question, shown, wanted, clips)
             )
-            parts, room, used = {}, self.sizes.text, 0
+            parts: dict[int, tuple[list[int], Ids]] = {}
+            room, used = self.sizes.text, 0
             for clip in [*sorted(wanted), *others]:
                 frames = shown[clip * CLIP : (clip + 1) * CLIP]
                 start_s = times[clip * CLIP] + offset_s
                 end_s = start_s + CLIP * stride_s
-                line = f"[{clock(start_s)} - {clock(end_s)}] {of_clip(frames)}\n"
-                own = (
-                    self.ids(f"[{clock(start_s)} - {clock(end_s)}] ")
-                    + self.ids(f" {of_clip(frames)}")
-                    + self.ids("\n")
-                )
-                if clip in parts or used + len(own) > room or not line:
+                told = told_of_clip(frames)
+                body = self.ids(f" {of_clip(frames)}")
+                own = [*body, *self.ids(f" [{clock(start_s)} - {clock(end_s)}]\n")]
+                facts = [noted(scene, moving=moving) for scene, moving in told]
+                ends = [at for at, token in enumerate(body) if token == self._then]
+                notes = np.full((len(own), len(NOTED)), _IGNORED, np.int64)
+                notes[ends], notes[len(body) :] = np.asarray(facts[:-1]).reshape(-1, len(NOTED)), facts[-1]
+                if clip in parts or used + len(own) > room:
                     continue
-                parts[clip], used = own, used + len(own)
-            joined = [token for clip in sorted(parts) for token in parts[clip]]
-            text[row, self.sizes.text - len(joined) :] = joined
+                parts[clip], used = (own, notes), used + len(own)
+            at = self.sizes.text - used
+            for clip in sorted(parts):
+                own, notes = parts[clip]
+                there = slice(at, at + len(own))
+                text[row, there], inside[row, there], said[row, there] = own, clip in wanted, notes
+                at += len(own)
             if alone[row]:
                 answer = self._by_captions(question, answer, shown, stride_s, offset_s)
             prompt = self.ids(f"\n{moved}<|im_end|>\n<|im_start|>assistant\n")
             self._put(ids[row], labels[row], prompt, self.ids(f" {answer}<|im_end|>"))
-        return {"told_text": text, "told_alone": alone, "told_ids": ids, "told_labels": labels}
+        return {
+            "told_text": text,
+            "told_inside": inside,
+            "told_noted": said,
+            "told_alone": alone,
+            "told_ids": ids,
+            "told_labels": labels,
+        }
 
     @staticmethod
     def _like(
@@ -281,30 +309,6 @@ class Writer:
         whole = [*prompt, *answer][: len(ids)]
         ids[: len(whole)] = whole
         labels[len(prompt) - 1 : len(whole) - 1] = whole[len(prompt) :]
-
-
-FACTS: dict[str, tuple[str, ...]] = {
-    "place": PLACES,
-    "size": SIZES,
-    "colour": tuple(COLOURS),
-    "shape": SHAPES,
-    "texture": TEXTURES,
-    "digit": DIGITS,
-    "motion": MOTIONS,
-}
-_MOVING_S = 2  # of a scene, behind which its motion can be told
-
-
-def facts(shown: Sequence[Scene], times: Sequence[int]) -> Ids:
-    """What is true in each frame, (N, FACTS), as indices; -100 where it cannot be told from it and those before."""
-    rows = np.full((len(shown), len(FACTS)), _IGNORED, np.int64)
-    for row, scene, time_s in zip(rows, shown, times, strict=True):
-        for at, (name, values) in enumerate(FACTS.items()):
-            if name == "place" or not (
-                scene.empty or (name == "motion" and time_s < scene.start_s + _MOVING_S)
-            ):
-                row[at] = values.index(getattr(scene, name))
-    return rows
 
 
 def later(question: Question, offset_s: int) -> tuple[str, str]:

@@ -7,7 +7,7 @@ times as text between them: what `memdb.query` does with one question, for many 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,15 +17,15 @@ from transformers import LlavaOnevisionForConditionalGeneration
 
 from memdb.models.random_llava import random_config
 from memdb.models.world_words import world_tokenizer
-from tools.train.batches import FACTS
+from tools.train.facts import PLACED, SHOWN, TOLD, Noter, Teller
 
 JOINT = 128  # size of the space of clips and questions
 CONFIG: dict[str, Any] = {
     "vision_config": {
-        "hidden_size": 192,
-        "intermediate_size": 768,
+        "hidden_size": 256,
+        "intermediate_size": 1024,
         "num_hidden_layers": 6,
-        "num_attention_heads": 3,
+        "num_attention_heads": 4,
         "image_size": 128,  # 8 x 8 patches, pooled to N = 16 tokens a frame
         "patch_size": 16,
     },
@@ -37,7 +37,7 @@ CONFIG: dict[str, Any] = {
         "num_key_value_heads": 2,
         "initializer_range": 0.02,
         "max_position_embeddings": 32_768,
-        "rope_theta": 10_000.0,
+        "rope_theta": 1_000_000.0,  # half of the channels still tell content at a thousand tokens
     },
 }
 
@@ -63,6 +63,36 @@ class Memory:
     held: Tensor
 
 
+@dataclass
+class Look:
+    """How well tokens of each row attend to what they should, in the layers that are asked.
+
+    tokens (R, K): their indices. wanted: of each token, in the order of the keys, the init tokens (R, K), frames
+    (R, K, U) and words (R, K, T). Heads of the first KV head are to look there; the others look where they like.
+    `state`: what the text is behind the layer that notes it.
+    """
+
+    tokens: Tensor
+    init: Tensor
+    frames: Tensor
+    words: Tensor
+    losses: list[Tensor] = field(default_factory=list)  # (R, K) each, 0 where nothing is wanted or held
+    state: Tensor | None = None  # (R, T, E)
+
+    def note(self, q: Tensor, k: Tensor, mask: Tensor, init: int, memory: Memory, scale: float) -> None:
+        R, Hq, _, D = q.shape
+        K = self.tokens.shape[1]
+        at = self.tokens[:, None, :, None].expand(-1, Hq // k.shape[1], -1, D)
+        own = q[:, : Hq // k.shape[1]].gather(2, at)  # (R, Hq / H, K, D)
+        scores = torch.einsum("rhkd,rsd->rhks", own, k[:, 0]).float() * scale
+        seen = mask[:, 0].gather(1, self.tokens[..., None].expand(-1, -1, mask.shape[-1]))  # (R, K, S)
+        frames = (memory.held[:, None] & self.frames[..., None]).flatten(2)  # (R, K, U * t)
+        wanted = torch.cat((self.init[..., None].expand(R, K, init), frames, self.words), 2) & seen
+        inside = scores.masked_fill(~wanted[:, None], -1e4).logsumexp(-1)
+        lost = (scores.masked_fill(~seen[:, None], -1e4).logsumexp(-1) - inside).clamp(0, 20).mean(1)
+        self.losses.append(lost * wanted.any(-1))
+
+
 class Gather(torch.autograd.Function):
     """Rows of a matrix by index; frames are read by many questions, so gradients are summed in fp32."""
 
@@ -77,27 +107,6 @@ class Gather(torch.autograd.Function):
         (index,) = ctx.saved_tensors
         total = torch.zeros(ctx.count, grad.shape[1], device=grad.device)
         return total.index_add_(0, index, grad.float()).to(grad.dtype), None
-
-
-class Teller(nn.Module):
-    """Tells facts from a frame's tokens, for training alone: each fact has a query of its own over the tokens.
-
-    Captions and answers teach a vision tower slowly, for a wrong word says little of what was not seen; told of every
-    frame, facts are a hundred times as much to learn from in a step.
-    """
-
-    def __init__(self, width: int, sizes: list[int]) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.queries = nn.Parameter(0.02 * torch.randn(len(sizes), width))
-        self.heads = nn.ModuleList(nn.Linear(width, size) for size in sizes)
-
-    def forward(self, tokens: Tensor) -> list[Tensor]:
-        """(N, tokens, E) -> the scores of every fact, (N, its values) each."""
-        tokens = self.norm(tokens)
-        share = (tokens @ self.queries.T).softmax(1)  # (N, tokens, facts)
-        pooled = torch.einsum("nte,ntf->fne", tokens, share)
-        return [head(own) for head, own in zip(self.heads, pooled, strict=True)]
 
 
 class Network(nn.Module):
@@ -119,11 +128,16 @@ class Network(nn.Module):
         width = text.hidden_size
         self.joint_clip = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, JOINT))
         self.joint_text = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, JOINT))
-        sizes = [len(values) for values in FACTS.values()]
-        self.tell_seen, self.tell_last = Teller(width, sizes), Teller(width, sizes)
+        self.tell_seen = Teller(width, [*SHOWN.values(), PLACED])
+        self.tell_last = Teller(width, [*SHOWN.values(), *map(len, TOLD.values())])
+        self.tell_text = Noter(width)
         self.sharp = nn.Parameter(torch.zeros(len(self.layers) + 1))  # log of the contrastive scales
         half = torch.arange(0, self.size, 2, dtype=torch.float64) / self.size
         self.inv_freq = (text.rope_parameters["rope_theta"] ** -half).float()  # no buffer: it stays fp32
+
+    def tower_layers(self) -> list[Any]:
+        """The vision tower's layers, wherever a version of transformers keeps them."""
+        return [m for m in self.hf.model.vision_tower.modules() if hasattr(m, "layer_norm2")]
 
     def see(self, pictures: Tensor) -> Tensor:
         """(F, 3, S, S), 0 to 1 -> visual tokens (F, N, E), as the adapter makes them."""
@@ -216,8 +230,12 @@ class Network(nn.Module):
         memory: Memory | None,
         place: Tensor,
         real: Tensor,
+        look: Look | None = None,
     ) -> Tensor:
-        """One layer of text rows x (R, T, E) at `place` (R, T), over [init | memory | the text itself]."""
+        """One layer of text rows x (R, T, E) at `place` (R, T), over [init | memory | the text itself].
+
+        `look` notes how much of one token's attention falls on the frames that it should fall on.
+        """
         R, T = place.shape
         n = len(stored.init_k[at])
         head = torch.arange(n, device=x.device)
@@ -242,8 +260,10 @@ class Network(nn.Module):
         mask = torch.cat(masks, 2)[:, None]
         kk = torch.cat([key.to(q.dtype) for key in keys], 2)
         vv = torch.cat([value.to(q.dtype) for value in values], 2)
-        heard = self.attend(self.turn(q, place), kk, vv, mask)
-        return self.close(self.layers[at], x, heard)
+        qq = self.turn(q, place)
+        if look is not None and memory is not None:
+            look.note(qq, kk, mask, n, memory, self.scale)
+        return self.close(self.layers[at], x, self.attend(qq, kk, vv, mask))
 
     def logits(self, x: Tensor) -> Tensor:
         out: Tensor = self.hf.lm_head(self.language.norm(x))

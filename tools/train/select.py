@@ -59,12 +59,12 @@ class Layout:
     begin: list[Tensor]  # (R, U)
     stamps: list[Tensor]  # (R, S, STAMP)
     end: list[Tensor]  # (R,)
-    stamp_frame: Tensor  # (R, S): index into U of the frame that a stamp stands before
+    stamp_frame: Tensor  # (R, S): index into U of the frame that a stamp stands behind
     stamp_real: Tensor  # (R, S)
 
 
 def lay_out(chosen: Selection, times: Tensor, n: int, tokens: int, stamps: int) -> Layout:
-    """Consecutive places behind `n` init tokens, a stamp before each run of frames and every EVERY_S within.
+    """Consecutive places behind `n` init tokens, a stamp behind each run of frames and every EVERY_S within.
 
     times (N,): of all frames, seconds. At most `stamps` stamps a row; 0 for none.
     """
@@ -77,20 +77,25 @@ def lay_out(chosen: Selection, times: Tensor, n: int, tokens: int, stamps: int) 
         begins = chosen.real & (chosen.frames != before + 1)
         index = torch.arange(U, device=device).expand(R, U)
         run = torch.where(begins, index, 0).cummax(1).values  # where this frame's run begins
-        flags = chosen.real & ((at_s - at_s.gather(1, run)) % EVERY_S == 0)  # frames are 1, 2 or 4 s apart
+        passed = (at_s - at_s.gather(1, run)) // EVERY_S
+        fresh = begins | (
+            passed != torch.cat((passed[:, :1], passed[:, :-1]), 1)
+        )  # frames are 1, 2 or 4 s apart
+        last = torch.cat((fresh[:, 1:] | ~chosen.real[:, 1:], fresh.new_ones(R, 1)), 1)
+        flags = chosen.real & last
         flags &= flags.cumsum(1) <= stamps
     order = torch.where(flags, U - torch.arange(U, device=device), 0)
     top_flags = order.topk(min(stamps, U), 1).values if stamps else order[:, :0]
     stamp_real = top_flags > 0
     stamp_frame = (U - top_flags).clamp(max=U - 1)
-    written = flags.long().cumsum(1) * STAMP  # up to and with the one before this frame
+    written = (flags.long().cumsum(1) - flags.long()) * STAMP  # of those behind earlier frames
     begin, places, end = [], [], []
     for held in chosen.held:
         size = held.long() * tokens
         ahead = size.cumsum(1) - size
         first = n + ahead + written
         begin.append(first)
-        start = (first - STAMP).gather(1, stamp_frame)
+        start = (first + size).gather(1, stamp_frame)
         places.append(start[..., None] + torch.arange(STAMP, device=device))
         end.append(n + size.sum(1) + flags.sum(1) * STAMP)
     return Layout(begin, places, end, stamp_frame, stamp_real)
