@@ -125,7 +125,7 @@ def tar_scores(view: LayerView, age: Tensor, frames: int) -> Tensor:
     The mean of cosines is one product with the mean of unit keys, gathered once a patch: O(H T D). Infinity where
     no recent frame has the patch: there is nothing that it could repeat. `age` (T,) of frame_age.
     """
-    H, T, D = view.k.shape
+    T = view.tokens
     P = view.grid[0] * view.grid[1]
     unit = F.normalize(view.k.float(), dim=-1)  # (H, T, D)
     patch = patch_number(view)
@@ -175,11 +175,11 @@ def pooled(norms: Tensor, view: LayerView, age: Tensor, kernel: int) -> Tensor:
     def spread(values: Tensor) -> Tensor:
         flat = values.new_zeros(frames * rows * columns + 1).scatter_(0, slot, values)
         flat = flat[:-1].view(frames, 1, rows, columns)
-        return F.avg_pool2d(flat, kernel, stride=1, padding=kernel // 2).flatten()
+        return F.avg_pool2d(flat, kernel, stride=1, padding=kernel // 2, divisor_override=1).flatten()
 
-    sums, counts = spread(norms), spread(torch.ones_like(norms))  # both over kernel^2
+    sums, counts = spread(norms), spread(torch.ones_like(norms))
     inside = slot.masked_fill(merged, 0)
-    return torch.where(merged, norms, sums[inside] / counts[inside].clamp(min=1e-12))
+    return torch.where(merged, norms, sums[inside] / counts[inside].clamp(min=1))
 
 
 # The released code

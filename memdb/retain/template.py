@@ -67,7 +67,6 @@ def prototypes(k: Tensor, v: Tensor, importance: Tensor, frame: Tensor, position
     frame; a frame that received nothing weighs all its tokens alike. A prototype stands at the rounded weighted
     mean of its tokens' positions, half up (ours).
     """
-    H, T, D = k.shape
     frames = frame.unique()  # (F,) ascending
     member = frame == frames[:, None]  # (F, T)
     weight = importance.double() * member
