@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if args.name not in KERNELS:
             raise UsageError(f"no kernel {args.name!r}: choose one of {', '.join(KERNELS)}")
-        np.savez(args.target, allow_pickle=False, **run(KERNELS[args.name], read(args.source)))
+        np.savez(args.target, **run(KERNELS[args.name], read(args.source)))
     except MemdbError as error:
         sys.stderr.write(f"run_kernel: {error}\n")
         return error.exit_code
