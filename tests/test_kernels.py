@@ -252,5 +252,5 @@ def test_integers_stand_for_floats_and_half_precision_stays_itself(tmp_path: Pat
     k, v = drawn(2, 56, 8).astype(np.float16), drawn(2, 56, 8, seed=1).astype(np.float16)
     np.savez(tmp_path / "in.npz", k=k, v=v, frame_tokens=7, frames_kept=5, tar=1)
     assert main(["tar_van_code", str(tmp_path / "in.npz"), str(tmp_path / "out.npz")]) == 0
-    wanted = code_choice(torch.from_numpy(k), torch.from_numpy(v), 7, 5, tar=1.0)
+    wanted = code_choice(torch.from_numpy(k), torch.from_numpy(v), 7, 5, tar=1.0, stable=False)
     assert np.load(tmp_path / "out.npz")["kept"].tolist() == wanted.tolist()

@@ -306,6 +306,7 @@ KERNELS: dict[str, Kernel] = {
             "rows": Spec(INTS, "", 14),
             "layer": Spec(INTS, "", 0),
             "layers": Spec(INTS, "", 28),
+            **_STABLE,
         },
         {"kept": Spec(INTS, "H kept")},
     ),

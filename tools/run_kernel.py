@@ -31,8 +31,8 @@ Arrays of floats are computed in their own precision where a released code does 
 count from 0 and ascend. Of equal scores the earliest block, or the newest frame and in it the lowest patch, stays.
 Letters: `L` layers, `Hq` query heads, `H` KV heads, `T` tokens (blocks of a layer in SelectKV), `D` head size, `F`
 frames, `E` embedding size, `r` probe rows; one letter is one size within a call. `blocks` says how many of the T
-columns of a layer are there. `stable`: in the repair of SelectKV the released code visits layers with equal counts in
-the order in which numpy's sort leaves them, which differs from machine to machine; true takes them in order.
+columns of a layer are there. `stable`: where the released code leaves equal scores or counts to numpy's or torch's
+sort, which differ from machine to machine, false does the same on yours, and true takes the lowest index first.
 
 This page is the output of `python -m tools.run_kernel --list`.
 

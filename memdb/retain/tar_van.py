@@ -197,14 +197,16 @@ def code_choice(
     rows: int = 14,
     layer: int = 0,
     layers: int = 1,
+    stable: bool = True,
 ) -> Tensor:
     """What the released code keeps: k and v (H, T, D) as cached, rotated -> (H, frames_kept * frame_tokens).
 
     A set for each KV head. Tokens count as frames by their order, whatever they were before the last round; the
     TaR share is what rounding half to even leaves; TaR's tokens and the recent ones get the maximum over all heads
     plus one, then the largest norms win. With `pooling`, by quarter of the layers: 7 in three dimensions, 5 in two,
-    3 in one (across the borders of frames), none; zeros around the map count. Of equals the lowest index stays,
-    where the original leaves it to the device. Raises RecipeError where the original fails.
+    3 in one (across the borders of frames), none; zeros around the map count. All in the dtype of the cache.
+    `stable`: of equals the lowest index stays; else whichever torch's topk picks on this device, as in the original
+    (in half precision equal norms are common). Raises RecipeError where the original fails.
     """
     H, T, _ = k.shape
     frames, left = divmod(T, frame_tokens)
@@ -223,18 +225,18 @@ def code_choice(
                 f"{int(frames * recent)} recent of {frames} frames do not go with a TaR share of {tar}: "
                 "give a larger recent share, or a larger share for TaR"
             )
-        forced = _code_tar(k, frame_tokens, int(frames * recent), past)
+        forced = _code_tar(k, frame_tokens, int(frames * recent), past, stable)
         norms = norms.scatter(1, forced, norms.max().item() + 1)
-    return _highest(norms, budget)
+    return _highest(norms, budget, stable)
 
 
-def _code_tar(k: Tensor, frame_tokens: int, recent: int, past: int) -> Tensor:
+def _code_tar(k: Tensor, frame_tokens: int, recent: int, past: int, stable: bool) -> Tensor:
     """Per head, `past` tokens by TaR and all tokens of the `recent` newest frames: (H, kept), ascending."""
     H, T, D = k.shape
     unit = (k / (k.norm(dim=-1, keepdim=True) + 1e-9)).view(H, -1, frame_tokens, D)
     new, old = unit[:, -recent:], unit[:, :-recent]  # (H, F, N, D)
     likeness = (new[:, :, None] * old[:, None]).sum(-1).mean(1)  # (H, F_old, N)
-    chosen = _highest(-likeness.reshape(H, -1), past)
+    chosen = _highest(-likeness.reshape(H, -1), past, stable)
     newest = torch.arange(T - recent * frame_tokens, T, device=k.device).expand(H, -1)
     return torch.cat((chosen, newest), 1)
 
@@ -260,6 +262,10 @@ def _code_pooled(norms: Tensor, frames: int, rows: int, layer: int, layers: int)
     return pool(grid, side, stride=1, padding=side // 2).reshape(H, T)
 
 
-def _highest(score: Tensor, count: int) -> Tensor:
-    """Per row of (H, T), the indices of the `count` highest, ascending; of equals the lowest."""
-    return torch.sort(score, dim=1, descending=True, stable=True).indices[:, :count].sort(1).values
+def _highest(score: Tensor, count: int, stable: bool) -> Tensor:
+    """Per row of (H, T), the indices of the `count` highest, ascending."""
+    if stable:
+        order = torch.sort(score, dim=1, descending=True, stable=True).indices[:, :count]
+    else:
+        order = score.topk(count, dim=1).indices
+    return order.sort(1).values
