@@ -69,6 +69,31 @@ class RetainerContract:
         survivors = view.part(method.choose(view))
         assert method.choose(survivors).tolist() == list(range(survivors.tokens))
 
+    @INHERITED
+    @given(films, st.integers(24, 120), st.integers(1, 4))
+    def test_layers_decided_at_once_decide_for_themselves(
+        self, film: Film, budget_tokens: int, layers: int
+    ) -> None:
+        """Layers of other content and other survivors, as many in each."""
+        method = self.method(budget_tokens)
+        views = [replace(film, seed=film.seed + layer).view() for layer in range(layers)]
+        fewest = min(view.tokens for view in views)
+        places = [torch.linspace(0, view.tokens - 1, fewest).long() for view in views]
+        views = [
+            replace(view.part(place), importance=view.importance[place])
+            for view, place in zip(views, places, strict=True)
+            if view.importance is not None
+        ]
+        together = LayerView.stacked(views)
+        kept = method.choose(together)
+        alone = [method.choose(view) for view in views]
+        assert torch.equal(kept, torch.stack(alone))
+        for layer, (view, own) in enumerate(zip(views, alone, strict=True)):
+            part, whole = view.part(own), together.part(kept)
+            for name in ("k", "v", "position", "frame", "patch", "kind"):
+                assert torch.equal(getattr(whole, name)[layer], getattr(part, name)), name
+                assert torch.equal(getattr(part, name), _picked(view, name, own)), name
+
     @pytest.mark.parametrize("prototypes", [False, True])
     def test_a_long_stream_never_holds_more(self, prototypes: bool) -> None:
         method, film = self.method(48), Film(frames=2, prototypes=prototypes)
@@ -101,6 +126,11 @@ class RetainerContract:
     def test_a_budget_of_nothing_is_refused(self) -> None:
         with pytest.raises(RecipeError, match="budget_tokens"):
             self.method(0)
+
+
+def _picked(view: LayerView, name: str, kept: torch.Tensor) -> torch.Tensor:
+    tensor: torch.Tensor = getattr(view, name)
+    return tensor[:, kept] if name in ("k", "v") else tensor[kept]
 
 
 class TestRecent(RetainerContract):

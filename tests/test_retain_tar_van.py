@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from memdb.models.rotary import Rotary
-from memdb.retain.tar_van import STEP, TarVan, code_choice, frame_age, pool_side, pooled, tar_scores
+from memdb.retain.tar_van import STEP, TarVan, code_choice, frame_age, pool_sides, pooled, tar_scores
 from memdb.retain.view import LayerView
 from memdb.schemas.errors import RecipeError
 from memdb.schemas.units import BlockKind
@@ -272,10 +272,11 @@ def test_pooling_keeps_the_shape_and_constants() -> None:
 
 def test_flat_maps_are_pooled_wide_and_spiky_ones_not_at_all() -> None:
     limits = TarVan().limits()
-    spread = [torch.tensor([1 - x, 1 + x]) for x in (0.1, 0.3, 0.5, 0.9)]  # their variation is x
-    assert [pool_side(norms, limits) for norms in spread] == [7, 5, 3, 1]
-    assert pool_side(torch.ones(4), limits) == 7
-    assert pool_side(torch.empty(0), limits) == 1
+    spread = torch.tensor([[1 - x, 1 + x] for x in (0.0, 0.1, 0.3, 0.5, 0.9)])  # their variation is x
+    every = torch.ones_like(spread, dtype=torch.bool)
+    assert pool_sides(spread, every, limits).tolist() == [7, 7, 5, 3, 1]
+    loud = torch.cat((spread, torch.full((5, 1), 100.0)), 1)  # merged tokens have no say
+    assert pool_sides(loud, loud < 100, limits).tolist() == [7, 7, 5, 3, 1]
 
 
 def test_merged_tokens_stay_without_a_place_and_within_their_share() -> None:

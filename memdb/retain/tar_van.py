@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memdb.retain.base import Bounded, best_first
-from memdb.retain.view import LayerView
+from memdb.retain.view import LayerView, rows
 from memdb.schemas.errors import RecipeError
 from memdb.schemas.params import at_least, share
 
@@ -87,99 +87,115 @@ class TarVan(Bounded):
             )
         frames = self.recent_frames(view.tokens, frame_tokens)
         merged, age = view.merged, frame_age(view)
-        recent = ~merged & (age < frames)  # (T,)
+        recent = ~merged & (age < frames)  # (..., T)
         redundancy = tar_scores(view, age, frames)
         norms = van_scores(view, age, self.limits())
 
+        # The recent ones are the first of TaR's share.
         changed = best_first(redundancy, view.frame, torch.where(recent, 0, torch.where(merged, 2, 1)))
-        taken = torch.zeros_like(merged)
-        taken[changed[: self.tar_tokens]] = True  # the recent ones among them
-        newest = best_first(view.frame, view.frame, (~merged).long())  # merged ones first
-        spared = torch.zeros_like(merged)
-        spared[newest[: int(self.exempt * self.budget_tokens)]] = True
+        taken = _marked(changed[..., : self.tar_tokens], view.tokens)
+        newest = best_first(view.frame, view.frame, (~merged).byte())  # merged ones first
+        spared = _marked(newest[..., : int(self.exempt * self.budget_tokens)], view.tokens)
 
-        # Recent, exempt, changed, then whatever has the largest norm.
-        tier = torch.full_like(view.frame, 3)
-        tier[taken & ~merged] = 2
-        tier[spared & merged] = 1
-        tier[recent] = 0
-        return best_first(torch.where(tier == 2, redundancy, norms), view.frame, tier)
+        # Recent, exempt (the newest first), changed, then whatever has the largest norm.
+        tier = torch.where(
+            merged, torch.where(spared, 1, 3), torch.where(recent, 0, torch.where(taken, 2, 3))
+        )
+        score = torch.where(tier == 2, redundancy, torch.where(tier == 3, norms, 0.0))
+        return best_first(score, view.frame, tier)
 
 
 def frame_age(view: LayerView) -> Tensor:
-    """(T,) how many distinct frames are newer than a token's, among those with whole patches; merged ones last."""
+    """(..., T) how many distinct frames are newer than a token's, of those with whole patches; merged ones last."""
     frame = view.frame.masked_fill(view.merged, -1)
-    newest, order = torch.sort(frame, descending=True, stable=True)
-    steps = torch.cat((newest.new_zeros(1), (newest[1:] != newest[:-1]).long())).cumsum(0)  # (T,)
-    return torch.empty_like(steps).scatter_(0, order, steps)
+    newest, order = torch.sort(frame, dim=-1, descending=True, stable=True)
+    steps = F.pad((newest[..., 1:] != newest[..., :-1]).long(), (1, 0)).cumsum(-1)  # (..., T)
+    return torch.empty_like(steps).scatter_(-1, order, steps)
 
 
 def patch_number(view: LayerView) -> Tensor:
-    """(T,) raster numbers of the patches; 0 for merged ones, who have none."""
-    return (view.patch[:, 0] * view.grid[1] + view.patch[:, 1]).masked_fill(view.merged, 0)
+    """(..., T) raster numbers of the patches; 0 for merged ones, who have none."""
+    return (view.patch[..., 0] * view.grid[1] + view.patch[..., 1]).masked_fill(view.merged, 0)
 
 
 def tar_scores(view: LayerView, age: Tensor, frames: int) -> Tensor:
-    """(T,) -mean cosine of each key with those of its patch in the newest `frames`, in steps of 2^-16.
+    """(..., T) -mean cosine of each key with those of its patch in the newest `frames`, in steps of 2^-16.
 
     The mean of cosines is one product with the mean of unit keys, gathered once a patch: O(H T D). Infinity where
-    no recent frame has the patch: there is nothing that it could repeat. `age` (T,) of frame_age.
+    no recent frame has the patch: there is nothing that it could repeat. `age` (..., T) of frame_age.
     """
-    T = view.tokens
+    *lead, T = view.position.shape
     P = view.grid[0] * view.grid[1]
-    unit = F.normalize(view.k.float(), dim=-1)  # (H, T, D)
     patch = patch_number(view)
 
     # Which token stands at (recent frame, patch); the last slot takes everything else.
     slot = torch.where(~view.merged & (age < frames), age * P + patch, frames * P)
-    table = torch.full((frames * P + 1,), -1, device=age.device)
-    table.scatter_reduce_(0, slot, torch.arange(T, device=age.device), "amax")
-    table = table[:-1].view(frames, P)
-    there = table >= 0  # (F, P)
-    seen = unit[:, table.clamp(min=0)] * there[..., None]  # (H, F, P, D)
-    count = there.sum(0)  # (P,)
-    mean = seen.sum(1) / count.clamp(min=1)[:, None]  # (H, P, D)
+    table = torch.full((*lead, frames * P + 1), -1, device=age.device)
+    table = table.scatter_reduce(-1, slot, torch.arange(T, device=age.device).expand_as(slot), "amax")[
+        ..., :-1
+    ]
+    there = (table >= 0).view(*lead, 1, frames, P, 1)
+    recent = F.normalize(rows(view.k, table.clamp(min=0)).float(), dim=-1)  # (..., H, F*P, D)
+    recent = recent.view(*recent.shape[:-2], frames, P, -1) * there
+    count = there.sum(-3)  # (..., 1, P, 1)
+    mean = recent.sum(-3) / count.clamp(min=1)  # (..., H, P, D)
 
-    score = -(unit * mean[:, patch]).sum(-1).mean(0)  # (T,)
-    score = (score / STEP).round() * STEP
-    return score.masked_fill(count[patch] == 0, math.inf)
+    length = torch.linalg.vector_norm(view.k, dim=-1, dtype=torch.float32).clamp(min=1e-12)  # (..., H, T)
+    likeness = (rows(mean, patch) * view.k).sum(-1) / length  # (..., H, T)
+    score = (-likeness.mean(-2) / STEP).round() * STEP
+    return score.masked_fill(count[..., 0, :, 0].gather(-1, patch) == 0, math.inf)
 
 
 def van_scores(view: LayerView, age: Tensor, limits: list[float]) -> Tensor:
-    """(T,) norms of the values, mean over KV heads, pooled as the layer's variation wants it."""
-    norms = view.v.float().norm(dim=-1).mean(0)  # (T,)
+    """(..., T) norms of the values, mean over KV heads, pooled as each layer's variation wants it."""
+    norms = torch.linalg.vector_norm(view.v, dim=-1, dtype=torch.float32).mean(-2)  # (..., T)
     if not limits:
         return norms
-    kernel = pool_side(norms[~view.merged], limits)
-    return norms if kernel == 1 else pooled(norms, view, age, kernel)
+    side = pool_sides(norms, ~view.merged, limits)[..., None]  # (..., 1)
+    found = norms
+    for kernel in KERNELS[:-1]:
+        if bool((side == kernel).any()):
+            found = torch.where(side == kernel, pooled(norms, view, age, kernel), found)
+    return found
 
 
-def pool_side(norms: Tensor, limits: list[float]) -> int:
-    """The side of the pooling window: wide where the norms (n,) vary little against their mean."""
-    if not len(norms):
-        return 1
-    variation = float(norms.std(correction=0) / norms.mean().clamp(min=1e-12))
-    return KERNELS[sum(variation >= limit for limit in limits)]
+def pool_sides(norms: Tensor, whole: Tensor, limits: list[float]) -> Tensor:
+    """(...) the side of the pooling window of each layer: wide where norms (..., T) vary little against their mean.
+
+    Over the tokens that are `whole` (..., T). Where there are none nothing is pooled.
+    """
+    count = whole.sum(-1).clamp(min=1)
+    mean = (norms * whole).sum(-1) / count
+    variance = ((norms - mean[..., None]).square() * whole).sum(-1) / count
+    variation = variance.sqrt() / mean.clamp(min=1e-12)  # (...)
+    steps = sum((variation >= limit).long() for limit in limits)
+    return torch.tensor(KERNELS, device=norms.device)[steps]
 
 
 def pooled(norms: Tensor, view: LayerView, age: Tensor, kernel: int) -> Tensor:
-    """(T,) mean over the neighbours of the same frame that are there, `kernel` patches wide and high.
+    """(..., T) mean over the neighbours of the same frame that are there, `kernel` patches wide and high.
 
     A merged token has no neighbours and keeps its own norm.
     """
-    rows, columns = view.grid
-    merged = view.merged
+    height, width = view.grid
+    *lead, _ = norms.shape
     frames = int(age.max()) + 1
-    slot = torch.where(merged, frames * rows * columns, age * (rows * columns) + patch_number(view))
+    slot = torch.where(view.merged, frames * height * width, age * (height * width) + patch_number(view))
 
     def spread(values: Tensor) -> Tensor:
-        flat = values.new_zeros(frames * rows * columns + 1).scatter_(0, slot, values)
-        flat = flat[:-1].view(frames, 1, rows, columns)
-        return F.avg_pool2d(flat, kernel, stride=1, padding=kernel // 2, divisor_override=1).flatten()
+        flat = values.new_zeros(*lead, frames * height * width + 1).scatter_(-1, slot, values)
+        maps = flat[..., :-1].reshape(-1, 1, height, width)
+        sums = F.avg_pool2d(maps, kernel, stride=1, padding=kernel // 2, divisor_override=1)
+        return sums.view(*lead, -1).gather(-1, slot.masked_fill(view.merged, 0))
 
-    sums, counts = spread(norms), spread(torch.ones_like(norms))
-    inside = slot.masked_fill(merged, 0)
-    return torch.where(merged, norms, sums[inside] / counts[inside].clamp(min=1))
+    means = spread(norms) / spread(torch.ones_like(norms)).clamp(min=1)
+    return torch.where(view.merged, norms, means)
+
+
+def _marked(places: Tensor, tokens: int) -> Tensor:
+    """(..., T) True at the places (..., n)."""
+    mask = torch.zeros(*places.shape[:-1], tokens, dtype=torch.bool, device=places.device)
+    return mask.scatter_(-1, places, True)
 
 
 # The released code
