@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -128,6 +128,8 @@ methods = st.builds(
     ),
     methods,
 )
+# Three prototypes, and room for one beside the recent frames.
+@example(Film(frames=8, whole=True, prototypes=True), TarVan(25, tar=1.0, pooling="none"))
 def test_it_is_the_formula_one_token_at_a_time(case: Film, method: TarVan) -> None:
     """On keys and values with exact arithmetic, so that ties abound and none is broken by rounding."""
     view = case.view()

@@ -21,15 +21,14 @@ def attention_rows(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """
     Hq, r, D = q.shape
     H, T, _ = k.shape
-    rows = q.reshape(H, Hq // H * r, D).float()  # (H, Hq/H * r, D)
-    scores = torch.bmm(rows, k.float().transpose(1, 2)).mul_(scale)  # (H, Hq/H * r, T)
-    return scores.softmax(-1).view(Hq, r, T)
+    rows = q.float().reshape(H, Hq // H * r, D) * scale
+    return torch.bmm(rows, k.float().transpose(1, 2)).softmax(-1).view(Hq, r, T)
 
 
 def importance(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """What each key receives, (T,) in fp32: the mean over heads and rows of `attention_rows`. It sums to 1."""
     Hq, r, _ = q.shape
-    total = torch.zeros(k.shape[1], device=k.device)  # (T,)
-    for start in range(0, r, ROWS_AT_ONCE):
-        total += attention_rows(q[:, start : start + ROWS_AT_ONCE], k, scale).sum((0, 1))
-    return total / (Hq * r)
+    k = k.float()
+    starts = range(0, r, ROWS_AT_ONCE)
+    parts = [attention_rows(q[:, s : s + ROWS_AT_ONCE], k, scale).sum((0, 1)) for s in starts]  # (T,) each
+    return torch.stack(parts).sum(0) / (Hq * r)

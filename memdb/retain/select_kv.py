@@ -79,10 +79,10 @@ def guidance_scores(q: Tensor, keys: Tensor, sim: str) -> Tensor:
     Hq, _, D = q.shape
     group = Hq * D // keys.shape[1]
     keys = keys.float()
-    dot = keys @ fold(q, Hq // group)  # (blocks,)
+    dot: Tensor = keys @ fold(q, Hq // group)  # (blocks,)
     if sim == "dot":
         return dot
-    length = q.float().mean(1).norm() * (keys.norm(dim=1) * math.sqrt(group))
+    length: Tensor = q.float().mean(1).norm() * (keys.norm(dim=1) * math.sqrt(group))
     return dot / length.clamp(min=1e-12)
 
 

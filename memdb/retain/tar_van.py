@@ -140,15 +140,21 @@ def tar_scores(view: LayerView, age: Tensor, frames: int) -> Tensor:
     count = there.sum(-3)  # (..., 1, P, 1)
     mean = recent.sum(-3) / count.clamp(min=1)  # (..., H, P, D)
 
-    length = torch.linalg.vector_norm(view.k, dim=-1, dtype=torch.float32).clamp(min=1e-12)  # (..., H, T)
+    length = lengths(view.k).clamp(min=1e-12)  # (..., H, T)
     likeness = (rows(mean, patch) * view.k).sum(-1) / length  # (..., H, T)
     score = (-likeness.mean(-2) / STEP).round() * STEP
     return score.masked_fill(count[..., 0, :, 0].gather(-1, patch) == 0, math.inf)
 
 
+def lengths(x: Tensor) -> Tensor:
+    """x (..., D) -> (...) L2 norms, accumulated in fp32 without a copy of x in fp32."""
+    norms: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
+    return norms
+
+
 def van_scores(view: LayerView, age: Tensor, limits: list[float]) -> Tensor:
     """(..., T) norms of the values, mean over KV heads, pooled as each layer's variation wants it."""
-    norms = torch.linalg.vector_norm(view.v, dim=-1, dtype=torch.float32).mean(-2)  # (..., T)
+    norms = lengths(view.v).mean(-2)  # (..., T)
     if not limits:
         return norms
     side = pool_sides(norms, ~view.merged, limits)[..., None]  # (..., 1)
