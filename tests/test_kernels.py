@@ -14,9 +14,10 @@ import torch
 from memdb.retain.select_kv import code_compress_counts, code_retrieve_counts, exact_counts, top_blocks
 from memdb.retain.tar_van import TarVan, code_choice
 from memdb.retain.template import prototypes
+from memdb.schemas.errors import UsageError
 from tests.retain_cases import Film
-from tools.kernel_list import BOOLS, FLOATS, INTS, KERNELS
-from tools.run_kernel import main, page
+from tools.kernel_list import BOOLS, BYTES, FLOATS, INTS, KERNELS, Spec
+from tools.run_kernel import main, page, value
 
 ROOT = Path(__file__).parents[1]
 Arrays = dict[str, Any]
@@ -254,3 +255,14 @@ def test_integers_stand_for_floats_and_half_precision_stays_itself(tmp_path: Pat
     assert main(["tar_van_code", str(tmp_path / "in.npz"), str(tmp_path / "out.npz")]) == 0
     wanted = code_choice(torch.from_numpy(k), torch.from_numpy(v), 7, 5, tar=1.0, stable=False)
     assert np.load(tmp_path / "out.npz")["kept"].tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3)])
+def test_sizes_in_front_may_be_any(lead: tuple[int, ...]) -> None:
+    codes = np.zeros((*lead, 25, 8), np.uint8)
+    sizes = {"D": 8}
+    assert value("packed", Spec(BYTES, "... bytes D"), codes, sizes).shape == codes.shape
+    assert sizes == {"D": 8, "bytes": 25}
+    for wrong in (codes[..., :7], codes.astype(np.int64), codes[..., 0].reshape(-1)[:25]):
+        with pytest.raises(UsageError, match="packed"):
+            value("packed", Spec(BYTES, "... bytes D"), wrong, sizes)

@@ -33,7 +33,7 @@ from memdb.retain.vision_sink import VisionSink
 from memdb.schemas.units import BlockKind
 
 Array = npt.NDArray[Any]
-FLOATS, INTS, BOOLS = "float16/32/64", "int64", "bool"
+FLOATS, INTS, BOOLS, BYTES = "float16/32/64", "int64", "bool", "uint8"
 
 
 @dataclass(frozen=True)

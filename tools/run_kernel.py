@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from memdb.schemas.errors import MemdbError, UsageError
-from tools.kernel_list import BOOLS, FLOATS, INTS, KERNELS, Array, Kernel, Spec, table
+from tools.kernel_list import BOOLS, BYTES, FLOATS, INTS, KERNELS, Array, Kernel, Spec, table
 
 HEADER = """# Kernels
 
@@ -30,14 +30,15 @@ python -m tools.run_kernel NAME in.npz out.npz
 Arrays of floats are computed in their own precision where a released code does so, and in fp32 otherwise. Indices
 count from 0 and ascend. Of equal scores the earliest block, or the newest frame and in it the lowest patch, stays.
 Letters: `L` layers, `Hq` query heads, `H` KV heads, `T` tokens (blocks of a layer in SelectKV), `D` head size, `F`
-frames, `E` embedding size, `r` probe rows; one letter is one size within a call. `blocks` says how many of the T
-columns of a layer are there. `stable`: where the released code leaves equal scores or counts to numpy's or torch's
-sort, which differ from machine to machine, false does the same on yours, and true takes the lowest index first.
+frames, `E` embedding size, `r` probe rows; one letter is one size within a call, and `...` any sizes in front.
+`blocks` says how many of the T columns of a layer are there. `stable`: where the released code leaves equal scores or
+counts to numpy's or torch's sort, which differ from machine to machine, false does the same on yours, and true takes
+the lowest index first.
 
 This page is the output of `python -m tools.run_kernel --list`.
 
 """
-KINDS = {FLOATS: "f", INTS: "iu", BOOLS: "biu"}
+KINDS = {FLOATS: "f", INTS: "iu", BOOLS: "biu", BYTES: "u"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -101,9 +102,11 @@ def value(name: str, spec: Spec, array: Array | None, sizes: dict[str, int]) -> 
     if array.dtype.kind not in KINDS[spec.kind] and not (spec.kind == FLOATS and array.dtype.kind in "iu"):
         raise UsageError(f"array {name!r} is of kind {array.dtype}: give {spec.kind}")
     letters = spec.shape.split()
-    if array.ndim != len(letters):
+    free = max(0, array.ndim - len(letters) + 1) if letters[:1] == ["..."] else 0
+    letters = letters[1:] if letters[:1] == ["..."] else letters
+    if array.ndim != free + len(letters):
         raise UsageError(f"array {name!r} has shape {array.shape}: give ({spec.shape})")
-    for letter, size in zip(letters, array.shape, strict=True):
+    for letter, size in zip(letters, array.shape[free:], strict=True):
         if size != (int(letter) if letter.isdigit() else sizes.setdefault(letter, size)):
             raise UsageError(
                 f"array {name!r} has shape {array.shape}: {letter} is {sizes.get(letter, letter)}"
@@ -114,7 +117,7 @@ def value(name: str, spec: Spec, array: Array | None, sizes: dict[str, int]) -> 
         array = array.astype(np.int64)
     elif array.dtype.kind != "f":
         array = array.astype(np.float32)
-    return torch.from_numpy(np.array(array)) if letters else array.item()
+    return torch.from_numpy(np.array(array)) if spec.shape else array.item()
 
 
 if __name__ == "__main__":
