@@ -185,14 +185,13 @@ def test_a_kernel_runs_through_the_command(name: str, tmp_path: Path) -> None:
         sizes = {
             letter: size
             for array, spec in KERNELS[name].inputs.items()
-            for letter, size in zip(spec.shape.split(), np.shape(inputs.get(array, 0)), strict=False)
+            for letter, size in zip(spec.letters, np.shape(inputs.get(array, 0)), strict=False)
         }
         for array, spec in KERNELS[name].outputs.items():
-            kinds = {FLOATS: "f", INTS: "i", BOOLS: "b"}.get(spec.kind)
+            kinds = {FLOATS: "f", INTS: "i", BOOLS: "b", BYTES: "u"}.get(spec.kind)
             assert found[array].dtype.kind == kinds if kinds else found[array].dtype == spec.kind
-            shape = spec.shape.split()
-            assert found[array].ndim == len(shape)
-            for letter, size in zip(shape, found[array].shape, strict=True):
+            assert found[array].ndim == len(spec.letters)
+            for letter, size in zip(spec.letters, found[array].shape, strict=True):
                 assert sizes.setdefault(letter, size) == size, (array, letter)
             np.testing.assert_allclose(found[array], np.asarray(wanted[array]), rtol=1e-5, atol=1e-6)
 
@@ -261,7 +260,9 @@ def test_integers_stand_for_floats_and_half_precision_stays_itself(tmp_path: Pat
 def test_sizes_in_front_may_be_any(lead: tuple[int, ...]) -> None:
     codes = np.zeros((*lead, 25, 8), np.uint8)
     sizes = {"D": 8}
-    assert value("packed", Spec(BYTES, "... bytes D"), codes, sizes).shape == codes.shape
+    found = value("packed", Spec(BYTES, "... bytes D"), codes, sizes)
+    assert found.dtype == torch.uint8
+    assert found.shape == codes.shape
     assert sizes == {"D": 8, "bytes": 25}
     for wrong in (codes[..., :7], codes.astype(np.int64), codes[..., 0].reshape(-1)[:25]):
         with pytest.raises(UsageError, match="packed"):

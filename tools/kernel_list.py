@@ -38,12 +38,24 @@ FLOATS, INTS, BOOLS, BYTES = "float16/32/64", "int64", "bool", "uint8"
 
 @dataclass(frozen=True)
 class Spec:
-    """One array: its kind, its shape as letters ("" for a single number), and its value where it may be left out."""
+    """One array: its kind, its shape as letters, and its value where it may be left out.
+
+    No letters are a single number; "..." in front of them stands for any sizes.
+    """
 
     kind: str
     shape: str
     default: float | int | bool | None = None
     optional: bool = False
+
+    @property
+    def open(self) -> bool:
+        return self.shape.startswith("...")
+
+    @property
+    def letters(self) -> list[str]:
+        """A letter for each size, those that are any left out."""
+        return [letter for letter in self.shape.split() if letter != "..."]
 
 
 @dataclass(frozen=True)

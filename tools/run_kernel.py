@@ -101,10 +101,9 @@ def value(name: str, spec: Spec, array: Array | None, sizes: dict[str, int]) -> 
         return spec.default
     if array.dtype.kind not in KINDS[spec.kind] and not (spec.kind == FLOATS and array.dtype.kind in "iu"):
         raise UsageError(f"array {name!r} is of kind {array.dtype}: give {spec.kind}")
-    letters = spec.shape.split()
-    free = max(0, array.ndim - len(letters) + 1) if letters[:1] == ["..."] else 0
-    letters = letters[1:] if letters[:1] == ["..."] else letters
-    if array.ndim != free + len(letters):
+    letters = spec.letters
+    free = array.ndim - len(letters)  # sizes in front
+    if free < 0 or (free and not spec.open):
         raise UsageError(f"array {name!r} has shape {array.shape}: give ({spec.shape})")
     for letter, size in zip(letters, array.shape[free:], strict=True):
         if size != (int(letter) if letter.isdigit() else sizes.setdefault(letter, size)):
@@ -115,7 +114,7 @@ def value(name: str, spec: Spec, array: Array | None, sizes: dict[str, int]) -> 
         array = array.astype(bool)
     elif spec.kind == INTS:
         array = array.astype(np.int64)
-    elif array.dtype.kind != "f":
+    elif spec.kind == FLOATS and array.dtype.kind != "f":
         array = array.astype(np.float32)
     return torch.from_numpy(np.array(array)) if spec.shape else array.item()
 
