@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from memdb.retain.select_kv import code_compress_counts, code_retrieve_counts, exact_counts, top_blocks
-from memdb.retain.tar_van import TarVan, code_choice
+from memdb.retain.select_kv import exact_counts, top_blocks
+from memdb.retain.select_kv_code import code_compress_counts, code_retrieve_counts
+from memdb.retain.tar_van import TarVan
+from memdb.retain.tar_van_code import code_choice
 from memdb.retain.template import prototypes
 from memdb.schemas.errors import UsageError
 from tests.retain_cases import Film
@@ -245,6 +247,19 @@ def test_files_and_names_that_are_none_are_refused(
         assert "cannot read" in capsys.readouterr().err
     assert main(["no_such", str(tmp_path / "in.npz"), str(tmp_path / "out.npz")]) == 2
     assert "choose one of attention_rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"frame_tokens": 0}, {"rows": 7}, {"frame_tokens": 35}, {"layers": 6, "layer": 5}, {"tar": np.nan}],
+)
+def test_numbers_that_do_not_go_together_are_refused_too(
+    change: Arrays, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(tmp_path / "in.npz", **{**tar_van_code()[0], **change})
+    assert main(["tar_van_code", str(tmp_path / "in.npz"), str(tmp_path / "out.npz")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "out.npz").exists()
 
 
 def test_integers_stand_for_floats_and_half_precision_stays_itself(tmp_path: Path) -> None:

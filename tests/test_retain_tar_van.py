@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from memdb.models.rotary import Rotary
-from memdb.retain.tar_van import STEP, TarVan, code_choice, frame_age, pool_sides, pooled, tar_scores
+from memdb.retain.tar_van import STEP, TarVan, frame_age, pool_sides, pooled, tar_scores
+from memdb.retain.tar_van_code import code_choice
 from memdb.retain.view import LayerView
 from memdb.schemas.errors import RecipeError
 from memdb.schemas.units import BlockKind

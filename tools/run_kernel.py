@@ -87,7 +87,11 @@ def run(kernel: Kernel, arrays: dict[str, Array]) -> dict[str, Array]:
         raise UsageError(f"unknown array {unknown[0]!r}: the arrays are {', '.join(kernel.inputs)}")
     sizes: dict[str, int] = {}
     given = {name: value(name, spec, arrays.get(name), sizes) for name, spec in kernel.inputs.items()}
-    found = kernel.run(**given)
+    try:
+        found = kernel.run(**given)
+    except (ArithmeticError, AssertionError, IndexError, RuntimeError, ValueError) as error:
+        why = str(error).partition("\n")[0] or type(error).__name__
+        raise UsageError(f"these arrays do not go together: {why}; see tools/kernels.md") from error
     return {
         name: out.numpy() if isinstance(out, torch.Tensor) else np.asarray(out) for name, out in found.items()
     }
