@@ -59,7 +59,9 @@ class WindowContext:
     frames: int = 0  # of a grid: frames since the window was fresh
     ids: Tensor | None = None  # of a grid: (3, tokens) of the tokens in `local`, on the CPU
     _coming: Tensor | None = None  # (3, T) of the coming forward
-    _turned_by: tuple[Tensor, int] | None = None  # in a forward: ids of window and new tokens, one past the largest
+    _turned_by: tuple[Tensor, int] | None = (
+        None  # in a forward: ids of window and new tokens, one past the largest
+    )
 
     @property
     def init_tokens(self) -> int:
