@@ -62,10 +62,10 @@ def ingest(
     """
     live = source.info.live
     laps = Laps(torch.cuda.synchronize if model.device.type == "cuda" else None)
-    size = stages.encode.chunk_frames
+    size = stages.encode.chunk_frames * model.frames_together
     with store.writer(spec, now_ns=source.info.started_at_ns if live else None) as writer:
         with turn:
-            encoder = StreamEncoder(model, stages, spec.init_ids, vectors, laps)
+            encoder = StreamEncoder(model, stages, spec.init_ids, vectors, laps, sample_fps=spec.sample_fps)
             resumed = resume(store, writer, encoder, new_epoch, live=live)
         gap = (
             reconnected(store, writer, encoder.counters.taken_ns)

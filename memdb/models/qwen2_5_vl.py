@@ -92,9 +92,9 @@ class Qwen25VL(ChatModel):
         return self._together
 
     def placing(self, sample_fps: float) -> Placing:
-        """A grid whose step is the ids that pass from one pair of frames to the next; at least 1."""
+        """A grid whose step is the ids that pass from one pair of frames to the next."""
         step = self._ids_per_s * self._together / Fraction(sample_fps).limit_denominator(1_000_000)
-        return Grid(self._rows, self._columns, max(step, Fraction(1)))
+        return Grid(self._rows, self._columns, step)
 
     def prepare(self, image: Image) -> Pixels:
         from PIL import Image as Pictures

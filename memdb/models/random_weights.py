@@ -42,6 +42,11 @@ _LIMITS = {
     "max_position_embeddings": (16, 10_000_000),
     "image_size": (14, 2_048),
     "patch_size": (2, 64),
+    "depth": (1, 128),
+    "num_heads": (1, 256),
+    "temporal_patch_size": (1, 8),
+    "spatial_merge_size": (1, 8),
+    "tokens_per_second": (1, 100),
 }
 
 
