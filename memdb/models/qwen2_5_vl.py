@@ -56,15 +56,7 @@ class Qwen25VL(ChatModel):
         self._together = int(vision.temporal_patch_size)
         self._ids_per_s = Fraction(vision.tokens_per_second)
         cell = self._patch * self._merge  # pixels a side that make one token
-        self._height, self._width = smart_size(
-            *preprocessing.get("frame_shape", FRAME_SHAPE),
-            cell=cell,
-            pixels_min=int(preprocessing.get("min_pixels", cell * cell)),
-            pixels_max=min(
-                int(preprocessing.get("max_pixels", FRAME_TOKENS_MAX * cell * cell)),
-                FRAME_TOKENS_MAX * cell * cell,
-            ),
-        )
+        self._height, self._width = frame_size(preprocessing, cell)
         self._rows, self._columns = self._height // cell, self._width // cell
         mean = preprocessing["image_mean"]
         self._margin = np.array([round(255 * part) for part in mean], np.uint8)
@@ -169,6 +161,33 @@ def sections_of(text: Any) -> tuple[int, ...]:
             "sections that follow one another, as Qwen2.5-VL has them"
         )
     return tuple(sections)
+
+
+def frame_size(preprocessing: dict[str, Any], cell: int) -> tuple[int, int]:
+    """Height and width of every frame, by the checkpoint's limits and ours. Raises UnsupportedModel for absurd ones."""
+    shape = preprocessing.get("frame_shape", FRAME_SHAPE)
+    if not isinstance(shape, list | tuple) or len(shape) != 2 or not all(map(_is_size, shape)):
+        raise UnsupportedModel(
+            f"frame_shape in the model's preprocessing is {shape!r}: give height and width in pixels"
+        )
+    most = FRAME_TOKENS_MAX * cell * cell
+    limits = {"min_pixels": preprocessing.get("min_pixels", cell * cell)}
+    limits["max_pixels"] = preprocessing.get("max_pixels", most)
+    for name, value in limits.items():
+        if not _is_size(value) or (name == "max_pixels" and value < cell * cell):
+            raise UnsupportedModel(
+                f"{name} in the model's preprocessing is {value!r}: give pixels, at least the "
+                f"{cell * cell} of one token"
+            )
+    pixels_max = min(limits["max_pixels"], most)
+    height, width = smart_size(
+        *shape, cell=cell, pixels_min=min(limits["min_pixels"], pixels_max), pixels_max=pixels_max
+    )
+    return height, width
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def smart_size(height: int, width: int, *, cell: int, pixels_min: int, pixels_max: int) -> tuple[int, int]:
