@@ -64,9 +64,10 @@ class StreamEncoder:
         laps: Laps | None = None,
         *,
         sample_fps: float = 1.0,
+        grid: tuple[int, int] | None = None,
     ) -> None:
-        """`sample_fps`: raw frames a second, for models whose ids count time."""
-        self._placing = model.placing(sample_fps)
+        """`sample_fps`, raw frames a second, and `grid`: the recording's, for models whose ids count them."""
+        self._placing = model.placing(sample_fps, grid)
         self._model, self._stages, self._vectors = model, stages, vectors
         self._init_ids = tuple(init_ids)
         self.laps = laps or Laps()

@@ -56,7 +56,7 @@ def compare(
         frames = model.visual_tokens(pixels)
         init, prompt = model.embed(spec.init_ids), model.embed(prompt_ids)
         whole = torch.cat((init, frames.flatten(0, 1), prompt))
-        placing = model.placing(spec.sample_fps)
+        placing = model.placing(spec.sample_fps, spec.grid)
         sizes = np.array([len(init), *[frames.shape[1]] * len(frames), len(prompt)])
         visual = np.array([False, *[True] * len(frames), False])
         ids = place(placing, 0, sizes, visual, model.device).ids

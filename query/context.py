@@ -116,7 +116,8 @@ def retrieve(
             rows = np.zeros(0, np.int64)
         return fetch(layer, rows)
 
-    placing = model.placing(chosen.row.spec.sample_fps)
+    spec = chosen.row.spec
+    placing = model.placing(spec.sample_fps, spec.grid)
 
     def seat(layer: int, start: int) -> Places:
         return place_frames(placing, start, kv.tokens(got.rows[layer]).tolist(), model.device)
@@ -143,6 +144,7 @@ def rebuild(session: Session, decided: Decided, got: Retrieved, room: int) -> Ca
                 None  # the blocks move: what was rotated for retrieval is not needed beside the new cache
             )
             longest = max(0 if kv is None else kv.tokens for kv in got.kv)
+            spec = chosen.row.spec
             context = stages.rebuild.rebuild(
                 session.model,
                 init,
@@ -151,7 +153,7 @@ def rebuild(session: Session, decided: Decided, got: Retrieved, room: int) -> Ca
                 got.kv,
                 stages.window_tokens,
                 stamp_tokens_max=max(0, room - init[0].tokens - longest - len(got.caption_ids)),
-                placing=session.model.placing(chosen.row.spec.sample_fps),
+                placing=session.model.placing(spec.sample_fps, spec.grid),
             )
         else:
             assert got.cache is not None
@@ -175,7 +177,8 @@ def everything(session: Session, opened: Opened, init: Sequence[LayerKV], window
     found = [opened.kv.read(layer, rows, model.device, model.dtype, readings)[0] for layer in layers]
     if readings.bad:
         raise CorruptionError(readings.warnings()[0])
-    placing, places = model.placing(opened.row.spec.sample_fps), None
+    spec, places = opened.row.spec, None
+    placing = model.placing(spec.sample_fps, spec.grid)
     if placing != LINE:
         sizes = opened.kv.tokens(rows).tolist()
         places = [place_frames(placing, init[0].tokens, sizes, model.device)] * len(found)

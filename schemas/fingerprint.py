@@ -43,12 +43,20 @@ def digest_of(data: Mapping[str, object]) -> str:
 
 
 def encoding_fingerprint(
-    recipe: Recipe, *, model: str, init_ids: tuple[int, ...], sample_fps: float, seed: int, dtype: str
+    recipe: Recipe,
+    *,
+    model: str,
+    init_ids: tuple[int, ...],
+    sample_fps: float,
+    seed: int,
+    dtype: str,
+    grid: tuple[int, int] | None = None,
 ) -> str:
     """What must be equal for two stretches of KV to stand in one context.
 
-    The model, stages 1 to 5 with every parameter, the init prompt, the sample rate, the seed and the dtype of
-    encoding. The storage codec is no part of it unless the encoder reads back what was stored.
+    The model, stages 1 to 5 with every parameter, the init prompt, the sample rate, the seed, the dtype of encoding
+    and the grid of a frame's tokens, where the model fits it to the film. The storage codec is no part of it unless
+    the encoder reads back what was stored.
     """
     stages = {name: _plain(recipe.stage(name).as_json()) for name in ENCODING_STAGES}
     return digest_of(
@@ -60,6 +68,7 @@ def encoding_fingerprint(
             "sample_fps": float(sample_fps),
             "seed": seed,
             "dtype": dtype,
+            **({"grid": list(grid)} if grid is not None else {}),
         }
     )
 

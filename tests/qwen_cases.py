@@ -22,7 +22,7 @@ from tests.model_cases import timed, wrapped
 
 # A small base, so that rows and columns, which turn the slower pairs, turn them enough to be seen.
 QWEN = f"random-qwen:0:{Path(__file__).parent / 'data' / 'qwen.json'}"
-ROWS, COLUMNS, N = 3, 5, 15
+ROWS, COLUMNS, N = 2, 3, 6  # of pictures of 96 x 64 pixels
 VIDEO_TOKEN = 4  # <video> of the small tokenizer
 
 # Per layer and token: the tokens that it attends to, and how far away they are on the three axes (n, 3).
@@ -75,7 +75,7 @@ class PlainQwen:
 
     def patches(self, shown: Sequence[Image]) -> tuple[Tensor, Tensor]:
         """Pixels (patches, 3 * 2 * 14 * 14) and grid (1, 3) of prepared frames; the last is repeated if it is odd."""
-        frames = [qwen().prepare(picture) for picture in shown]
+        frames = [qwen().prepare(picture, (ROWS, COLUMNS)) for picture in shown]
         frames += [frames[-1]] * (len(frames) % 2)
         mean, std = (np.array(self._preprocessing[name]) for name in ("image_mean", "image_std"))
         scaled = [((frame / 255.0 - mean) / std).astype(np.float32) for frame in frames]

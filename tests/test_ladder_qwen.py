@@ -22,6 +22,8 @@ from tests.model_cases import (
     timed,
 )
 from tests.qwen_cases import (
+    COLUMNS,
+    ROWS,
     N,
     Seen,
     causal_at,
@@ -33,11 +35,9 @@ from tests.qwen_cases import (
 )
 
 BOUND = 1e-4  # of the largest logit, fp32 with nothing lost
-FPS_SHORT, SHORT_FRAMES = (
-    4.0,
-    9,
-)  # five pairs at times 0..4, as many as there are columns: both text rules agree
-WINDOW = 70  # tokens; 21 frames make eleven pairs of fifteen
+# Three pairs at times 0..2, as many as there are columns: both rules for text agree.
+FPS_SHORT, SHORT_FRAMES = 4.0, 5
+WINDOW = 29  # tokens; 21 frames make eleven pairs of six
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ class Film:
         self.whole = own.forward(self.embeddings, self.ids)[-self.prompt :]
 
     def short(self, recipe: str) -> Tensor:
-        """By a plain loop with the short window. Its ceiling: 69 tokens are 4 frames of 15, which last 16 ids."""
+        """By a plain loop with the short window. Its ceiling: 28 tokens are 4 frames of 6, which last 16 ids."""
         wide = None if recipe == "rekv" else len(self.embeddings) - self.prompt
         seen = windowed_at(self.ids, self.n, WINDOW, 16, wide_from=wide)
         return plain_qwen().loop(self.embeddings, seen)[-self.prompt :]
@@ -111,7 +111,7 @@ def test_a_window_that_binds_is_the_plain_loop(film: Film, recipe: str, chunk: i
     settings = settings_of(recipe, chunk, f"encode.window_tokens={WINDOW}")
     remember(tmp_path / "s", film.shown, recipe=recipe, settings=settings)
     truth = film.short(recipe)
-    assert qwen().placing(1.0).ceiling(WINDOW) == 16
+    assert qwen().placing(1.0, (ROWS, COLUMNS)).ceiling(WINDOW) == 16
     assert relative(logits_of(tmp_path / "s"), truth) < BOUND
     assert relative(truth, film.whole.double()) > 100 * BOUND
 
@@ -272,7 +272,7 @@ def placed_by_hand(
             for i in range(N):
                 token = n + row * N + i
                 order[token], count = count, count + 1
-                ids[:, token] = torch.tensor([base + 4 * nth, base + i // 5, base + i % 5])
+                ids[:, token] = torch.tensor([base + 4 * nth, base + i // COLUMNS, base + i % COLUMNS])
             nth += 1
             highest = max(highest, int(ids[:, n + row * N : n + (row + 1) * N].max()))
     text(at, prompt)
@@ -280,7 +280,7 @@ def placed_by_hand(
 
 
 def test_the_grid_of_the_tests_is_the_models() -> None:
-    placing = qwen().placing(1.0)
+    placing = qwen().placing(1.0, qwen().frame_grid(64, 96))
     assert isinstance(placing, Grid)
-    assert (placing.rows, placing.columns, float(placing.step)) == (3, 5, 4.0)
+    assert (placing.rows, placing.columns, float(placing.step)) == (ROWS, COLUMNS, 4.0)
     assert np.prod([placing.rows, placing.columns]) == N

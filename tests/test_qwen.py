@@ -16,7 +16,7 @@ from torch import Tensor
 
 from memdb.models.load import load_model
 from memdb.models.places import Grid, Line, Next, Places, place_frames
-from memdb.models.qwen2_5_vl import VISION_BATCH, smart_size
+from memdb.models.qwen2_5_vl import VISION_BATCH, smart_grid
 from memdb.models.random_qwen import random_config, save_random_qwen
 from memdb.models.rotary import Rotary
 from memdb.models.window import WindowContext
@@ -54,39 +54,28 @@ def test_both_frames_of_a_pair_count() -> None:
     assert torch.equal(qwen().visual_tokens([a])[0], pairs[3])
 
 
-def test_a_picture_of_the_models_size_is_prepared_as_by_transformers() -> None:
-    """Their processor takes one picture as two equal frames."""
+@pytest.mark.parametrize("size", [(64, 96), (84, 140), (300, 90), (30, 30), (720, 1280)])
+def test_a_picture_is_prepared_as_by_transformers(size: tuple[int, int]) -> None:
+    """Their processor resizes 8-bit pictures as we do, and takes one picture as two equal frames."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     model, own = qwen(), plain_qwen()
-    size = (ROWS * 28, COLUMNS * 28)
     picture = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
     theirs = Qwen2VLImageProcessorPil(
         image_mean=own._preprocessing["image_mean"],
         image_std=own._preprocessing["image_std"],
-        size={"shortest_edge": 28 * 28, "longest_edge": N * 28 * 28},
+        size={"shortest_edge": 28 * 28, "longest_edge": 18 * 28 * 28},
     )(picture, return_tensors="pt", input_data_format="channels_last")
-    assert theirs["image_grid_thw"].tolist() == [[1, 2 * ROWS, 2 * COLUMNS]]
-    assert np.array_equal(model.prepare(picture), picture)
-    assert float((own.patches([picture])[0] - theirs["pixel_values"]).abs().max()) < 1e-5
+    rows, columns = model.frame_grid(*size)
+    assert theirs["image_grid_thw"].tolist() == [[1, 2 * rows, 2 * columns]]
+    before = picture.copy()
+    ready = model.prepare(picture, (rows, columns))
+    assert (ready.shape, ready.dtype) == ((28 * rows, 28 * columns, 3), np.dtype(np.uint8))
+    assert np.array_equal(picture, before)
     with torch.inference_mode():
         see = own.network.model.get_video_features
         seen = see(theirs["pixel_values"], theirs["image_grid_thw"]).pooler_output
-    assert relative(model.visual_tokens([picture])[0], seen[0]) < 1e-5
-
-
-@pytest.mark.parametrize("size", [(84, 140), (64, 96), (300, 40), (1, 1), (2000, 3000)])
-def test_a_picture_keeps_its_shape_inside_margins(size: tuple[int, int]) -> None:
-    picture = np.full((*size, 3), 255, np.uint8)
-    before = picture.copy()
-    found = qwen().prepare(picture)
-    assert (found.shape, found.dtype) == ((84, 140, 3), np.dtype(np.uint8))
-    scale = min(84 / size[0], 140 / size[1])
-    inside = (found == 255).all(-1)
-    assert inside.any(1).sum() == max(1, round(size[0] * scale))
-    assert inside.any(0).sum() == max(1, round(size[1] * scale))
-    assert len({tuple(colour) for colour in found[~inside]}) <= 1
-    assert np.array_equal(picture, before)
+    assert relative(model.visual_tokens([ready])[0], seen[0]) < 1e-5
 
 
 @FEW
@@ -96,19 +85,32 @@ def test_a_picture_keeps_its_shape_inside_margins(size: tuple[int, int]) -> None
     st.sampled_from([128, 200, 768]),
     st.sampled_from([1, 4, 64]),
 )
-def test_sizes_are_those_of_the_published_rule(height: int, width: int, most: int, least: int) -> None:
+def test_grids_are_those_of_the_published_rule(height: int, width: int, most: int, least: int) -> None:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
     if max(height, width) / min(height, width) > 100:
-        return  # theirs refuses what ours never asks
-    limits = {"min_pixels": least * 784, "max_pixels": most * 784}
-    theirs = smart_resize(height, width, factor=28, **limits)
-    ours = smart_size(height, width, cell=28, pixels_min=least * 784, pixels_max=most * 784)
-    assert ours == tuple(theirs)
+        return  # theirs refuses those, or makes more tokens than it was allowed
+    theirs = smart_resize(height, width, factor=28, min_pixels=least * 784, max_pixels=most * 784)
+    rows, columns = smart_grid(height, width, cell=28, pixels_min=least * 784, pixels_max=most * 784)
+    assert (28 * rows, 28 * columns) == tuple(theirs)
 
 
 def test_a_frame_of_16_to_9_has_8_by_15_tokens() -> None:
-    assert smart_size(1080, 1920, cell=28, pixels_min=784, pixels_max=128 * 784) == (8 * 28, 15 * 28)
+    assert smart_grid(1080, 1920, cell=28, pixels_min=784, pixels_max=128 * 784) == (8, 15)
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000))
+@FEW
+def test_no_picture_has_more_tokens_than_the_shape_says(height: int, width: int) -> None:
+    rows, columns = qwen().frame_grid(height, width)
+    assert 1 <= rows * columns <= qwen().shape.frame_tokens == 18
+
+
+def test_a_later_picture_of_another_shape_is_stretched_to_the_grid() -> None:
+    tall = np.random.default_rng(1).integers(0, 256, (300, 90, 3), np.uint8)
+    pair = [qwen().prepare(picture, (ROWS, COLUMNS)) for picture in (pictures(1)[0], tall)]
+    assert pair[0].shape == pair[1].shape == (28 * ROWS, 28 * COLUMNS, 3)
+    assert qwen().visual_tokens(pair).shape[:2] == (1, N)
 
 
 # Places
@@ -124,7 +126,7 @@ def test_ids_are_those_of_transformers(fps: float, frames: int) -> None:
     theirs, _ = plain_qwen().network.model.get_rope_index(**given)
     ours, end = (
         qwen()
-        .placing(fps)
+        .placing(fps, (ROWS, COLUMNS))
         .ids(0, np.array([6, *[N] * frames, 4]), np.array([False, *[True] * frames, False]))
     )
     assert np.array_equal(ours, ids_by_hand(6, frames, 4, step=4 / fps).numpy())
@@ -271,7 +273,7 @@ def test_each_axis_turns_its_own_section() -> None:
 @pytest.mark.parametrize("scaling", [1.0, 1.2])
 def test_x2_turning_back_gives_the_key(far: int, scaling: float) -> None:
     rotary, k = Rotary(INV_FREQ, scaling, SECTIONS), some(2, 40, 16)
-    ids = torch.randint(0, far, (3, 40), generator=torch.Generator().manual_seed(3))
+    ids = torch.randint(0, far, (3, 16), generator=torch.Generator().manual_seed(3))
     assert float((rotary.undo(rotary.rotate_at(k, ids, far), ids) - k).abs().max()) < 1e-5
 
 
@@ -293,7 +295,7 @@ def test_stored_keys_are_the_projection_bit_for_bit(dtype: str) -> None:
     model._language.layers[0].self_attn.k_proj.register_forward_hook(
         lambda module, args, out: projected.append(out)
     )
-    context = WindowContext(model.rotary, 10_000, placing=model.placing(1.0))
+    context = WindowContext(model.rotary, 10_000, placing=model.placing(1.0, (ROWS, COLUMNS)))
     model.forward(model.embed(model.encode_text("a red star")), context)
     context.expect_frames([N, N])
     model.forward(model.visual_tokens([model.prepare(p) for p in pictures(4)]).flatten(0, 1), context)
@@ -307,7 +309,7 @@ def test_what_the_module_remembers_of_another_stream_is_never_looked_at() -> Non
     model: Any = load_model(QWEN, device="cpu")
 
     def run() -> Tensor:
-        context = WindowContext(model.rotary, 100, placing=model.placing(1.0))
+        context = WindowContext(model.rotary, 100, placing=model.placing(1.0, (ROWS, COLUMNS)))
         model.forward(model.embed(model.init_ids("x")), context)
         context.expect_frames([N])
         found: Tensor = model.forward(model.visual_tokens([model.prepare(pictures(1)[0])])[0], context)
@@ -325,7 +327,7 @@ def test_a_stream_of_ten_million_frames_gives_the_bits_of_any_other() -> None:
     model, outs = qwen(), []
     frames = model.visual_tokens([model.prepare(picture) for picture in pictures(12)])
     for frame in (0, 10**7):
-        context = WindowContext(model.rotary, 40, placing=model.placing(1.0))
+        context = WindowContext(model.rotary, 16, placing=model.placing(1.0, (ROWS, COLUMNS)))
         model.forward(model.embed(model.init_ids("x")), context)
         for start in range(0, 6, 2):
             if start == 4:
@@ -337,7 +339,7 @@ def test_a_stream_of_ten_million_frames_gives_the_bits_of_any_other() -> None:
             out = model.forward(frames[start : start + 2].flatten(0, 1), context)
         outs.append(out)
         assert context.ids is not None
-        assert context.ids.shape == (3, 40)
+        assert context.ids.shape == (3, 16)
         assert len(model.rotary.tables(0)[0]) <= 1024
     assert torch.equal(*outs)
 
@@ -356,7 +358,7 @@ def test_texts_stand_in_the_published_turns() -> None:
 def test_shape_says_what_the_network_has() -> None:
     shape = qwen().shape
     assert (shape.layers, shape.query_heads, shape.kv_heads, shape.head_size) == (4, 4, 2, 64)
-    assert (shape.embedding_size, shape.frame_tokens, shape.context_tokens_max) == (256, 15, 32_768)
+    assert (shape.embedding_size, shape.frame_tokens, shape.context_tokens_max) == (256, 18, 32_768)
     assert qwen().frames_together == 2
 
 
@@ -396,7 +398,7 @@ def test_a_saved_folder_is_the_model_that_was_saved(folder: Path, tmp_path: Path
     )
     assert saved.identity.shape == built.identity.shape
     assert (saved.stop_ids, saved.init_ids("x")) == (built.stop_ids, built.init_ids("x"))
-    assert saved.placing(0.5) == built.placing(0.5) == Grid(ROWS, COLUMNS, Fraction(8))
+    assert saved.placing(0.5, (4, 7)) == built.placing(0.5, (4, 7)) == Grid(4, 7, Fraction(8))
 
 
 def test_tied_embeddings_are_carried(tmp_path: Path) -> None:
@@ -424,7 +426,6 @@ def changed(folder: Path, copy: Path, name: str, *path: str, value: object) -> P
     [
         ("preprocessor_config.json", ["image_mean"], [0.4, 0.5, 0.5]),
         ("preprocessor_config.json", ["max_pixels"], 32 * 784),
-        ("preprocessor_config.json", ["frame_shape"], [1080, 1080]),
         ("config.json", ["text_config", "rope_parameters", "mrope_section"], [4, 2, 2]),
         ("config.json", ["vision_config", "tokens_per_second"], 4),
     ],
@@ -443,7 +444,6 @@ def test_the_fingerprint_knows_what_decides_keys(
         ({"max_pixels": 40 * 784, "min_pixels": 784}, 4, 8),
         ({"size": {"longest_edge": 40 * 784, "shortest_edge": 784}}, 4, 8),
         ({"max_pixels": 12_845_056, "min_pixels": 3136}, 8, 15),  # of pictures: ours is the lower limit
-        ({"frame_shape": [640, 480], "max_pixels": 48 * 784}, 8, 6),
     ],
 )
 def test_pixel_limits_of_the_checkpoint_are_used(
@@ -454,9 +454,9 @@ def test_pixel_limits_of_the_checkpoint_are_used(
     del data["max_pixels"]
     (copy / "preprocessor_config.json").write_text(json.dumps({**data, **named}))
     model = load_model(str(copy), device="cpu")
-    assert model.shape.frame_tokens == rows * columns
-    assert model.placing(1.0) == Grid(rows, columns, Fraction(4))
-    assert model.visual_tokens([model.prepare(pictures(1)[0])]).shape[1] == rows * columns
+    assert model.frame_grid(1080, 1920) == (rows, columns)
+    assert model.shape.frame_tokens == (40 if rows == 4 else 128)
+    assert model.visual_tokens([model.prepare(pictures(1)[0], (rows, columns))]).shape[1] == rows * columns
 
 
 @pytest.mark.parametrize(
@@ -472,7 +472,6 @@ def test_pixel_limits_of_the_checkpoint_are_used(
             "full attention",
         ),
         ("config.json", ["model_type"], "qwen3_5", "'qwen3_5'"),
-        ("preprocessor_config.json", ["frame_shape"], [0, 5], "frame_shape"),
         ("preprocessor_config.json", ["max_pixels"], "many", "max_pixels"),
         ("preprocessor_config.json", ["max_pixels"], 100, "max_pixels"),
     ],

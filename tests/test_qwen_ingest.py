@@ -23,6 +23,7 @@ from memdb.models.protocol import VideoModel
 from memdb.recipes import recipe as named
 from memdb.schemas.errors import Interrupted
 from memdb.schemas.recording import Gap
+from memdb.schemas.rows import RecordingSpec
 from memdb.schemas.units import Unit
 from memdb.store import Store
 from tests.run_cases import (
@@ -62,6 +63,7 @@ SMALL = {
 NS = 10**9
 FRAMES = 23  # batches of eight, eight and seven: the last frame has no partner
 PAIRS = 12
+GRID, N = (2, 3), 6
 MODES = {"rekv": ("kv", "recent", "auto"), "rlivs": ("captions", "auto")}
 MODES["hybrid"] = ("kv", "captions", "both", "recent", "auto")
 QUESTION = "what was there before the star?"
@@ -103,12 +105,12 @@ def pairs() -> list[tuple[float, float]]:
 
 
 def test_blocks_span_pairs_and_an_odd_frame_its_own_time(house: House) -> None:
-    assert PAIRS * house.model.shape.frame_tokens > 2 * WINDOW_TOKENS, "the window overflows"
+    assert PAIRS * N > 2 * WINDOW_TOKENS, "the window overflows"
     assert spans(house.stores["rekv"]) == pairs()
     for recipe in ("rekv", "hybrid"):
         assert block_spans(house.stores[recipe]) == pairs()
         positions = [int(b["position"]) for row in unit_rows(house.stores[recipe]) for b in row.blocks]
-        assert set(np.diff(positions)) == {house.model.shape.frame_tokens}
+        assert set(np.diff(positions)) == {N}
     for recipe in ("rlivs", "hybrid"):
         assert spans(house.stores[recipe]) == [(0, 6), (6, 12), (12, 18), (18, 23)]
 
@@ -120,7 +122,7 @@ def test_the_key_frame_of_a_unit_is_the_first_of_its_first_pair(house: House) ->
     for recipe, pairs_a_unit in (("rekv", 1), ("hybrid", 3)):
         with Store.open(house.stores[recipe]) as store:
             row = store.recordings()[0]
-            found = [store.read_unit(unit).keyframe for unit in store.units(row.id)]
+            found = [store.read_keyframe(unit) for unit in store.units(row.id)]
         assert found == shown[:: 2 * pairs_a_unit]
 
 
@@ -174,12 +176,12 @@ def encoder(house: House, recipe: str) -> StreamEncoder:
     name = stages.captioner.encoder
     vectors = caption_vectors(name, lambda: house.model) if name else None
     init = house.model.init_ids(str(row.encode.params["init_prompt"]))
-    return StreamEncoder(house.model, stages, init, vectors, sample_fps=1.0)
+    return StreamEncoder(house.model, stages, init, vectors, sample_fps=1.0, grid=GRID)
 
 
 def ready(house: House) -> list[ReadyFrame]:
     with open_source(house.film) as source:
-        found = [_ready(frame, house.model) for frame in sample(source.frames(), 1)]
+        found = [_ready(frame, house.model, grid=GRID) for frame in sample(source.frames(), 1)]
     return [frame for frame in found if isinstance(frame, ReadyFrame)]
 
 
@@ -235,7 +237,7 @@ def test_as_of_a_moment_no_pair_that_ends_later_is_used(
     house: House, recipe: str, mode: str, at_s: float
 ) -> None:
     with opened(house.stores[recipe], house.model, create=False) as client:
-        answer = client.ask(QUESTION, mode=mode, at_s=at_s)
+        answer = client.ask(QUESTION, mode=mode, at=at_s)
         now = client.ask(QUESTION, mode=mode)
     ends = max(span.end_s for span in answer.evidence if span.tier == "kv")
     assert ends == (8.0 if at_s == 9.0 else 10.0 if at_s == 10.0 else 22.0)
@@ -290,7 +292,7 @@ def test_another_rate_is_another_encoding(house: House, tmp_path: Path) -> None:
     for fps in (1.0, 0.5):
         row = named("rekv", codec="raw", settings=SETTINGS["rekv"])
         init = house.model.init_ids(str(row.encode.params["init_prompt"]))
-        one = StreamEncoder(house.model, compose(row), init, None, sample_fps=fps)
+        one = StreamEncoder(house.model, compose(row), init, None, sample_fps=fps, grid=GRID)
         found.append(one.step(ready(house)[:8]))
     for slow, fast in itertools.islice(zip(*found, strict=True), 1, None):
         assert slow.kv is not None
@@ -307,3 +309,31 @@ def test_captions_of_one_model_are_read_by_another_family(house: House) -> None:
         assert answer.evidence
         with pytest.raises(Exception, match="model"):
             client.ask(QUESTION, mode="kv")
+
+
+def test_a_recording_keeps_the_grid_that_it_began_with(house: House, tmp_path: Path) -> None:
+    """Kept in its spec, carried by export and import, part of the encoding; other films of the store have their own."""
+    tall = [(float(i), np.full((160, 96, 3), 9 * i, np.uint8)) for i in range(4)]
+    mixed = [*tall[:2], *[(float(i), np.full((96, 160, 3), 9 * i, np.uint8)) for i in (2, 3)]]
+    store = tmp_path / "s.memdb"
+    for name, film in (("tall", tall), ("mixed", mixed)):
+        ingested(store, house.model, film, "rekv", recording=name)
+    ingested(store, house.model, house.film, "rekv")
+    with Store.open(store) as found:
+        rows = {row.name: row for row in found.recordings()}
+        tokens = {name: found.units(row.id)[0].blocks["tokens"].tolist() for name, row in rows.items()}
+    assert {name: row.spec.grid for name, row in rows.items()} == {
+        "tall": (3, 2),
+        "mixed": (3, 2),
+        NAME: GRID,
+    }
+    assert tokens == {"tall": [6], "mixed": [6], NAME: [6]}
+    spec = rows["tall"].spec
+    assert RecordingSpec.from_json(spec.as_json()) == spec
+    assert spec.encoding_fingerprint != rows[NAME].spec.encoding_fingerprint
+    for wrong in ([3], [0, 2], [3, 2, 1], [10**9, 1], "3x2"):
+        with pytest.raises((TypeError, ValueError)):
+            RecordingSpec.from_json({**spec.as_json(), "grid": wrong})
+    with opened(store, house.model, create=False) as client:
+        for name in rows:
+            assert client.ask(QUESTION, mode="kv", recording=name).evidence

@@ -59,10 +59,13 @@ class LlavaOnevision(ChatModel):
     def frames_together(self) -> int:
         return 1
 
-    def placing(self, sample_fps: float) -> Placing:
+    def frame_grid(self, height: int, width: int) -> None:
+        """Every frame is a square of the same size."""
+
+    def placing(self, sample_fps: float, grid: tuple[int, int] | None) -> Placing:
         return LINE
 
-    def prepare(self, image: Image) -> Pixels:
+    def prepare(self, image: Image, grid: tuple[int, int] | None = None) -> Pixels:
         from PIL import Image as Pictures
 
         picture = Pictures.fromarray(image)

@@ -218,7 +218,7 @@ def _preprocessing(folder: Path | None) -> dict[str, Any]:
 
 
 def _frame_limits(folder: Path) -> dict[str, Any]:
-    """Limits of a frame's pixels and the shape that frames are fitted into, where the processor names them.
+    """Limits of a frame's pixels, where the processor names them.
 
     Newer processors call the limits `size.shortest_edge` and `size.longest_edge`, though they are areas.
     """
@@ -227,7 +227,6 @@ def _frame_limits(folder: Path) -> dict[str, Any]:
     limits = {
         "min_pixels": found.get("min_pixels") or size.get("shortest_edge"),
         "max_pixels": found.get("max_pixels") or size.get("longest_edge"),
-        "frame_shape": found.get("frame_shape"),
     }
     return {name: value for name, value in limits.items() if value is not None}
 

@@ -1,9 +1,10 @@
 """What the pipeline and the query engine ask of a Video-LLM. One implementation a model family.
 
-Written for LLaVA-OneVision: a frame is N tokens, and a token's place is one number. Qwen2.5-VL changed three things:
+Written for LLaVA-OneVision: a frame is N tokens, and a token's place is one number. Qwen2.5-VL changed four things:
 - `frames_together`: two raw frames are seen as one (a temporal patch), so "frame" means, from stage 1 on, what the
   model sees as one frame. Its span runs from the first raw frame's start to the last one's end.
-- `placing`: a token has three ids, which depend on the sample rate. Contexts are told where frames stand; text
+- `frame_grid`: a frame's tokens are as many as fit its shape, one grid a recording.
+- `placing`: a token has three ids, which depend on grid and sample rate. Contexts are told where frames stand; text
   needs no word. The forward itself is as it was, at position 0, and stored keys are unrotated in both families.
 - `frame_separator` may be no token at all.
 """
@@ -48,16 +49,23 @@ class VideoModel(Protocol):
         """Raw frames that the model sees as one: 1, or 2 where a temporal patch spans two."""
         ...
 
-    def placing(self, sample_fps: float) -> Placing:
-        """How tokens of a recording at this rate (raw frames a second) are given places."""
+    def frame_grid(self, height: int, width: int) -> tuple[int, int] | None:
+        """Rows and columns of the tokens of a recording whose pictures have this size; None where it is no matter.
+
+        Decided once a recording, and kept in its spec.
+        """
         ...
 
-    def prepare(self, image: Image) -> Pixels:
-        """One frame at the model's size, uint8: cheap, without torch, safe in the decoder's thread."""
+    def placing(self, sample_fps: float, grid: tuple[int, int] | None) -> Placing:
+        """How tokens of a recording with this grid and rate (raw frames a second) are given places."""
+        ...
+
+    def prepare(self, image: Image, grid: tuple[int, int] | None = None) -> Pixels:
+        """One frame at its recording's size, uint8: cheap, without torch, safe in the decoder's thread."""
         ...
 
     def visual_tokens(self, pixels: Sequence[Pixels]) -> Tensor:
-        """Raw frames to language-model inputs, (F, N, E) with F = ceil(len(pixels) / frames_together).
+        """Raw frames of one size to language-model inputs, (F, N, E) with F = ceil(len(pixels) / frames_together).
 
         Where the last frame lacks its partner it is seen twice.
         """

@@ -26,8 +26,6 @@ from memdb.schemas.frames import Image
 VISION_BATCH = 8  # pairs of frames that pass the vision tower at once
 # A frame's tokens, at most, whatever more the checkpoint would take of a picture: InfiniPot-V's figure (2506.15745).
 FRAME_TOKENS_MAX = 128
-# The shape that every recording is fitted into, unless the checkpoint's preprocessing names one (ours).
-FRAME_SHAPE = (1080, 1920)
 _LANGUAGE_MODELS = ("qwen2_5_vl_text",)
 _VIDEO_START, _VIDEO_END = "<|vision_start|>", "<|vision_end|>"
 
@@ -35,8 +33,8 @@ _VIDEO_START, _VIDEO_END = "<|vision_start|>", "<|vision_end|>"
 class Qwen25VL(ChatModel):
     """A transformers Qwen2_5_VLForConditionalGeneration, its tokenizer and its frame preprocessing.
 
-    One grid holds for all recordings of a model, so that their blocks have one size: the published resize rule,
-    applied to a frame of 16:9. Pictures of another shape are fitted in, with margins of the mean colour.
+    The published resize rule is applied to the first picture's size, and the grid that it gives holds for the whole
+    recording, so that its blocks have one size: a picture of another shape that comes later is stretched to it.
     """
 
     def __init__(
@@ -55,11 +53,9 @@ class Qwen25VL(ChatModel):
         self._patch, self._merge = int(vision.patch_size), int(vision.spatial_merge_size)
         self._together = int(vision.temporal_patch_size)
         self._ids_per_s = Fraction(vision.tokens_per_second)
-        cell = self._patch * self._merge  # pixels a side that make one token
-        self._height, self._width = frame_size(preprocessing, cell)
-        self._rows, self._columns = self._height // cell, self._width // cell
+        self._cell = self._patch * self._merge  # pixels a side that make one token
+        self._pixels_min, self._pixels_max = pixel_limits(preprocessing, self._cell)
         mean = preprocessing["image_mean"]
-        self._margin = np.array([round(255 * part) for part in mean], np.uint8)
         self._mean = torch.tensor(mean, device=self.device).view(1, 3, 1, 1)
         self._std = torch.tensor(preprocessing["image_std"], device=self.device).view(1, 3, 1, 1)
         fingerprint = digest_of(
@@ -70,40 +66,41 @@ class Qwen25VL(ChatModel):
                 "preprocessing": {
                     "image_mean": mean,
                     "image_std": preprocessing["image_std"],
-                    "size": [self._height, self._width],
-                    "resize": "pillow-bicubic, fitted in",
+                    "pixels": [self._pixels_min, self._pixels_max],
+                    "resize": "pillow-bicubic",
                 },
                 "ids_per_s": str(self._ids_per_s),
                 "rope": {str(key): value for key, value in text.rope_parameters.items()},
             }
         )
-        self.identity = ModelIdentity(spec, fingerprint, text_shape(text, self._rows * self._columns))
+        shape = text_shape(text, self._pixels_max // self._cell**2)
+        self.identity = ModelIdentity(spec, fingerprint, shape)
 
     @property
     def frames_together(self) -> int:
         return self._together
 
-    def placing(self, sample_fps: float) -> Placing:
-        """A grid whose step is the ids that pass from one pair of frames to the next."""
-        step = self._ids_per_s * self._together / Fraction(sample_fps).limit_denominator(1_000_000)
-        return Grid(self._rows, self._columns, step)
+    def frame_grid(self, height: int, width: int) -> tuple[int, int]:
+        rows, columns = smart_grid(
+            height, width, cell=self._cell, pixels_min=self._pixels_min, pixels_max=self._pixels_max
+        )
+        most = self.shape.frame_tokens  # a strip of a picture would have more
+        return min(rows, most), min(columns, max(1, most // min(rows, most)))
 
-    def prepare(self, image: Image) -> Pixels:
+    def placing(self, sample_fps: float, grid: tuple[int, int] | None) -> Placing:
+        """A grid whose step is the ids that pass from one pair of frames to the next."""
+        assert grid is not None, "a recording of this family has a grid"
+        step = self._ids_per_s * self._together / Fraction(sample_fps).limit_denominator(1_000_000)
+        return Grid(*grid, step)
+
+    def prepare(self, image: Image, grid: tuple[int, int] | None = None) -> Pixels:
         from PIL import Image as Pictures
 
-        height, width = image.shape[:2]
-        scale = min(self._height / height, self._width / width)
-        size = (
-            min(self._width, max(1, round(width * scale))),
-            min(self._height, max(1, round(height * scale))),
-        )
-        fitted = np.asarray(Pictures.fromarray(image).resize(size, Pictures.Resampling.BICUBIC))
-        if size == (self._width, self._height):
-            return fitted
-        whole = np.broadcast_to(self._margin, (self._height, self._width, 3)).copy()
-        top, left = (self._height - size[1]) // 2, (self._width - size[0]) // 2
-        whole[top : top + size[1], left : left + size[0]] = fitted
-        return whole
+        rows, columns = grid or self.frame_grid(*image.shape[:2])
+        picture, size = Pictures.fromarray(image), (columns * self._cell, rows * self._cell)
+        if picture.size != size:
+            picture = picture.resize(size, Pictures.Resampling.BICUBIC)
+        return np.asarray(picture)
 
     @torch.inference_mode()
     def visual_tokens(self, pixels: Sequence[Pixels]) -> Tensor:
@@ -117,12 +114,13 @@ class Qwen25VL(ChatModel):
         frames = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).float()
         frames = ((frames / 255.0 - self._mean) / self._std).to(self.dtype)
         m, p, G = self._merge, self._patch, self._together
-        pairs = frames.view(-1, G, 3, self._rows, m, p, self._columns, m, p)
+        rows, columns = frames.shape[2] // self._cell, frames.shape[3] // self._cell
+        pairs = frames.view(-1, G, 3, rows, m, p, columns, m, p)
         # A patch is (colour, time, p, p), and the m x m patches of one token stand together.
         patches = pairs.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, 3 * G * p * p)
-        grid = torch.tensor([[len(pairs), self._rows * m, self._columns * m]], device=self.device)
+        grid = torch.tensor([[len(pairs), rows * m, columns * m]], device=self.device)
         tokens: Tensor = self._network.model.visual(patches, grid_thw=grid).pooler_output
-        return tokens.view(len(pairs), self._rows * self._columns, -1)
+        return tokens.view(len(pairs), rows * columns, -1)
 
     def frame_separator(self) -> Tensor:
         """None: the prompt closes the video."""
@@ -163,37 +161,31 @@ def sections_of(text: Any) -> tuple[int, ...]:
     return tuple(sections)
 
 
-def frame_size(preprocessing: dict[str, Any], cell: int) -> tuple[int, int]:
-    """Height and width of every frame, by the checkpoint's limits and ours. Raises UnsupportedModel for absurd ones."""
-    shape = preprocessing.get("frame_shape", FRAME_SHAPE)
-    if not isinstance(shape, list | tuple) or len(shape) != 2 or not all(map(_is_size, shape)):
-        raise UnsupportedModel(
-            f"frame_shape in the model's preprocessing is {shape!r}: give height and width in pixels"
-        )
+def pixel_limits(preprocessing: dict[str, Any], cell: int) -> tuple[int, int]:
+    """Least and most pixels of a frame, by the checkpoint and by us. Raises UnsupportedModel for absurd ones."""
     most = FRAME_TOKENS_MAX * cell * cell
-    limits = {"min_pixels": preprocessing.get("min_pixels", cell * cell)}
-    limits["max_pixels"] = preprocessing.get("max_pixels", most)
-    for name, value in limits.items():
+    found = {
+        "min_pixels": preprocessing.get("min_pixels", cell * cell),
+        "max_pixels": preprocessing.get("max_pixels", most),
+    }
+    for name, value in found.items():
         if not _is_size(value) or (name == "max_pixels" and value < cell * cell):
             raise UnsupportedModel(
                 f"{name} in the model's preprocessing is {value!r}: give pixels, at least the "
                 f"{cell * cell} of one token"
             )
-    pixels_max = min(limits["max_pixels"], most)
-    height, width = smart_size(
-        *shape, cell=cell, pixels_min=min(limits["min_pixels"], pixels_max), pixels_max=pixels_max
-    )
-    return height, width
+    pixels_max = min(found["max_pixels"], most)
+    return min(found["min_pixels"], pixels_max), pixels_max
 
 
 def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def smart_size(height: int, width: int, *, cell: int, pixels_min: int, pixels_max: int) -> tuple[int, int]:
-    """The size, in multiples of `cell`, nearest to the picture's own shape within the limits (Qwen2-VL's rule).
+def smart_grid(height: int, width: int, *, cell: int, pixels_min: int, pixels_max: int) -> tuple[int, int]:
+    """Rows and columns of `cell` pixels, nearest to the picture's own shape within the limits (Qwen2-VL's rule).
 
-    1080 x 1920, cell 28, at most 128 * 28 * 28 pixels -> 224 x 420: 8 x 15 tokens
+    1080 x 1920, cell 28, at most 128 * 28 * 28 pixels -> 8 x 15
     """
     rows, columns = max(1, round(height / cell)), max(1, round(width / cell))
     if rows * columns * cell * cell > pixels_max:
@@ -203,4 +195,4 @@ def smart_size(height: int, width: int, *, cell: int, pixels_min: int, pixels_ma
     elif rows * columns * cell * cell < pixels_min:
         grow = math.sqrt(pixels_min / (height * width))
         rows, columns = math.ceil(height * grow / cell), math.ceil(width * grow / cell)
-    return rows * cell, columns * cell
+    return rows, columns

@@ -42,7 +42,7 @@ _PUBLISHED_VISION: Fields = {
     "window_size": 112,
     "fullatt_block_indexes": [7, 15, 23, 31],
 }
-# 15 tokens a pair of frames, 3 x 5: rows and columns differ, so that exchanging them shows.
+# At most 18 tokens a pair of frames; 3 x 5 of a film of 16:9.
 _TINY: Fields = {
     "max_pixels": 18 * 28 * 28,
     "vision_config": {
@@ -62,7 +62,7 @@ _TINY: Fields = {
         "initializer_range": 0.1,
     },
 }
-# The shapes of Qwen2.5-VL-3B-Instruct, 8 x 15 tokens a pair of frames.
+# The shapes of Qwen2.5-VL-3B-Instruct; 8 x 15 tokens a pair of frames of a film of 16:9.
 _3B: Fields = {
     "vision_config": _PUBLISHED_VISION,
     "tie_word_embeddings": True,
@@ -92,7 +92,7 @@ _7B: Fields = {
     },
 }
 SIZES: Mapping[str, Fields] = {"tiny": _TINY, "3b": _3B, "7b": _7B}
-_PREPROCESSING = ("max_pixels", "min_pixels", "frame_shape")  # fields of a configuration that are no model's
+_PREPROCESSING = ("max_pixels", "min_pixels")  # fields of a configuration that are no model's
 
 
 def random_qwen(
@@ -105,9 +105,10 @@ def random_qwen(
 ) -> tuple[Qwen2_5_VLForConditionalGeneration, PreTrainedTokenizerFast, dict[str, Any]]:
     """A Qwen2.5-VL of random weights, in eval mode, its tokenizer and its preprocessing.
 
-    `size` is a preset: "tiny" (4 layers, 4 query and 2 KV heads of size 64, 15 tokens a pair of frames), "3b" or
+    `size` is a preset: "tiny" (4 layers, 4 query and 2 KV heads of size 64, at most 18 tokens a
+    pair of frames), "3b" or
     "7b" (the shapes of the published ones). `config` has the form of a checkpoint's config.json, may name a preset
-    as "size" and overrides it field by field; `max_pixels`, `min_pixels` and `frame_shape` go to the preprocessing,
+    as "size" and overrides it field by field; `max_pixels` and `min_pixels` go to the preprocessing,
     and the ids of special tokens are always the tokenizer's. Raises UnsupportedModel with the reason where that
     makes no model that memdb can run. The caller's random state stays as it was.
     """
