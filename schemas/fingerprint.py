@@ -33,7 +33,7 @@ class ModelShape:
 class ModelIdentity:
     """The model of a store: how to load it again, and the fingerprint that must then come out."""
 
-    spec: str  # what the user named: embedded, a Hub id, a folder, random:SEED
+    spec: str  # what the user named: embedded, a Hub id, a folder, random:SEED, random-qwen:SEED
     fingerprint: str  # hex; weights, tokenizer, processor, RoPE, frame preprocessing
     shape: ModelShape
 

@@ -111,6 +111,13 @@ class PlainQwen:
             "second_per_grid_ts": torch.tensor([2 / fps]),
         }
 
+    @property
+    def truncates_seconds(self) -> bool:
+        """Whether this transformers takes half a second between frames for none (5.17 does, 5.23 does not)."""
+        grid = torch.tensor([[2, 2 * ROWS, 2 * COLUMNS]])
+        ids, _ = self.network.model.get_rope_index(**self.given([], 2, [], grid, 4.0))
+        return bool(ids[0, 0, 0] == ids[0, 0, N])
+
     @torch.inference_mode()
     def whole(self, shown: Sequence[Image], init: Sequence[int], prompt: Sequence[int], fps: float) -> Tensor:
         """Logits (T, V) of one untouched forward from pixels and ids, places and all by transformers."""

@@ -120,6 +120,8 @@ def test_a_later_picture_of_another_shape_is_stretched_to_the_grid() -> None:
 @pytest.mark.parametrize("frames", [1, 2, 5, 9])
 def test_ids_are_those_of_transformers(fps: float, frames: int) -> None:
     """Of init prompt and film always; of the text behind it where the film is no longer than its longest side."""
+    if 2 / fps < 1 and plain_qwen().truncates_seconds:
+        pytest.skip("this transformers cuts the seconds between frames to whole ones")
     init, prompt = [7] * 6, [8] * 4
     grid = torch.tensor([[frames, 2 * ROWS, 2 * COLUMNS]])
     given = plain_qwen().given(init, frames, prompt, grid, fps)

@@ -72,8 +72,8 @@ def load_model(spec: str, *, device: str | None = None, dtype: str | None = None
         return _load_folder(folder.resolve(), place, kind, spec=str(folder.resolve()))
     if spec.startswith((".", "/", "~")) or spec.count("/") != 1:
         raise ModelNotFound(
-            f"no model {spec!r}: give embedded, random:SEED, a folder with config.json and safetensors, or a Hub "
-            "id such as llava-hf/llava-onevision-qwen2-7b-ov-hf"
+            f"no model {spec!r}: give embedded, random:SEED, random-qwen:SEED, a folder with config.json and "
+            "safetensors, or a Hub id such as llava-hf/llava-onevision-qwen2-7b-ov-hf"
         )
     return _load_folder(_fetch(spec), place, kind, spec=spec)
 
