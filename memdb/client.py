@@ -60,8 +60,8 @@ def connect(
 ) -> Client:
     """Open the store in the directory `path`; make it first where there is none, unless `create` is False.
 
-    model: embedded, random:SEED, random-qwen:SEED, a folder or a Hub id; by default the one that the store remembers, else
-    embedded. device and dtype as torch names them (float32, bfloat16, float16). key_index: exact, faiss,
+    model: embedded, random:SEED, random-qwen:SEED, a folder or a Hub id; by default the one that the store remembers,
+    else embedded. device and dtype as torch names them (float32, bfloat16, float16). key_index: exact, faiss,
     faiss-flat or faiss-gpu, which all give the same blocks; by default faiss where it is installed.
     Raises NotAStore, FormatVersionError.
     """

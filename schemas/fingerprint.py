@@ -18,7 +18,7 @@ class ModelShape:
     kv_heads: int  # H
     head_size: int  # D
     embedding_size: int  # E
-    frame_tokens: int  # N
+    frame_tokens: int  # N; the most that a frame has, where a recording has a grid of its own
     context_tokens_max: int  # positions the model was trained on
 
     def kv_bytes(self, tokens: int, element_bytes: int) -> int:

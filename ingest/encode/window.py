@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from memdb.models.decode import run_init
-from memdb.models.places import LINE, Placing
+from memdb.models.places import LINE, Grid, Placing
 from memdb.models.protocol import VideoModel
 from memdb.models.window import LayerKV, WindowContext
 from memdb.schemas.params import at_least
@@ -34,7 +34,8 @@ class SlidingWindow:
         self, model: VideoModel, init_ids: Sequence[int], *, profile: str, placing: Placing = LINE
     ) -> WindowContext:
         """A fresh window that begins with the init prompt."""
-        walk = model.shape.frame_tokens  # the released code walks frame by frame; elsewhere more is faster
+        # The released code walks frame by frame; elsewhere more is faster.
+        walk = placing.tokens if isinstance(placing, Grid) else model.shape.frame_tokens
         if profile != "code":
             walk *= max(1, 1024 // walk)
         context = WindowContext(

@@ -223,7 +223,8 @@ def _frame_limits(folder: Path) -> dict[str, Any]:
     Newer processors call the limits `size.shortest_edge` and `size.longest_edge`, though they are areas.
     """
     found = _processor(folder)
-    size = found.get("size") if isinstance(found.get("size"), dict) else {}
+    named = found.get("size")
+    size: dict[str, Any] = named if isinstance(named, dict) else {}
     limits = {
         "min_pixels": found.get("min_pixels") or size.get("shortest_edge"),
         "max_pixels": found.get("max_pixels") or size.get("longest_edge"),
