@@ -62,11 +62,15 @@ class Rotary:
 
     def rotate_at(self, x: Tensor, positions: Tensor, length: int) -> Tensor:
         """x (H, T, D) rotated to `positions` (T,) or (3, T), all of them below `length`."""
+        return turn(x, *self.rows(positions, length))
+
+    def rows(self, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Cosine and sine (T, R) at `positions` (T,) or (3, T) from the tables; for `turn`, as often as wanted."""
         cos, sin = self.tables(length)
         if positions.ndim == 1:
-            return turn(x, cos[positions], sin[positions])
-        rows = positions[self._axis].T  # (T, R): the number by which each channel turns
-        return turn(x, cos.gather(0, rows), sin.gather(0, rows))
+            return cos[positions], sin[positions]
+        index = positions[self._axis].T  # (T, R): the number by which each channel turns
+        return cos.gather(0, index), sin.gather(0, index)
 
     def rest(self, x: Tensor) -> Tensor:
         """x (H, T, D) at position 0: turned by nothing, but with the factor of a scaled rotation."""

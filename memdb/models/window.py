@@ -10,7 +10,7 @@ from torch import Tensor
 
 from memdb.models.attention import ceiling_scores, sink_attention, softmax_attention
 from memdb.models.places import LINE, Placing
-from memdb.models.rotary import Rotary
+from memdb.models.rotary import Rotary, turn
 
 
 @dataclass
@@ -59,9 +59,8 @@ class WindowContext:
     frames: int = 0  # of a grid: frames since the window was fresh
     ids: Tensor | None = None  # of a grid: (3, tokens) of the tokens in `local`, on the CPU
     _coming: Tensor | None = None  # (3, T) of the coming forward
-    _turned_by: tuple[Tensor, int] | None = (
-        None  # in a forward: ids of window and new tokens, one past the largest
-    )
+    # In a forward over a grid: ids (3, window and new tokens) and their rows of the tables, once for all layers.
+    _turned_by: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
 
     @property
     def init_tokens(self) -> int:
@@ -82,9 +81,8 @@ class WindowContext:
         self.ids = self._coming if self.ids is None else torch.cat((self.ids, self._coming), 1)
         counted = self.ids.clone()  # (3, known tokens)
         counted[0] -= self.ids[0, 0] - self.init_tokens
-
-        device = self.rotary.inv_freq.device
-        self._turned_by = (counted.to(device), int(counted.max()) + 1)
+        ids = counted.to(self.rotary.inv_freq.device)
+        self._turned_by = (ids, self.rotary.rows(ids, int(counted.max()) + 1))
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         new = LayerKV(k, v)
@@ -143,8 +141,9 @@ class WindowContext:
         """x (H, T, D), tokens from `index` of the window on, at their places."""
         if self._turned_by is None:
             return self.rotary.rotate(x, self.init_tokens + index)
-        ids, length = self._turned_by
-        return self.rotary.rotate_at(x, ids[:, index : index + x.shape[1]], length)
+        cos, sin = self._turned_by[1]
+        stop = index + x.shape[1]
+        return turn(x, cos[index:stop], sin[index:stop])
 
     def _rotate_far(self, q: Tensor, index: int) -> Tensor:
         """q (Hq, T, D) where init tokens see it that are further away than the window reaches."""
