@@ -10,22 +10,33 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from memdb import age
 from memdb.client import connect
+from memdb.clock import set_policy
+from memdb.compact import compact
 from memdb.ingest.encoder import StreamEncoder
 from memdb.ingest.frames import ReadyFrame, thumbnail, to_jpeg
 from memdb.ingest.pipeline import _batches, _ready
 from memdb.ingest.sampling import sample
 from memdb.ingest.sources import open_source
 from memdb.ingest.stages import compose
+from memdb.models.cache import CacheContext
 from memdb.models.caption_vectors import caption_vectors
+from memdb.models.places import Next, Places
 from memdb.models.protocol import VideoModel
+from memdb.models.window import LayerKV, WindowContext
+from memdb.policy import Age, Policy
 from memdb.recipes import recipe as named
 from memdb.schemas.errors import Interrupted
 from memdb.schemas.recording import Gap
 from memdb.schemas.rows import RecordingSpec
 from memdb.schemas.units import Unit
 from memdb.store import Store
+from tests.age_cases import DAY_NS
+from tests.model_cases import relative, stored_kv
+from tests.qwen_cases import ids_by_hand
 from tests.run_cases import (
     CHUNK,
     CODEC,
@@ -337,3 +348,35 @@ def test_a_recording_keeps_the_grid_that_it_began_with(house: House, tmp_path: P
     with opened(store, house.model, create=False) as client:
         for name in rows:
             assert client.ask(QUESTION, mode="kv", recording=name).evidence
+
+
+def test_frames_that_ageing_thinned_stand_where_their_tokens_were(
+    house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of each frame's tokens is kept; the logits are those of the rest at their own rows and columns."""
+    monkeypatch.setattr(age, "LATE_NS", 0)  # a film of seconds has no days
+    store, model = tmp_path / "s.memdb", house.model
+    ingested(store, model, house.film, "hybrid", codec="raw")
+    with opened(store, model, create=False) as client:
+        whole = stored_kv(client, NAME)
+    with Store.open(store, write=True) as found:
+        row = found.recording(NAME)
+        halved = Policy(ages=(Age(NS, "", "uniform", 500_000),))
+        set_policy(found, halved, now_ns=row.created_ns + 20 * DAY_NS)
+        compact(found, now_ns=row.created_ns + 20 * DAY_NS)
+        assert {int(block["tokens"]) for unit in found.units(row.id) for block in unit.blocks} == {N // 2}
+    with opened(store, model, create=False) as client:
+        prompt, logits, _ = client._asking().question_logits(NAME, QUESTION)
+        client.ask(QUESTION, mode="kv")
+    init = row.spec.init_ids
+    kept = torch.tensor([frame * N + int(token) for frame in range(PAIRS) for token in (1, 3, 5)])
+    ids = ids_by_hand(len(init), PAIRS, 0, step=4.0)[:, len(init) + kept]
+    order = torch.arange(len(init), len(init) + len(kept))
+    places = Places(order, ids, Next(int(order[-1]) + 1, int(ids.max()) + 1))
+    with torch.inference_mode():
+        window = WindowContext(model.rotary, 10_000)
+        model.forward(model.embed(init), window)
+        rest = [LayerKV(kv.k[:, kept], kv.v[:, kept]) for kv in whole]
+        context = CacheContext(model.rotary, window.init, rest, places=[places] * len(rest))
+        truth = model.logits(model.forward(model.embed(prompt), context))
+    assert relative(logits, truth) < 1e-5
