@@ -365,14 +365,19 @@ def test_shape_says_what_the_network_has() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "layers", "heads", "kv_heads", "width", "kv_bytes"),
-    [("3b", 36, 16, 2, 2048, 36_864), ("7b", 28, 28, 4, 3584, 57_344)],
+    ("size", "layers", "heads", "kv_heads", "width", "weights"),
+    [("3b", 36, 16, 2, 2048, 3_754_622_976), ("7b", 28, 28, 4, 3584, 8_292_166_656)],
 )
-def test_full_shapes_are_the_published_ones(
-    size: str, layers: int, heads: int, kv_heads: int, width: int, kv_bytes: int
+def test_full_shapes_have_the_published_number_of_weights(
+    size: str, layers: int, heads: int, kv_heads: int, width: int, weights: int
 ) -> None:
-    """Not built here: 3 and 7 thousand million weights. KV bytes a token in half precision as methods.md has them."""
+    """Built without memory for their weights; nothing is drawn."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
     config, _ = random_config({"size": size})
+    with torch.device("meta"):
+        network = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
+    assert sum(part.numel() for part in network.parameters()) == weights
     text = config.text_config
     assert (text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads) == (
         layers,
@@ -380,7 +385,6 @@ def test_full_shapes_are_the_published_ones(
         kv_heads,
     )
     assert (text.hidden_size, config.vision_config.out_hidden_size) == (width, width)
-    assert 2 * layers * kv_heads * (width // heads) * 2 == kv_bytes
     assert list(text.rope_parameters["mrope_section"]) == [16, 24, 24]
     assert config.tie_word_embeddings == (size == "3b")
 
@@ -401,6 +405,40 @@ def test_a_saved_folder_is_the_model_that_was_saved(folder: Path, tmp_path: Path
     assert saved.identity.shape == built.identity.shape
     assert (saved.stop_ids, saved.init_ids("x")) == (built.stop_ids, built.init_ids("x"))
     assert saved.placing(0.5, (4, 7)) == built.placing(0.5, (4, 7)) == Grid(4, 7, Fraction(8))
+
+
+def test_a_folder_in_the_form_of_the_hub_is_the_same_model(folder: Path, tmp_path: Path) -> None:
+    """Published with a flat configuration, `rope_scaling` of type mrope, and older names of weights."""
+    from safetensors.torch import load_file, save_file
+
+    copy = changed(folder, tmp_path / "flat", "preprocessor_config.json", "do_resize", value=True)
+    config = json.loads((copy / "config.json").read_text())
+    text, vision = config.pop("text_config"), config["vision_config"]
+    rope = text.pop("rope_parameters")
+    own = {name: text[name] for name in text if name not in ("model_type", "layer_types", "dtype")}
+    vision["model_type"] = "qwen2_5_vl"
+    flat = {
+        **config,
+        **own,
+        "vision_config": vision,
+        "rope_theta": rope["rope_theta"],
+        "torch_dtype": "bfloat16",
+    }
+    flat["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    (copy / "config.json").write_text(json.dumps(flat))
+    weights = {}
+    for name, tensor in load_file(copy / "model.safetensors").items():
+        name = name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+        weights[name] = tensor
+    assert "visual.patch_embed.proj.weight" in weights
+    assert "model.embed_tokens.weight" in weights
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    found, truth = load_model(str(copy), device="cpu"), load_model(str(folder), device="cpu")
+    shown, ids = [truth.prepare(picture) for picture in pictures(2)], truth.prompt_ids("What is this?")
+    assert torch.equal(found.visual_tokens(shown), truth.visual_tokens(shown))
+    both = [m.logits(m.forward(m.embed(ids), WindowContext(m.rotary, 100))) for m in (found, truth)]
+    assert torch.equal(*both)
+    assert found.identity.shape == truth.identity.shape
 
 
 def test_tied_embeddings_are_carried(tmp_path: Path) -> None:
