@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from memdb.models.places import Grid
+from memdb.models.window import WindowContext
 from memdb.query.rebuild.consecutive import Consecutive
 from tests.model_cases import (
     INIT_PROMPT,
@@ -112,6 +113,30 @@ def test_a_long_film_gives_them_with_text_behind_the_largest_id(
 ) -> None:
     remember(tmp_path / "s", film.shown, recipe=recipe, settings=settings_of(recipe, chunk))
     assert relative(logits_of(tmp_path / "s"), film.whole) < BOUND
+
+
+def test_the_profile_code_walks_frame_by_frame_to_the_same_logits(film: Film, tmp_path: Path) -> None:
+    remember(tmp_path / "s", film.shown, settings=settings_of("rekv", 64), profile="code")
+    assert relative(logits_of(tmp_path / "s"), film.whole) < BOUND
+
+
+@pytest.mark.parametrize("walk", [1, 4, 6, 25])
+def test_how_many_queries_are_attended_at_once_does_not_matter(film: Film, walk: int) -> None:
+    """With a window that binds within one forward, init tokens near and far in one step."""
+    model, states = qwen(), []
+    frames = film.embeddings[film.n : -film.prompt]
+    with torch.inference_mode():
+        for own in (walk, 1024):
+            context = WindowContext(
+                model.rotary, WINDOW, walk_tokens=own, placing=model.placing(1.0, (ROWS, COLUMNS))
+            )
+            model.forward(film.embeddings[: film.n], context)
+            parts = []
+            for first, last in ((0, 5), (5, 6), (6, 11)):
+                context.expect_frames([N] * (last - first))
+                parts.append(model.forward(frames[first * N : last * N], context))
+            states.append(torch.cat(parts))
+    assert relative(*states) < 1e-5
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 64])
