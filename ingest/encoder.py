@@ -21,6 +21,7 @@ from memdb.ingest.frames import ReadyFrame, SeenFrame
 from memdb.ingest.held import Held, Timed, is_meant, newest
 from memdb.ingest.stages import IngestStages
 from memdb.models.caption_vectors import CaptionVectors
+from memdb.models.places import LINE
 from memdb.models.protocol import VideoModel
 from memdb.models.window import LayerKV, WindowContext
 from memdb.schemas.errors import CorruptionError
@@ -61,7 +62,12 @@ class StreamEncoder:
         init_ids: Sequence[int],
         vectors: CaptionVectors | None,
         laps: Laps | None = None,
+        *,
+        sample_fps: float = 1.0,
+        grid: tuple[int, int] | None = None,
     ) -> None:
+        """`sample_fps`, raw frames a second, and `grid`: the recording's, for models whose ids count them."""
+        self._placing = model.placing(sample_fps, grid)
         self._model, self._stages, self._vectors = model, stages, vectors
         self._init_ids = tuple(init_ids)
         self.laps = laps or Laps()
@@ -72,7 +78,9 @@ class StreamEncoder:
         self.counters = counters
         self._window: WindowContext | None = None
         if isinstance(self._stages.encode, SlidingWindow):
-            self._window = self._stages.encode.open(self._model, self._init_ids, profile=self._stages.profile)
+            self._window = self._stages.encode.open(
+                self._model, self._init_ids, profile=self._stages.profile, placing=self._placing
+            )
             counters.position = max(counters.position, len(self._init_ids))
         self._in_window: list[Held] = []  # frames, oldest first
         self._opened: list[SeenFrame] = []
@@ -112,13 +120,20 @@ class StreamEncoder:
         return units
 
     def step(self, frames: Sequence[ReadyFrame]) -> list[Unit]:
-        """One batch: see, cut units, encode, caption, pack."""
+        """One batch: see, cut units, encode, caption, pack.
+
+        What the model sees as one frame is `frames_together` raw ones; batches are cut at multiples of that, so
+        that only a stream's end, a gap and what is forgotten leave a frame without its partner.
+        """
+        together = self._model.frames_together
+        seen_as_one = [frames[first : first + together] for first in range(0, len(frames), together)]
         with self.laps("vision"):
             tokens = self._model.visual_tokens([frame.pixels for frame in frames])  # (F, N, E)
         closed: list[list[SeenFrame]] = []
-        for frame, seen in zip(frames, tokens, strict=True):
+        for raw, seen in zip(seen_as_one, tokens, strict=True):
+            first = raw[0]
             done, self._opened = self._stages.unit.extend(
-                self._opened, SeenFrame(frame.number, frame.start_ns, frame.end_ns, seen, frame.picture)
+                self._opened, SeenFrame(first.number, first.start_ns, raw[-1].end_ns, seen, first.picture)
             )
             closed += done
         self._took(frames[-1])
@@ -198,7 +213,8 @@ class StreamEncoder:
         with self.laps("caption"):
             tokens = torch.cat([frame.tokens for frame in group])
             init = self._window.init if self._window is not None and self._window.init else no_kv(model)
-            clip = ClipSeen(tokens, kv, init, self._init_ids, self._queue)
+            sizes = [len(frame.tokens) for frame in group]
+            clip = ClipSeen(tokens, kv, init, self._init_ids, self._queue, sizes, self._placing)
             said = stages.captioner.say(model, clip, stages.recurrent, profile=stages.profile)
             if said is None:
                 return None
@@ -217,6 +233,9 @@ class StreamEncoder:
         if window is not None and window.local:
             tensors["window.k"] = torch.stack([kv.k for kv in window.local])  # (L, H, w, D)
             tensors["window.v"] = torch.stack([kv.v for kv in window.local])
+            if window.ids is not None:
+                tensors["window.ids"] = window.ids  # (3, w), as they were given
+                tensors["window.frames"] = torch.tensor(window.frames)
         for index, kept in enumerate(self._queue):
             tensors[f"queue.{index}"] = kept
         for index, frame in enumerate(self._opened):
@@ -247,6 +266,9 @@ class StreamEncoder:
                 pairs = zip(tensors["window.k"].to(device), tensors["window.v"].to(device), strict=True)
                 self._window.local = [LayerKV(k, v) for k, v in pairs]
                 self._window.seen = int(meta["seen"])
+                if self._placing != LINE:
+                    self._window.ids = tensors["window.ids"]
+                    self._window.frames = int(tensors["window.frames"])
             self._in_window = _held(meta["window"])
             self._queued = _held(meta["queue"])
             self._queue = [tensors[f"queue.{index}"].to(device) for index in range(len(self._queued))]

@@ -30,7 +30,11 @@ class ReadyFrame:
 
 @dataclass(frozen=True, eq=False)
 class SeenFrame:
-    """A frame as the language model takes it, (N, E), with its JPEG if it opens a unit."""
+    """A frame as the language model takes it, (N, E), with its JPEG if it opens a unit.
+
+    Where the model sees several raw frames as one, number and picture are the first one's and the span is theirs
+    together, with what lies between. Where the last one lacks its partner it is alone in its span.
+    """
 
     number: int
     start_ns: int

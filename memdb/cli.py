@@ -68,7 +68,8 @@ def _model(command: F) -> F:
         click.option("--dtype", help="float32, bfloat16 or float16."),
         click.option("--device", help="cpu, cuda, cuda:0; a GPU where there is one."),
         click.option(
-            "--model", help="embedded, random:SEED, a folder or a Hub id; the store remembers its own."
+            "--model",
+            help="embedded, random:SEED, random-qwen:SEED, a folder or a Hub id; the store remembers its own.",
         ),
     ):
         command = option(command)

@@ -10,6 +10,7 @@ import torch
 
 from memdb.index.mean_key import fold
 from memdb.models.cache import CacheContext, RetrievalContext
+from memdb.models.places import LINE, Places, place_frames
 from memdb.models.window import LayerKV
 from memdb.query import captions as caption_tier
 from memdb.query.planning import Decided
@@ -115,7 +116,20 @@ def retrieve(
             rows = np.zeros(0, np.int64)
         return fetch(layer, rows)
 
-    context = RetrievalContext(model.rotary, decided.init, fetch_best, window=stages.window_tokens)
+    spec = chosen.row.spec
+    placing = model.placing(spec.sample_fps, spec.grid)
+
+    def seat(layer: int, start: int) -> Places:
+        return place_frames(placing, start, kv.tokens(got.rows[layer]).tolist(), model.device)
+
+    context = RetrievalContext(
+        model.rotary,
+        decided.init,
+        fetch_best,
+        window=stages.window_tokens,
+        seat=None if placing == LINE else seat,
+        placing=placing,
+    )
     with kv.reader.pinned(), torch.inference_mode():
         model.forward(model.embed(model.encode_text(text)), context)
     got.cache = context
@@ -130,6 +144,7 @@ def rebuild(session: Session, decided: Decided, got: Retrieved, room: int) -> Ca
                 None  # the blocks move: what was rotated for retrieval is not needed beside the new cache
             )
             longest = max(0 if kv is None else kv.tokens for kv in got.kv)
+            spec = chosen.row.spec
             context = stages.rebuild.rebuild(
                 session.model,
                 init,
@@ -138,6 +153,7 @@ def rebuild(session: Session, decided: Decided, got: Retrieved, room: int) -> Ca
                 got.kv,
                 stages.window_tokens,
                 stamp_tokens_max=max(0, room - init[0].tokens - longest - len(got.caption_ids)),
+                placing=session.model.placing(spec.sample_fps, spec.grid),
             )
         else:
             assert got.cache is not None
@@ -161,4 +177,9 @@ def everything(session: Session, opened: Opened, init: Sequence[LayerKV], window
     found = [opened.kv.read(layer, rows, model.device, model.dtype, readings)[0] for layer in layers]
     if readings.bad:
         raise CorruptionError(readings.warnings()[0])
-    return CacheContext(model.rotary, init, found, window=window)
+    spec, places = opened.row.spec, None
+    placing = model.placing(spec.sample_fps, spec.grid)
+    if placing != LINE:
+        sizes = opened.kv.tokens(rows).tolist()
+        places = [place_frames(placing, init[0].tokens, sizes, model.device)] * len(found)
+    return CacheContext(model.rotary, init, found, window=window, places=places, placing=placing)

@@ -27,7 +27,8 @@ from memdb.models.caption_vectors import InputEmbeddings
 from memdb.models.decode import prefill
 from memdb.models.load import load_model
 from memdb.models.protocol import VideoModel
-from memdb.models.random_llava import random_llava, read_config
+from memdb.models.random_llava import random_llava
+from memdb.models.random_weights import read_config
 from memdb.models.window import LayerKV
 from memdb.query import engine
 from memdb.query.retrieve.topk import BlockTopK

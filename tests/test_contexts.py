@@ -14,6 +14,7 @@ from torch import Tensor
 
 from memdb.models.attention import sink_attention
 from memdb.models.cache import AttentionProbe, CacheContext, RetrievalContext
+from memdb.models.places import Places
 from memdb.models.rotary import Rotary
 from memdb.models.window import LayerKV, WindowContext
 
@@ -279,6 +280,10 @@ def test_of_a_published_frame_91_to_103_queries_read_init_tokens_twice(code: boo
 # Answering
 
 
+def line(places: list[int], end: int) -> Places:
+    return Places.line(torch.tensor(places), end)
+
+
 @FEW
 @given(
     n=st.integers(0, 3),
@@ -332,10 +337,8 @@ def test_tokens_at_given_places_see_what_stands_before_them() -> None:
         LayerKV(*(stream.layers[layer][part][:, block_tokens[layer]] for part in (1, 2)))
         for layer in range(LAYERS)
     ]
-    context = CacheContext(
-        rotary(), init, blocks, places=[torch.tensor(p) for p in block_places], next_places=ends
-    )
-    context.place_next([(torch.tensor(p), end) for p, end in zip(text_places, ends, strict=True)])
+    context = CacheContext(rotary(), init, blocks, places=list(map(line, block_places, ends)))
+    context.place_next(list(map(line, text_places, ends)))
     text = stream.feed(context, 20, 23)
     after = stream.feed(context, 23, 25)  # follows at the end, where nothing is said
     for layer in range(LAYERS):
