@@ -125,7 +125,7 @@ def test_a_stage_can_be_set_as_a_whole_and_later_settings_win() -> None:
         ("retrieve.blocks=[4]", "not a number"),
         ("retrieve.relevance=nan", "is no share"),
         ("unit=page", "no method 'page'"),
-        ("write=int3", "choose one of raw, fp16, bf16, int8, int4, none"),
+        ("write=int3", "choose one of raw, fp16, bf16, int8, int4, oqm, oqm2, none"),
         ("write.level=3", r"write\.int4 has no parameter 'level'"),
         ("index.heads=3", r"index\.mean_key has no parameter 'heads'"),
     ],
