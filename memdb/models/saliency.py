@@ -1,0 +1,55 @@
+"""How much each patch of a frame is looked at in one layer of a vision tower, beside fused attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROWS_AT_ONCE = 64  # queries whose rows of probabilities are in memory together
+
+
+def column_means(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Attention probabilities on each key, averaged over heads and queries: q, k (F, heads, P, D) -> (F, P) fp32.
+
+    In fp32 and in steps of a few query rows: the matrix (F, heads, P, P) never exists as a whole.
+    """
+    F, heads, P, _ = q.shape
+    keys = k.float().transpose(2, 3)  # (F, heads, D, P)
+    total = torch.zeros(F, P, dtype=torch.float32, device=q.device)
+    for start in range(0, P, ROWS_AT_ONCE):
+        rows = q[:, :, start : start + ROWS_AT_ONCE].float() @ keys  # (F, heads, rows, P)
+        total += (rows * scale).softmax(-1).sum((1, 2))
+    return total / (heads * P)
+
+
+class Listener:
+    """Takes down what one attention module makes of its input: queries and keys, (F, P, heads * D)."""
+
+    def __init__(self) -> None:
+        self._heard: dict[str, Tensor] = {}
+
+    @contextmanager
+    def on(self, module: Any) -> Iterator[None]:
+        """Listens while the block runs; afterwards the module is as it was."""
+        handles = [
+            part.register_forward_hook(lambda _module, _inputs, output, name=name: self._hear(name, output))
+            for name, part in (("q", module.q_proj), ("k", module.k_proj))
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hear(self, name: str, output: Tensor) -> None:
+        self._heard[name] = output
+
+    def column_means(self, module: Any) -> Tensor:
+        """(F, P): see above."""
+        size = int(module.head_dim)
+        q, k = (self._heard[name].unflatten(-1, (-1, size)).transpose(1, 2) for name in ("q", "k"))
+        return column_means(q, k, float(module.scale))
