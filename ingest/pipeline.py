@@ -65,7 +65,7 @@ def ingest(
     size = stages.encode.chunk_frames
     with store.writer(spec, now_ns=source.info.started_at_ns if live else None) as writer:
         with turn:
-            encoder = StreamEncoder(model, stages, spec.init_ids, vectors, laps)
+            encoder = StreamEncoder(model, stages, spec.init_ids, vectors, laps, seed=spec.seed)
             resumed = resume(store, writer, encoder, new_epoch, live=live)
         gap = (
             reconnected(store, writer, encoder.counters.taken_ns)

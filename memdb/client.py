@@ -120,7 +120,7 @@ class Client:
         are looked at. fps: of folders and iterators without times. started_at: ISO 8601, the wall clock at
         media time 0. track: a video track by number, from 0 on, where the best is not meant. reconnect_s: how long a
         live source that was lost is tried again; 0 for not at all, inf for ever. seed: kept with the recording as
-        part of its encoding; no recipe here draws yet. stop: set it to end after the batch in hand, with Interrupted.
+        part of its encoding: reduce = ctr draws from it. stop: set it to end after the batch in hand, with Interrupted.
 
         Raises RecipeError, BudgetError, SourceError, ModelMismatch, EncodingMismatch, SourceMismatch,
         LockedError, StoreError.
@@ -153,6 +153,7 @@ class Client:
                     if opened.info.live:
                         row = for_live(row, fitted["hybrid"])
                     stages = compose(row)
+                    stages.check_model(model.shape)
                     compose_query(row)
                     vectors = self._vectors(stages.captioner.encoder) if row.keeps_captions else None
                 store.bind_model(model.identity)
