@@ -151,10 +151,11 @@ class StreamEncoder:
 
     def _see(self, frames: Sequence[ReadyFrame]) -> list[SeenFrame]:
         pixels = [frame.pixels for frame in frames]
-        saliency: Sequence[Tensor | None] = [None] * len(frames)
+        saliency: list[Tensor | None] = [None] * len(frames)
         with self.laps("vision"):
             if isinstance(self._stages.reduce, CausalTemporal):
-                tokens, saliency = self._model.salient_tokens(pixels)  # (F, N, E), (F, N)
+                tokens, looked = self._model.salient_tokens(pixels)  # (F, N, E), (F, N)
+                saliency = list(looked)
             else:
                 tokens = self._model.visual_tokens(pixels)
         return [

@@ -46,6 +46,7 @@ from tests.model_cases import (
 from tests.run_cases import (
     CHUNK,
     NAME,
+    SETTINGS,
     WINDOW_TOKENS,
     content,
     ingested,
@@ -154,6 +155,42 @@ def test_a_question_is_answered_from_what_was_kept(bench: Bench, case: str) -> N
         assert all(item.tier == "kv" for item in answer.evidence)
         assert client.digest() == before
         assert client.verify().ok
+
+
+@pytest.mark.parametrize("case", ["ctr", "ctr-clip"])
+def test_groups_move_to_another_store_bit_for_bit(bench: Bench, case: str, tmp_path: Path) -> None:
+    with opened(bench.whole[case], bench.model, create=False) as client:
+        client.export(NAME, tmp_path / "one.recording", format="memdb")
+    with opened(tmp_path / "b.memdb", bench.model) as client:
+        client.import_(tmp_path / "one.recording")
+        assert client.verify().ok
+    assert content(tmp_path / "b.memdb") == content(bench.whole[case])
+
+
+HYBRIDS = {
+    "ctr": ("unit.frames=3", *CTR, "write=oqm"),
+    "merge": ("unit.frames=2", "reduce=merge", "reduce.delta=0.985"),
+    "segment": SEGMENT,
+}
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_both_tiers_hold_reduced_units_and_resume(bench: Bench, name: str, tmp_path: Path) -> None:
+    """Captions are said over what is left of a clip; recurrent tokens are chosen from it."""
+    captions = tuple(setting for setting in SETTINGS["hybrid"] if setting.startswith("caption."))
+    changes = {"codec": None, "settings": (*BASE, *captions, *HYBRIDS[name])}
+    whole = tmp_path / "whole.memdb"
+    ingested(whole, bench.model, bench.film, "hybrid", **changes)
+    rows = unit_rows(whole)
+    assert all(row.has_caption and len(row.blocks) for row in rows)
+    for batch in (1, 3):
+        store = tmp_path / f"{batch}.memdb"
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+            ingested(store, bench.model, bench.film, "hybrid", stop=stop_at(patch, batch), **changes)
+        ingested(store, bench.model, bench.film, "hybrid", **changes)
+        assert content(store) == content(whole)
+    with opened(whole, bench.model, create=False) as client:
+        assert client.ask("What was there?", mode="both").evidence
 
 
 # T8, H2: through store, close, reopen and rebuild come the logits of one uncut forward over the reduced tokens

@@ -9,6 +9,8 @@ picks other points in nearly every case.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -25,7 +27,8 @@ def distances(frames: Tensor, *, kind: str = "textbook") -> Tensor:
     """
     mode = "use_mm_for_euclid_dist_if_necessary" if kind == "released" else "donot_use_mm_for_euclid_dist"
     points = frames.float()
-    return torch.cdist(points, points, compute_mode=mode) / frames.shape[-1] ** 0.5
+    apart: Tensor = torch.cdist(points, points, compute_mode=mode)
+    return apart / math.sqrt(frames.shape[-1])
 
 
 def jitter(seed: int, number: int, tokens: int) -> Tensor:

@@ -51,5 +51,6 @@ class Listener:
     def column_means(self, module: Any) -> Tensor:
         """(F, P): see above."""
         size = int(module.head_dim)
-        q, k = (self._heard[name].unflatten(-1, (-1, size)).transpose(1, 2) for name in ("q", "k"))
+        F, P, _ = self._heard["q"].shape
+        q, k = (self._heard[name].view(F, P, -1, size).transpose(1, 2) for name in ("q", "k"))
         return column_means(q, k, float(module.scale))
