@@ -132,7 +132,8 @@ def blended(frames: Tensor, distance: Tensor, static: Tensor, peaks: Tensor, bet
     belongs = F.one_hot(nearest, frames.shape[1]).bool() & members[..., None]  # (F, member, centre)
     sizes = belongs.sum(1)  # (F, N)
     # A frame at a time: the same sum in the same order, whatever frames stand beside it.
-    sums = [own.T.float() @ frame.float() for own, frame in zip(belongs, frames, strict=True)]
+    values = frames.float()
+    sums = [own @ frame for own, frame in zip(belongs.transpose(1, 2).float(), values, strict=True)]
     means = torch.stack(sums) / sizes.clamp(min=1)[..., None]
-    mixed = (beta * frames.float() + (1 - beta) * means).to(frames.dtype)
+    mixed = (beta * values + (1 - beta) * means).to(frames.dtype)
     return torch.where((peaks & (sizes > 0))[..., None], mixed, frames)
