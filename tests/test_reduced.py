@@ -347,6 +347,25 @@ def test_a_state_of_before_there_was_reduction_still_loads(bench: Bench) -> None
     assert digests(second.step(next_batch)) == digests(first.step(next_batch))
 
 
+# X6: how many frames come at once changes results by rounding only
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_x6_batches_do_not_decide_what_is_stored(bench: Bench, case: str) -> None:
+    found = []
+    for size in (1, 5, FRAMES):
+        coder = encoder(bench, case)
+        units = [unit for batch in batches(bench, size) for unit in coder.step(batch)] + coder.finish()
+        found.append(units)
+    for others in found[1:]:
+        for one, other in zip(found[0], others, strict=True):
+            assert np.array_equal(one.blocks, other.blocks)
+            assert one.keys is not None
+            assert other.keys is not None
+            scale = float(np.abs(one.keys).max())
+            assert np.allclose(one.keys, other.keys, rtol=2e-3, atol=2e-3 * scale)  # fp16
+
+
 # X4: nothing looks ahead
 
 

@@ -10,18 +10,23 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from memdb.ingest.frames import SeenFrame, cosine, joined, mean_token
 from memdb.ingest.reduce.merge_frames import MergeFrames
+from memdb.ingest.units import UNITS
 from memdb.ingest.units.base import UnitStage
 from memdb.ingest.units.block import FixedBlock
 from memdb.ingest.units.clip import Clip
+from memdb.ingest.units.frame import OneFrame
 from memdb.ingest.units.segment import SemanticSegment, merge_most_alike
 
-QUICK = settings(deadline=None, database=None, max_examples=60)
+# The contract is run by several classes on purpose.
+QUICK = settings(
+    deadline=None, database=None, max_examples=60, suppress_health_check=[HealthCheck.differing_executors]
+)
 NS = 1_000_000_000
 N, E = 4, 6
 
@@ -46,6 +51,101 @@ def scenes(lengths: Sequence[int]) -> list[Tensor]:
 
 def spans(groups: Sequence[Sequence[SeenFrame]]) -> list[tuple[int, int]]:
     return [(frame.start_ns // NS, frame.end_ns // NS) for group in groups for frame in group]
+
+
+# What every unit stage keeps to
+
+
+@st.composite
+def walks(draw: st.DrawFn) -> list[SeenFrame]:
+    """A stream with still stretches, slow drifts, cuts, and gaps in time."""
+    random = np.random.default_rng(draw(st.integers(0, 9999)))
+    now, at, frames = random.normal(size=(N, E)), 0, []
+    for number in range(draw(st.integers(0, 50))):
+        now = now + random.choice([0.0, 0.05, 2.0]) * random.normal(size=(N, E))
+        at += NS * int(random.random() < 0.1) * 5
+        frames.append(SeenFrame(number, at, at + NS, torch.from_numpy(now).float(), b""))
+        at += NS
+    return frames
+
+
+class UnitContract:
+    """Inherit, and give a stage; `limit_s` is what its units may last, 0 for what they like."""
+
+    limit_s = 0.0
+
+    def stage(self) -> UnitStage:
+        raise NotImplementedError
+
+    @QUICK
+    @given(walks())
+    def test_every_frame_is_in_one_unit_and_time_goes_on(self, frames: list[SeenFrame]) -> None:
+        found = [frame for group in cut(self.stage(), frames) for frame in group]
+        assert sum(frame.count for frame in found) == len(frames)
+        assert all(a.end_ns <= b.start_ns for a, b in pairwise(found))
+        ends = {frame.end_ns for frame in found}
+        assert ends <= {frame.end_ns for frame in frames}
+        assert not frames or (found[0].start_ns, found[-1].end_ns) == (frames[0].start_ns, frames[-1].end_ns)
+
+    @QUICK
+    @given(walks(), st.integers(0, 50))
+    def test_it_looks_neither_ahead_nor_back_behind_the_open_unit(
+        self, frames: list[SeenFrame], at: int
+    ) -> None:
+        """Fed with the open unit alone, as a saved state has it, it goes on as if it had never stopped."""
+        stage = self.stage()
+        opened: list[SeenFrame] = []
+        closed: list[list[SeenFrame]] = []
+        for i, frame in enumerate(frames):
+            if i == at:
+                stage, opened = self.stage(), list(opened)
+            before = list(opened)
+            done, after = stage.extend(opened, frame)
+            assert opened == before, "what is handed in stays as it is"
+            closed, opened = closed + done, after
+        whole = cut(self.stage(), frames)
+        assert [spans([group]) for group in whole][: len(closed)] == [spans([group]) for group in closed]
+
+    @QUICK
+    @given(walks())
+    def test_units_last_no_longer_than_they_may(self, frames: list[SeenFrame]) -> None:
+        for group in cut(self.stage(), frames):
+            assert len(group) == 1 or not 0 < self.limit_s < (group[-1].end_ns - group[0].start_ns) / NS
+
+
+class TestOneFrame(UnitContract):
+    def stage(self) -> UnitStage:
+        return OneFrame()
+
+
+class TestClip(UnitContract):
+    limit_s = 6.0
+
+    def stage(self) -> UnitStage:
+        return Clip(frames=5, unit_s_max=self.limit_s)
+
+
+class TestFixedBlock(UnitContract):
+    limit_s = 9.0
+
+    def stage(self) -> UnitStage:
+        return FixedBlock(first_frames=12, frames=5, unit_s_max=self.limit_s)
+
+
+class TestSemanticSegment(UnitContract):
+    limit_s = 12.0
+
+    def stage(self) -> UnitStage:
+        return SemanticSegment(theta=0.9, frames_min=2, frames_max=5, unit_s_max=self.limit_s)
+
+
+class TestLongSegments(UnitContract):
+    def stage(self) -> UnitStage:
+        return SemanticSegment(theta=-1, frames_min=1, frames_max=4, unit_s_max=0)
+
+
+def test_every_unit_stage_keeps_the_contract() -> None:
+    assert {type(kind().stage()) for kind in UnitContract.__subclasses__()} == set(UNITS.values())
 
 
 # Segments
