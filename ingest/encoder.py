@@ -81,22 +81,15 @@ class StreamEncoder:
             counters.position = max(counters.position, len(self._init_ids))
         self._in_window: list[Held] = []  # frames, oldest first
         self._opened: list[SeenFrame] = []  # where frames merge, the last is not yet the unit's own
-        self._before: SeenFrame | None = (
-            None  # the last frame of closed units, as it was before it was reduced
-        )
+        self._before: SeenFrame | None = None  # the last frame that was reduced, as it was before
         self._queue: list[Tensor] = []
         self._queued: list[Held] = []  # the clip of each entry of the queue
 
     @property
     def reach_ns(self) -> int:
         """It holds nothing of the stream from before this media time."""
-        groups: tuple[Sequence[Timed], ...] = (
-            self._in_window,
-            self._queued,
-            self._opened,
-            self._reduced_beside,
-        )
-        starts = [held[0].start_ns for held in groups if held]
+        holders: list[Sequence[Timed]] = [self._in_window, self._queued, self._opened, self._reduced_beside]
+        starts = [held[0].start_ns for held in holders if held]
         return min(starts, default=self.counters.until_ns)
 
     def holds(self, tombstones: Sequence[Tombstone]) -> bool:
