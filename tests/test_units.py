@@ -322,23 +322,19 @@ def test_blocks_are_of_the_first_size_and_then_of_the_other(first: int, size: in
     assert [len(group) for group in found] == lengths
 
 
-def test_a_block_after_a_gap_ends_where_it_would_have_ended() -> None:
-    frames = frames_of(scenes([60]))
-    assert [len(group) for group in cut(FixedBlock(), frames[20:])] == [12, 8, 8, 8, 4]
-    assert [len(group) for group in cut(FixedBlock(), frames[40:])] == [8, 8, 4]
+def test_a_stream_that_goes_on_after_a_gap_has_no_first_block() -> None:
+    assert [len(group) for group in cut(FixedBlock(), frames_of(scenes([60]))[40:])] == [8, 8, 4]
 
 
-def test_a_merged_frame_that_steps_over_the_end_of_the_first_block_ends_it() -> None:
-    frames = frames_of(scenes([12]))
-    one = joined(frames[6], frames[7], 0.5)
-    found = cut(FixedBlock(7, 2, 0), [*frames[:6], replace(one, number=6), *frames[8:]])
-    assert [len(group) for group in found] == [7, 2, 2]
-    found = cut(FixedBlock(8, 2, 0), [*frames[:6], replace(one, number=6), *frames[8:]])
-    assert [len(group) for group in found] == [8, 2, 1]
+def test_a_first_block_whose_beginning_was_forgotten_closes_with_the_next_frame() -> None:
+    frames = frames_of(scenes([30]))
+    closed, opened = FixedBlock().extend(frames[5:25], frames[25])
+    assert [len(group) for group in closed] == [21]
+    assert opened == []
 
 
 def test_a_block_closes_at_the_latest_after_its_limit() -> None:
-    found = cut(FixedBlock(first_frames=30, unit_s_max=10), frames_of(scenes([30])))
+    found = cut(FixedBlock(first_frames=30, frames=12, unit_s_max=10), frames_of(scenes([30])))
     assert [len(group) for group in found] == [10, 10, 10]
 
 

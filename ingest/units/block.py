@@ -17,7 +17,7 @@ from memdb.schemas.times import to_ns
 
 @dataclass(frozen=True)
 class FixedBlock:
-    """`first_frames`: the first block ends with so many frames of the recording; `frames`: of every other one.
+    """`first_frames`: of the block that begins the recording; `frames`: of every other one.
 
     `unit_s_max`: a block that would last longer closes before; 0 for never. The limit is ours.
     """
@@ -40,9 +40,7 @@ class FixedBlock:
             closed.append(block)
             block = []
         block.append(frame)
-        # By the number of its last frame, and not by counting: after a gap or a fresh window it is the same stream.
-        first = block[0].number < self.first_frames
-        if frame.number + 1 >= self.first_frames if first else len(block) == self.frames:
+        if len(block) >= (self.frames if block[0].number else self.first_frames):
             closed.append(block)
             block = []
         return closed, block
