@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, replace
 from itertools import groupby
 
 import numpy as np
@@ -19,6 +19,9 @@ from memdb.ingest.encode.base import ClipSeen, no_kv
 from memdb.ingest.encode.window import SlidingWindow
 from memdb.ingest.frames import ReadyFrame, SeenFrame
 from memdb.ingest.held import Held, Timed, is_meant, newest
+from memdb.ingest.open_frames import frame_from, frame_row, frame_tensors
+from memdb.ingest.reduce.ctr import CausalTemporal
+from memdb.ingest.reduce.merge_frames import MergeFrames
 from memdb.ingest.stages import IngestStages
 from memdb.models.caption_vectors import CaptionVectors
 from memdb.models.places import LINE
@@ -49,7 +52,7 @@ class Counters:
 
 
 class StreamEncoder:
-    """The encoder state of one recording: window, recurrent tokens, open unit, counters.
+    """The encoder state of one recording: window, recurrent tokens, open unit, last raw frame, counters.
 
     `step` takes a batch of frames and gives the units that closed. The same batches give the same bits; where
     batches are cut is the caller's, at fixed frame numbers. `state` and `restore` are exact.
@@ -65,11 +68,14 @@ class StreamEncoder:
         *,
         sample_fps: float = 1.0,
         grid: tuple[int, int] | None = None,
+        seed: int = 0,
     ) -> None:
-        """`sample_fps`, raw frames a second, and `grid`: the recording's, for models whose ids count them."""
+        """`sample_fps`, raw frames a second, and `grid`: the recording's, for models whose ids count them. `seed`:
+        the recording's, for reducers that draw.
+        """
         self._placing = model.placing(sample_fps, grid)
         self._model, self._stages, self._vectors = model, stages, vectors
-        self._init_ids = tuple(init_ids)
+        self._init_ids, self._seed = tuple(init_ids), seed
         self.laps = laps or Laps()
         self.start_fresh(Counters())
 
@@ -83,19 +89,23 @@ class StreamEncoder:
             )
             counters.position = max(counters.position, len(self._init_ids))
         self._in_window: list[Held] = []  # frames, oldest first
-        self._opened: list[SeenFrame] = []
+        self._opened: list[SeenFrame] = []  # where frames merge, the last is not yet the unit's own
+        self._before: SeenFrame | None = None  # the last frame that was reduced, as it was before
         self._queue: list[Tensor] = []
         self._queued: list[Held] = []  # the clip of each entry of the queue
 
     @property
     def reach_ns(self) -> int:
         """It holds nothing of the stream from before this media time."""
-        starts = [held[0].start_ns for held in (self._in_window, self._queued, self._opened) if held]
+        holders: list[Sequence[Timed]] = [self._in_window, self._queued, self._opened, self._reduced_beside]
+        starts = [held[0].start_ns for held in holders if held]
         return min(starts, default=self.counters.until_ns)
 
     def holds(self, tombstones: Sequence[Tombstone]) -> bool:
-        """Whether a span overlaps something that it holds: a frame in the window, a queued clip, an open frame."""
-        held: list[Timed] = [*self._in_window, *self._queued, *self._opened]
+        """Whether a span overlaps something that it holds: a frame in the window, a queued clip, an open frame, the
+        frame beside which the next one is reduced.
+        """
+        held: list[Timed] = [*self._in_window, *self._queued, *self._opened, *self._reduced_beside]
         return any(is_meant(item, tombstones) for item in held)
 
     def forget(self, tombstones: Sequence[Tombstone]) -> list[Unit]:
@@ -119,30 +129,86 @@ class StreamEncoder:
         self._took(frames[-1])
         return units
 
-    def step(self, frames: Sequence[ReadyFrame]) -> list[Unit]:
-        """One batch: see, cut units, encode, caption, pack.
+    @property
+    def _reduced_beside(self) -> list[SeenFrame]:
+        return [self._before] if self._before is not None else []
 
-        What the model sees as one frame is `frames_together` raw ones; batches are cut at multiples of that, so
-        that only a stream's end, a gap and what is forgotten leave a frame without its partner.
-        """
-        together = self._model.frames_together
-        seen_as_one = [frames[first : first + together] for first in range(0, len(frames), together)]
-        with self.laps("vision"):
-            tokens = self._model.visual_tokens([frame.pixels for frame in frames])  # (F, N, E)
+    def step(self, frames: Sequence[ReadyFrame]) -> list[Unit]:
+        """One batch: see, cut units, reduce, encode, caption, pack."""
         closed: list[list[SeenFrame]] = []
-        for raw, seen in zip(seen_as_one, tokens, strict=True):
-            first = raw[0]
-            done, self._opened = self._stages.unit.extend(
-                self._opened, SeenFrame(first.number, first.start_ns, raw[-1].end_ns, seen, first.picture)
-            )
-            closed += done
+        for seen in self._see(frames):
+            closed += self._extend(seen)
         self._took(frames[-1])
         return self._close(closed)
 
     def finish(self) -> list[Unit]:
         """The unit that is still open when the stream ends."""
-        opened, self._opened = self._opened, []
-        return self._close([opened]) if opened else []
+        closed: list[list[SeenFrame]] = []
+        if self._opened and isinstance(self._stages.reduce, MergeFrames):
+            closed, self._opened = self._stages.unit.extend(self._opened[:-1], self._opened[-1])
+        if self._opened:
+            closed.append(self._opened)
+        self._opened = []
+        return self._close(closed)
+
+    def _see(self, frames: Sequence[ReadyFrame]) -> list[SeenFrame]:
+        """What the model sees as one frame is `frames_together` raw ones; batches are cut at multiples of that, so
+        that only a stream's end, a gap and what is forgotten leave a frame without its partner.
+        """
+        together, pixels = self._model.frames_together, [frame.pixels for frame in frames]
+        seen_as_one = [frames[first : first + together] for first in range(0, len(frames), together)]
+        saliency: list[Tensor | None] = [None] * len(seen_as_one)
+        with self.laps("vision"):
+            if isinstance(self._stages.reduce, CausalTemporal):
+                tokens, looked = self._model.salient_tokens(pixels)  # (F, N, E), (F, N)
+                saliency = list(looked)
+            else:
+                tokens = self._model.visual_tokens(pixels)
+        return [
+            SeenFrame(raw[0].number, raw[0].start_ns, raw[-1].end_ns, seen, raw[0].picture, looked_at)
+            for raw, seen, looked_at in zip(seen_as_one, tokens, saliency, strict=True)
+        ]
+
+    def _extend(self, frame: SeenFrame) -> list[list[SeenFrame]]:
+        """The units that close with this frame. Where frames merge, one goes to its unit when the next is another."""
+        unit, reduce = self._stages.unit, self._stages.reduce
+        if not isinstance(reduce, MergeFrames):
+            closed, self._opened = unit.extend(self._opened, frame)
+            return closed
+        closed = []
+        if self._opened:
+            *before, last = self._opened
+            merged = reduce.merge(self._opened[0].start_ns, last, frame)
+            if merged is not None:
+                self._opened = [*before, merged]
+                return []
+            closed, self._opened = unit.extend(before, last)
+        self._opened = [*self._opened, frame]
+        return closed
+
+    def _reduce(self, groups: Sequence[Sequence[SeenFrame]]) -> Sequence[Sequence[SeenFrame]]:
+        """Stage 2 over the units that close: frames as the language model will take them."""
+        reduce = self._stages.reduce
+        if isinstance(reduce, MergeFrames):  # a mean is kept in fp32 while it grows
+            dtype = self._model.dtype
+            return [[replace(frame, tokens=frame.tokens.to(dtype)) for frame in group] for group in groups]
+        if not isinstance(reduce, CausalTemporal):
+            return groups
+        with self.laps("reduce"):
+            frames = [frame for group in groups for frame in group]
+            tokens, raster = reduce.reduce(
+                torch.stack([frame.tokens for frame in frames]),
+                torch.stack([frame.saliency for frame in frames if frame.saliency is not None]),
+                self._before.tokens if self._before is not None else None,
+                seed=self._seed,
+                numbers=[frame.number for frame in frames],
+            )
+            self._before = replace(frames[-1], picture=b"", saliency=None)
+            reduced = iter(
+                replace(frame, tokens=kept, raster=places)
+                for frame, kept, places in zip(frames, tokens, raster, strict=True)
+            )
+            return [[next(reduced) for _ in group] for group in groups]
 
     def _took(self, last: ReadyFrame) -> None:
         self.counters.frame = last.number + 1
@@ -151,6 +217,7 @@ class StreamEncoder:
     def _close(self, groups: Sequence[Sequence[SeenFrame]]) -> list[Unit]:
         if not groups:
             return []
+        groups = self._reduce(groups)
         kv = self._encode([frame for group in groups for frame in group])
         units, at = [], 0
         for group in groups:
@@ -200,7 +267,8 @@ class StreamEncoder:
     def _blocks(self, group: Sequence[SeenFrame]) -> Table:
         blocks = np.zeros(len(group), BLOCK_DTYPE)
         for row, frame in zip(blocks, group, strict=True):
-            row["kind"], row["tokens"] = BlockKind.FRAME, len(frame.tokens)
+            row["kind"] = BlockKind.FRAME if frame.raster is None else BlockKind.GROUP
+            row["tokens"] = len(frame.tokens)
             row["start_ns"], row["end_ns"] = frame.start_ns, frame.end_ns
             row["position"] = self.counters.position
             self.counters.position += len(frame.tokens)
@@ -239,17 +307,22 @@ class StreamEncoder:
         for index, kept in enumerate(self._queue):
             tensors[f"queue.{index}"] = kept
         for index, frame in enumerate(self._opened):
-            tensors[f"open.{index}"] = frame.tokens
+            tensors |= frame_tensors(f"open.{index}", frame)
+        if self._before is not None:
+            tensors |= frame_tensors("before", self._before)
         meta = {
             "counters": asdict(self.counters),
             "seen": window.seen if window is not None else 0,
             "window": [astuple(held) for held in self._in_window],
             "queue": [astuple(held) for held in self._queued],
-            "open": [[frame.number, frame.start_ns, frame.end_ns] for frame in self._opened],
+            "open": [frame_row(frame) for frame in self._opened],
+            "before": [frame_row(frame) for frame in self._reduced_beside],
         }
         tensors["meta"] = _bytes_tensor(json.dumps(meta).encode())
-        if self._opened:
+        if self._opened:  # of what may open a unit
             tensors["jpeg"] = _bytes_tensor(self._opened[0].jpeg())
+        if len(self._opened) > 1 and isinstance(self._stages.reduce, MergeFrames):
+            tensors["jpeg.last"] = _bytes_tensor(self._opened[-1].jpeg())
         saved: bytes = save_tensors({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
         return saved
 
@@ -273,10 +346,15 @@ class StreamEncoder:
             self._queued = _held(meta["queue"])
             self._queue = [tensors[f"queue.{index}"].to(device) for index in range(len(self._queued))]
             jpeg = bytes(tensors["jpeg"].numpy()) if "jpeg" in tensors else b""
+            tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
             self._opened = [
-                SeenFrame(int(number), int(start), int(end), tensors[f"open.{index}"].to(device), jpeg)
-                for index, (number, start, end) in enumerate(meta["open"])
+                frame_from(f"open.{index}", row, tensors, jpeg) for index, row in enumerate(meta["open"])
             ]
+            if "jpeg.last" in tensors:
+                last = bytes(tensors["jpeg.last"].cpu().numpy())
+                self._opened[-1] = replace(self._opened[-1], picture=last)
+            for row in meta.get("before", ()):  # none in states of older versions
+                self._before = frame_from("before", row, tensors, b"")
         except (SafetensorError, KeyError, ValueError, TypeError, IndexError) as error:
             raise CorruptionError(f"the saved encoder state cannot be read: {error}", file="state") from error
 
@@ -285,7 +363,8 @@ class StreamEncoder:
         """About what `state` takes, without making it."""
         local = self._window.local if self._window is not None else []
         parts = [*(kv.k for kv in local), *(kv.v for kv in local), *self._queue]
-        parts += [frame.tokens for frame in self._opened]
+        for frame in (*self._opened, *self._reduced_beside):
+            parts += frame_tensors("", frame).values()
         return 4096 + sum(part.numel() * part.element_size() for part in parts)
 
 

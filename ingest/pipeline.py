@@ -66,7 +66,14 @@ def ingest(
     with store.writer(spec, now_ns=source.info.started_at_ns if live else None) as writer:
         with turn:
             encoder = StreamEncoder(
-                model, stages, spec.init_ids, vectors, laps, sample_fps=spec.sample_fps, grid=spec.grid
+                model,
+                stages,
+                spec.init_ids,
+                vectors,
+                laps,
+                sample_fps=spec.sample_fps,
+                grid=spec.grid,
+                seed=spec.seed,
             )
             resumed = resume(store, writer, encoder, new_epoch, live=live)
         gap = (

@@ -11,7 +11,8 @@ from memdb.ingest.encode import CAPTIONERS, ENCODERS
 from memdb.ingest.encode.base import Captioner
 from memdb.ingest.encode.nothing import NoKV
 from memdb.ingest.encode.window import SlidingWindow
-from memdb.ingest.reduce import REDUCERS
+from memdb.ingest.reduce import REDUCERS, Reducer
+from memdb.ingest.reduce.ctr import CausalTemporal
 from memdb.ingest.reduce.recurrent import Recurrent
 from memdb.ingest.units import UNITS
 from memdb.ingest.units.base import UnitStage
@@ -25,6 +26,7 @@ from memdb.schemas.recipe import Recipe
 @dataclass(frozen=True)
 class IngestStages:
     unit: UnitStage
+    reduce: Reducer
     encode: SlidingWindow | NoKV
     captioner: Captioner
     recurrent: Recurrent | None
@@ -33,6 +35,11 @@ class IngestStages:
     codec: Codec | None
     profile: str
 
+    def check_frames(self, frame_tokens: int) -> None:
+        """Whether frames of so many tokens suit these stages. Raises RecipeError."""
+        if isinstance(self.reduce, CausalTemporal):
+            self.reduce.kept(frame_tokens)
+
 
 def compose(recipe: Recipe) -> IngestStages:
     """Raises RecipeError for unknown methods and parameters, values out of range and illegal combinations."""
@@ -40,9 +47,10 @@ def compose(recipe: Recipe) -> IngestStages:
     bare("write", recipe.write, (*codecs.NAMES, "none"))
     bare("index", recipe.index, ("mean_key", "caption"))
     captioner = build("caption", recipe.caption, CAPTIONERS)
-    reduce = build("reduce", recipe.reduce, REDUCERS)
+    reduce: Reducer = build("reduce", recipe.reduce, REDUCERS)
     return IngestStages(
         unit=build("unit", recipe.unit, UNITS),
+        reduce=reduce,
         encode=build("encode", recipe.encode, ENCODERS),
         captioner=captioner,
         recurrent=captioner.recurrent(reduce),

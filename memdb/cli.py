@@ -94,7 +94,7 @@ for _command in (cli_keep.forget, cli_keep.compact, cli_keep.policy, *cli_copy.C
 @click.option(
     "--profile", type=click.Choice(PROFILES), help="Follow the paper or its code where they differ."
 )
-@click.option("--codec", help="raw, fp16, bf16, int8 or int4; by default the recipe's.")
+@click.option("--codec", help="raw, fp16, bf16, int8, int4, oqm or oqm2; by default the recipe's.")
 @click.option("--set", "settings", multiple=True, metavar="STAGE.PARAM=VALUE", help="Change the recipe.")
 @click.option("--sample-fps", type=float, default=0.5, show_default=True, help="Frames a second to look at.")
 @click.option("--fps", type=float, help="Frames a second of an image folder (1 unless said).")

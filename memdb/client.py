@@ -120,7 +120,7 @@ class Client:
         are looked at. fps: of folders and iterators without times. started_at: ISO 8601, the wall clock at
         media time 0. track: a video track by number, from 0 on, where the best is not meant. reconnect_s: how long a
         live source that was lost is tried again; 0 for not at all, inf for ever. seed: kept with the recording as
-        part of its encoding; no recipe here draws yet. stop: set it to end after the batch in hand, with Interrupted.
+        part of its encoding: reduce = ctr draws from it. stop: set it to end after the batch in hand, with Interrupted.
 
         Raises RecipeError, BudgetError, SourceError, ModelMismatch, EncodingMismatch, SourceMismatch,
         LockedError, StoreError.
@@ -153,13 +153,14 @@ class Client:
                     if opened.info.live:
                         row = for_live(row, fitted["hybrid"])
                     stages = compose(row)
+                    known = next((found for found in store.recordings() if found.name == name), None)
+                    grid = known.spec.grid if known is not None else None  # one a recording, whatever comes later
+                    grid = grid or model.frame_grid(opened.info.height, opened.info.width)
+                    stages.check_frames(model.shape.tokens_of(grid))
                     compose_query(row)
                     vectors = self._vectors(stages.captioner.encoder) if row.keeps_captions else None
                 store.bind_model(model.identity)
-                known = next((found for found in store.recordings() if found.name == name), None)
                 started_ns = started_at_ns(given_ns, known, opened)
-                grid = known.spec.grid if known is not None else None  # one a recording, whatever comes later
-                grid = grid or model.frame_grid(opened.info.height, opened.info.width)
                 spec = self._spec_of(
                     row, name, opened.info, sample_fps, seed, started_ns, model, vectors, grid
                 )

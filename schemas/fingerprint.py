@@ -21,6 +21,10 @@ class ModelShape:
     frame_tokens: int  # N; the most that a frame has, where a recording has a grid of its own
     context_tokens_max: int  # positions the model was trained on
 
+    def tokens_of(self, grid: tuple[int, int] | None) -> int:
+        """Tokens of a frame of a recording whose grid this is, None where the model has but one."""
+        return self.frame_tokens if grid is None else grid[0] * grid[1]
+
     def kv_bytes(self, tokens: int, element_bytes: int) -> int:
         """Bytes of the keys and values of `tokens` tokens over all layers."""
         return 2 * self.layers * tokens * self.kv_heads * self.head_size * element_bytes

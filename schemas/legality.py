@@ -1,4 +1,9 @@
-"""Which stages may stand together (methods.md 3.3), checked when a recipe is composed."""
+"""Which stages may stand together (methods.md 3.3), checked when a recipe is composed.
+
+Two rules no recipe can break, because of how every recipe runs: representative keys are computed from keys at compute
+precision, before a codec sees them (R12); and a quantisation group is a block, which closes with its unit and is padded
+where it does not fill its last byte (R16).
+"""
 
 from __future__ import annotations
 
@@ -26,7 +31,19 @@ RULES: tuple[Rule, ...] = (
         "or retrieve to mmr",
     ),
     Rule(
+        "R5",
+        lambda r: r.reduce.method == "ctr" and r.retain.method == "tar_van",
+        "TaR + VaN compares a patch with the same patch of other frames, and CTR leaves another choice of patches of "
+        "each frame: set reduce = 'identity', or retain to a method that needs no grid",
+    ),
+    Rule(
         "R6",
+        lambda r: _merges(r) and r.retain.method == "tar_van",
+        "a merged frame has no single time, and TaR + VaN asks for one: set reduce = 'identity' and unit = 'block', or "
+        "retain to another method",
+    ),
+    Rule(
+        "S4",
         lambda r: r.encode.method == "none" and r.keeps_kv,
         "a codec is named, but stage encode gives no KV to write: set encode = 'window', or write = 'none'",
     ),
@@ -73,6 +90,10 @@ RULES: tuple[Rule, ...] = (
         "rebuild text belongs to recipes without KV, consecutive to those with: change one of the two",
     ),
 )
+
+
+def _merges(recipe: Recipe) -> bool:
+    return recipe.reduce.method == "merge" or recipe.unit.method == "segment"
 
 
 def check(recipe: Recipe) -> None:

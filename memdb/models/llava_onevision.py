@@ -13,7 +13,9 @@ from torch import Tensor
 from memdb.models.chat_model import ChatModel, check_layers, text_shape, tokenizer_digest
 from memdb.models.places import LINE, Placing
 from memdb.models.protocol import Pixels
+from memdb.models.saliency import Listener
 from memdb.models.sheet import PLAIN, ModelSheet
+from memdb.schemas.errors import UnsupportedModel
 from memdb.schemas.fingerprint import ModelIdentity, digest_of
 from memdb.schemas.frames import Image
 
@@ -80,6 +82,34 @@ class LlavaOnevision(ChatModel):
             for start in range(0, len(pixels), VISION_BATCH)
         ]
         return torch.cat(parts)  # (F, N, E)
+
+    @torch.inference_mode()
+    def salient_tokens(self, pixels: Sequence[Pixels]) -> tuple[Tensor, Tensor]:
+        tokens, saliency = [], []
+        looking = self._last_kept_attention()
+        for start in range(0, len(pixels), VISION_BATCH):
+            listener = Listener()
+            with listener.on(looking):
+                tokens.append(self._see(np.stack(pixels[start : start + VISION_BATCH])))
+            means = listener.column_means(looking)  # (F, P)
+            if self._network.config.vision_feature_select_strategy == "default":
+                means = means[:, 1:]
+            saliency.append(self._pool(means[..., None])[..., 0])
+        return torch.cat(tokens), torch.cat(saliency)  # (F, N, E), (F, N)
+
+    def _last_kept_attention(self) -> Any:
+        """The attention of the last vision layer whose output is used; of the first where the embeddings are."""
+        tower = self._network.model.vision_tower
+        layers = getattr(getattr(tower, "encoder", None), "layers", None)
+        if layers is None or not hasattr(layers[0].self_attn, "q_proj"):
+            raise UnsupportedModel(
+                f"memdb cannot look into a vision tower of type {type(tower).__name__}: set reduce = 'identity'"
+            )
+        chosen = self._network.config.vision_feature_layer
+        states = [chosen] if isinstance(chosen, int) else chosen
+        # hidden state 0 is the embeddings, and state i what layer i - 1 gives
+        last = max(index if index >= 0 else index + len(layers) + 1 for index in states)
+        return layers[max(0, last - 1)].self_attn
 
     def _see(self, pixels: Pixels) -> Tensor:
         model, config = self._network.model, self._network.config

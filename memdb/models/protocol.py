@@ -71,6 +71,14 @@ class VideoModel(Protocol):
         """
         ...
 
+    def salient_tokens(self, pixels: Sequence[Pixels]) -> tuple[Tensor, Tensor]:
+        """The same inputs (F, N, E), and how much the vision tower looks at each of them, (F, N) fp32.
+
+        That is the mean, over heads and queries, of the attention probabilities on a patch in the last vision layer
+        whose output is used, pooled as the inputs are (StreamingTOM, arXiv 2510.18269).
+        """
+        ...
+
     def frame_separator(self) -> Tensor:
         """The embedding that closes a run of frames, (1, E) (LLaVA's newline), or (0, E) for none."""
         ...

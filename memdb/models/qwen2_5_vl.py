@@ -18,6 +18,7 @@ from torch import Tensor
 from memdb.models.chat_model import ChatModel, check_layers, text_shape, tokenizer_digest
 from memdb.models.places import Grid, Placing
 from memdb.models.protocol import Pixels
+from memdb.models.saliency import PackedListener
 from memdb.models.sheet import PLAIN, ModelSheet
 from memdb.schemas.errors import UnsupportedModel
 from memdb.schemas.fingerprint import ModelIdentity, digest_of
@@ -108,6 +109,29 @@ class Qwen25VL(ChatModel):
         size = VISION_BATCH * self._together
         parts = [self._see(np.stack(whole[start : start + size])) for start in range(0, len(whole), size)]
         return torch.cat(parts)  # (F, N, E)
+
+    @torch.inference_mode()
+    def salient_tokens(self, pixels: Sequence[Pixels]) -> tuple[Tensor, Tensor]:
+        whole = [*pixels, *[pixels[-1]] * (-len(pixels) % self._together)]
+        size, looking = VISION_BATCH * self._together, self._network.model.visual.blocks[-1].attn
+        tokens, saliency = [], []
+        for start in range(0, len(whole), size):
+            listener = PackedListener()
+            with listener.on(looking):
+                tokens.append(self._see(np.stack(whole[start : start + size])))
+            F, N, patches = *tokens[-1].shape[:2], self._merge**2
+            means = listener.column_means(looking, N * patches).view(F, N, patches).mean(-1)
+            grid = whole[0].shape[0] // self._cell, whole[0].shape[1] // self._cell
+            saliency.append(torch.empty_like(means))
+            saliency[-1][:, self._window_order(*grid)] = means
+        return torch.cat(tokens), torch.cat(saliency)  # (F, N, E), (F, N)
+
+    def _window_order(self, rows: int, columns: int) -> Tensor:
+        """(N,) the raster numbers of a frame's tokens in the order in which the tower keeps them, window by window."""
+        side = self._network.config.vision_config.window_size // self._cell
+        row, column = np.divmod(np.arange(rows * columns), columns)
+        window = row // side * -(-columns // side) + column // side
+        return torch.from_numpy(np.argsort(window, kind="stable")).to(self.device)
 
     def _see(self, pixels: Pixels) -> Tensor:
         """Raw frames (F * together, height, width, 3), uint8 -> (F, N, E). No pair sees another."""
