@@ -16,14 +16,19 @@ from torch import Tensor
 
 from memdb.codecs.pack import pack_unit
 from memdb.ingest.encode.base import ClipSeen, no_kv
+from memdb.ingest.encode.chunk import Chunk
 from memdb.ingest.encode.window import SlidingWindow
 from memdb.ingest.frames import ReadyFrame, SeenFrame
 from memdb.ingest.held import Held, Timed, is_meant, newest
+from memdb.ingest.memory import EncoderMemory, chunk_tokens
 from memdb.ingest.stages import IngestStages
 from memdb.models.caption_vectors import CaptionVectors
 from memdb.models.protocol import VideoModel
 from memdb.models.window import LayerKV, WindowContext
+from memdb.retain.keep_all import KeepAll
+from memdb.retain.view import Merged, Merges
 from memdb.schemas.errors import CorruptionError
+from memdb.schemas.keep import KeepSet
 from memdb.schemas.recording import Tombstone
 from memdb.schemas.units import BLOCK_DTYPE, BlockKind, Caption, Table, Unit, no_blocks
 from memdb.timing import Laps
@@ -48,7 +53,7 @@ class Counters:
 
 
 class StreamEncoder:
-    """The encoder state of one recording: window, recurrent tokens, open unit, counters.
+    """The encoder state of one recording: window or memory, recurrent tokens, open unit, counters.
 
     `step` takes a batch of frames and gives the units that closed. The same batches give the same bits; where
     batches are cut is the caller's, at fixed frame numbers. `state` and `restore` are exact.
@@ -73,6 +78,12 @@ class StreamEncoder:
         self._window: WindowContext | None = None
         if isinstance(self._stages.encode, SlidingWindow):
             self._window = self._stages.encode.open(self._model, self._init_ids, profile=self._stages.profile)
+        self._memory: EncoderMemory | None = None
+        if isinstance(self._stages.encode, Chunk):
+            assert not isinstance(self._stages.retain, KeepAll), "rule R8 sees to it"
+            init = self._stages.encode.open(self._model, self._init_ids)
+            self._memory = EncoderMemory(init, self._stages.retain)
+        if self._window is not None or self._memory is not None:
             counters.position = max(counters.position, len(self._init_ids))
         self._in_window: list[Held] = []  # frames, oldest first
         self._opened: list[SeenFrame] = []
@@ -82,22 +93,29 @@ class StreamEncoder:
     @property
     def reach_ns(self) -> int:
         """It holds nothing of the stream from before this media time."""
-        starts = [held[0].start_ns for held in (self._in_window, self._queued, self._opened) if held]
+        remembered = self._memory.frames if self._memory is not None else []
+        holders = (self._in_window, remembered, self._queued, self._opened)
+        starts = [held[0].start_ns for held in holders if held]
         return min(starts, default=self.counters.until_ns)
 
     def holds(self, tombstones: Sequence[Tombstone]) -> bool:
-        """Whether a span overlaps something that it holds: a frame in the window, a queued clip, an open frame."""
-        held: list[Timed] = [*self._in_window, *self._queued, *self._opened]
+        """Whether a span overlaps something that it holds: a frame in window or memory, a queued clip, an open one."""
+        remembered = self._memory.frames if self._memory is not None else []
+        held: list[Timed] = [*self._in_window, *remembered, *self._queued, *self._opened]
         return any(is_meant(item, tombstones) for item in held)
 
     def forget(self, tombstones: Sequence[Tombstone]) -> list[Unit]:
         """Let go of what overlaps these spans, and of all that was computed beside it: a new epoch begins.
 
         Open frames that do not overlap stay. No unit spans what was between them: returns the units that close.
+        Of a bounded memory the rest stays: it is all that there is of the past, and the store keeps those tokens too.
         """
-        opened = self._opened
+        opened, memory = self._opened, self._memory
         self.counters.epoch += 1
         self.start_fresh(self.counters)
+        if memory is not None:
+            memory.forget(tombstones)
+            self._memory = memory
         runs = [
             list(frames) for gone, frames in groupby(opened, lambda x: is_meant(x, tombstones)) if not gone
         ]
@@ -136,6 +154,8 @@ class StreamEncoder:
     def _close(self, groups: Sequence[Sequence[SeenFrame]]) -> list[Unit]:
         if not groups:
             return []
+        if self._memory is not None:  # each unit is encoded against what the one before it left in memory
+            return [self._remember(group) for group in groups]
         kv = self._encode([frame for group in groups for frame in group])
         units, at = [], 0
         for group in groups:
@@ -155,14 +175,43 @@ class StreamEncoder:
         self._in_window = newest([*self._in_window, *came], window.local[0].tokens)
         return kv
 
-    def _unit(self, group: Sequence[SeenFrame], kv: Sequence[LayerKV] | None) -> Unit:
+    def _remember(self, group: Sequence[SeenFrame]) -> Unit:
+        """Encode a unit against the memory, and let the retainer decide what of both stays."""
+        encode, memory, retain = self._stages.encode, self._memory, self._stages.retain
+        assert memory is not None
+        assert isinstance(encode, Chunk)
+        start, number = self.counters.position, self.counters.unit
+        with self.laps("encode"):
+            chunk = torch.cat([frame.tokens for frame in group])
+            context = encode.encode(self._model, memory.init, memory.kv, memory.positions, chunk, start)
+        with self.laps("retain"):
+            merged: list[Merged | None] = [None] * len(memory.layers)
+            if isinstance(retain, Merges):
+                for layer, own in enumerate(memory.layers):
+                    whole = own.plus(chunk_tokens(number, group, context.fresh[layer], start))
+                    heard = context.heard[layer] if context.heard else None
+                    merged[layer] = retain.merge(whole.view(layer, len(memory.layers), heard, len(chunk)))
+            memory.take(number, group, context.fresh, merged, context.heard, start)
+        return self._unit(group, context.fresh, merged, memory.keep_set())
+
+    def _unit(
+        self,
+        group: Sequence[SeenFrame],
+        kv: Sequence[LayerKV] | None,
+        merged: Sequence[Merged | None] = (),
+        keep: KeepSet | None = None,
+    ) -> Unit:
         caption = self._caption(group, kv)
         blocks, packed, keys = no_blocks(), None, None
         if kv is not None and self._stages.codec is not None:
             with self.laps("pack"):
                 sizes = [len(frame.tokens) for frame in group]
-                layers = self._stages.retain.keep([_split(layer, sizes) for layer in kv])
+                whole, retain = [_split(layer, sizes) for layer in kv], self._stages.retain
+                # A bounded memory's blocks are stored as they came: what of them stays, keep sets say.
+                layers = retain.keep(whole) if isinstance(retain, KeepAll) else [list(row) for row in whole]
                 blocks = self._blocks(group)
+                if any(one is not None for one in merged):
+                    blocks = _add_prototypes(group, blocks, layers, merged)
                 packed = pack_unit(self._stages.codec, layers, self.counters.widths, self._model.dtype)
                 keys = self._stages.index.keys(layers)
                 self.counters.widths = {
@@ -178,6 +227,7 @@ class StreamEncoder:
             keys=keys,
             caption=caption,
             keyframe=group[0].jpeg(),
+            keep=keep,
         )
         self.counters.unit += 1
         return unit
@@ -197,7 +247,8 @@ class StreamEncoder:
             return None
         with self.laps("caption"):
             tokens = torch.cat([frame.tokens for frame in group])
-            init = self._window.init if self._window is not None and self._window.init else no_kv(model)
+            held = self._memory or self._window
+            init = held.init if held is not None and held.init else no_kv(model)
             clip = ClipSeen(tokens, kv, init, self._init_ids, self._queue)
             said = stages.captioner.say(model, clip, stages.recurrent, profile=stages.profile)
             if said is None:
@@ -217,6 +268,8 @@ class StreamEncoder:
         if window is not None and window.local:
             tensors["window.k"] = torch.stack([kv.k for kv in window.local])  # (L, H, w, D)
             tensors["window.v"] = torch.stack([kv.v for kv in window.local])
+        if self._memory is not None:
+            tensors |= dict(self._memory.tensors())
         for index, kept in enumerate(self._queue):
             tensors[f"queue.{index}"] = kept
         for index, frame in enumerate(self._opened):
@@ -225,6 +278,7 @@ class StreamEncoder:
             "counters": asdict(self.counters),
             "seen": window.seen if window is not None else 0,
             "window": [astuple(held) for held in self._in_window],
+            "memory": self._memory.frame_rows() if self._memory is not None else [],
             "queue": [astuple(held) for held in self._queued],
             "open": [[frame.number, frame.start_ns, frame.end_ns] for frame in self._opened],
         }
@@ -247,6 +301,8 @@ class StreamEncoder:
                 pairs = zip(tensors["window.k"].to(device), tensors["window.v"].to(device), strict=True)
                 self._window.local = [LayerKV(k, v) for k, v in pairs]
                 self._window.seen = int(meta["seen"])
+            if self._memory is not None:
+                self._memory.restore(tensors, meta["memory"], device)
             self._in_window = _held(meta["window"])
             self._queued = _held(meta["queue"])
             self._queue = [tensors[f"queue.{index}"].to(device) for index in range(len(self._queued))]
@@ -264,7 +320,31 @@ class StreamEncoder:
         local = self._window.local if self._window is not None else []
         parts = [*(kv.k for kv in local), *(kv.v for kv in local), *self._queue]
         parts += [frame.tokens for frame in self._opened]
+        parts += [part for _, part in self._memory.tensors()] if self._memory is not None else []
         return 4096 + sum(part.numel() * part.element_size() for part in parts)
+
+
+def _add_prototypes(
+    group: Sequence[SeenFrame],
+    blocks: Table,
+    layers: Sequence[list[LayerKV | None]],
+    merged: Sequence[Merged | None],
+) -> Table:
+    """Prototypes are blocks of one token behind those of the frames, one a frame, in the layers that made them.
+
+    Their rows say where the frame stands; where a layer's prototype does, its keep sets say.
+    """
+    rows = blocks.copy()
+    rows["kind"], rows["tokens"] = BlockKind.PROTOTYPE, 1
+    for held, one in zip(layers, merged, strict=True):
+        found = {} if one is None else {number: at for at, number in enumerate(one.frame.tolist())}
+        for frame in group:
+            at = found.get(frame.number)
+            part = (
+                None if one is None or at is None else LayerKV(one.k[:, at : at + 1], one.v[:, at : at + 1])
+            )
+            held.append(part)
+    return np.concatenate((blocks, rows))
 
 
 def _split(kv: LayerKV, sizes: Sequence[int]) -> list[LayerKV]:

@@ -9,6 +9,7 @@ from memdb.codecs.base import Codec
 from memdb.index.mean_key import MeanKey
 from memdb.ingest.encode import CAPTIONERS, ENCODERS
 from memdb.ingest.encode.base import Captioner
+from memdb.ingest.encode.chunk import Chunk
 from memdb.ingest.encode.nothing import NoKV
 from memdb.ingest.encode.window import SlidingWindow
 from memdb.ingest.reduce import REDUCERS
@@ -17,6 +18,9 @@ from memdb.ingest.units import UNITS
 from memdb.ingest.units.base import UnitStage
 from memdb.retain import RETAINERS
 from memdb.retain.keep_all import KeepAll
+from memdb.retain.view import BoundedRetainer
+from memdb.schemas.errors import RecipeError
+from memdb.schemas.fingerprint import ModelShape
 from memdb.schemas.legality import check
 from memdb.schemas.params import bare, build
 from memdb.schemas.recipe import Recipe
@@ -25,10 +29,10 @@ from memdb.schemas.recipe import Recipe
 @dataclass(frozen=True)
 class IngestStages:
     unit: UnitStage
-    encode: SlidingWindow | NoKV
+    encode: SlidingWindow | Chunk | NoKV
     captioner: Captioner
     recurrent: Recurrent | None
-    retain: KeepAll
+    retain: KeepAll | BoundedRetainer
     index: MeanKey
     codec: Codec | None
     profile: str
@@ -41,13 +45,42 @@ def compose(recipe: Recipe) -> IngestStages:
     bare("index", recipe.index, ("mean_key", "caption"))
     captioner = build("caption", recipe.caption, CAPTIONERS)
     reduce = build("reduce", recipe.reduce, REDUCERS)
+    encode, retain = build("encode", recipe.encode, ENCODERS), build("retain", recipe.retain, RETAINERS)
+    _check_probe(recipe.name, encode, retain)
     return IngestStages(
         unit=build("unit", recipe.unit, UNITS),
-        encode=build("encode", recipe.encode, ENCODERS),
+        encode=encode,
         captioner=captioner,
         recurrent=captioner.recurrent(reduce),
-        retain=build("retain", recipe.retain, RETAINERS),
+        retain=retain,
         index=MeanKey(),
         codec=codecs.codec(recipe.codec) if recipe.keeps_kv else None,
         profile=recipe.profile,
     )
+
+
+def fit(stages: IngestStages, shape: ModelShape) -> None:
+    """Whether the stages can run on a model of this shape. Raises RecipeError."""
+    retain = stages.retain
+    if isinstance(retain, KeepAll):
+        return
+    least = retain.least_tokens(shape.frame_tokens)
+    if retain.budget_tokens < least:
+        raise RecipeError(
+            f"retain.budget_tokens = {retain.budget_tokens} is too small for frames of {shape.frame_tokens} tokens: "
+            f"give at least {least}"
+        )
+
+
+def _check_probe(name: str, encode: object, retain: object) -> None:
+    """R18: attention rows come from a probe, and a probe is for a retainer that reads them."""
+    if isinstance(retain, KeepAll) or not isinstance(encode, Chunk):
+        return
+    uses: bool = retain.uses_attention  # type: ignore[attr-defined]
+    if uses != (encode.probe != "none"):
+        what = (
+            "reads the attention of a probe: set encode.probe"
+            if uses
+            else "reads no attention: leave encode.probe"
+        )
+        raise RecipeError(f"recipe {name!r} is not legal (R18): stage retain {what}")

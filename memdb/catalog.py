@@ -280,7 +280,11 @@ class Catalog:
             # An end counts as long as nothing came after it.
             end_ns=end[2] if end and end[3] == state.units else None,
             tier_bytes=TierBytes(
-                state.kv_bytes, state.keys_bytes, state.captions_bytes, state.keyframes_bytes
+                state.kv_bytes,
+                state.keys_bytes,
+                state.captions_bytes,
+                state.keyframes_bytes,
+                state.keep_sets_bytes,
             ),
             tombstones=stones,
             generation=state.generation,

@@ -130,7 +130,7 @@ class Client:
         from memdb.ingest.run import Diverged
         from memdb.ingest.sampling import slot_ns
         from memdb.ingest.sources import open_source
-        from memdb.ingest.stages import compose
+        from memdb.ingest.stages import compose, fit
         from memdb.query.stages import compose as compose_query
         from memdb.recipes import for_live
 
@@ -154,6 +154,7 @@ class Client:
                         row = for_live(row, fitted["hybrid"])
                     stages = compose(row)
                     compose_query(row)
+                    fit(stages, model.shape)
                     vectors = self._vectors(stages.captioner.encoder) if row.keeps_captions else None
                 store.bind_model(model.identity)
                 known = next((found for found in store.recordings() if found.name == name), None)

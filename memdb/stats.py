@@ -22,8 +22,8 @@ class RecordingStats:
     duration_s: float  # media time from the first unit to the watermark
     watermark_s: float
     recipe: str
-    # By tier: kv, keys, captions, keyframes, overhead (padding, footers), state, and dead: what was forgotten or
-    # written anew and lies there until memdb compact.
+    # By tier: kv, keys, captions, keyframes, keep_sets, overhead (padding, footers), state, and dead: what was
+    # forgotten or written anew and lies there until memdb compact.
     bytes: dict[str, int]
     started_at_ns: int | None  # wall clock
     finished: bool
@@ -72,7 +72,7 @@ def stats(store: Store) -> StoreStats:
 
 def _recording(row: RecordingRow, segment_bytes: int, state_bytes: int, dead_bytes: int) -> RecordingStats:
     tiers = row.tier_bytes
-    held = tiers.kv + tiers.keys + tiers.captions + tiers.keyframes + dead_bytes
+    held = tiers.kv + tiers.keys + tiers.captions + tiers.keyframes + tiers.keep_sets + dead_bytes
     return RecordingStats(
         name=row.name,
         units=row.units,
@@ -84,6 +84,7 @@ def _recording(row: RecordingRow, segment_bytes: int, state_bytes: int, dead_byt
             "keys": tiers.keys,
             "captions": tiers.captions,
             "keyframes": tiers.keyframes,
+            "keep_sets": tiers.keep_sets,
             "overhead": segment_bytes - held,
             "state": state_bytes,
             "dead": dead_bytes,

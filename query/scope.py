@@ -28,6 +28,7 @@ class Opened:
     kv: StoredKV
     blocks: npt.NDArray[np.bool_]  # mask of the key table's blocks
     captions: npt.NDArray[np.bool_]  # mask of its captions
+    at_ns: int | None = None  # the moment as of which it may be used; None for now
 
     @property
     def watermark_ns(self) -> int:
@@ -74,7 +75,7 @@ def open_scope(kv: StoredKV, at_ns: int | None) -> Opened:
         end_ns = kv.row.end_ns if kv.row.end_ns is not None else np.iinfo(np.int64).max
         there[0] &= np.minimum(blocks["end_ns"], end_ns) <= at_ns
         there[1] &= np.minimum(captions["end_ns"], end_ns) <= at_ns
-    return Opened(kv.row, kv, *there)
+    return Opened(kv.row, kv, there[0], there[1], at_ns)
 
 
 def holdings(

@@ -58,6 +58,29 @@ RULES: tuple[Rule, ...] = (
         "out of them",
     ),
     Rule(
+        "R8",
+        lambda r: r.encode.method == "chunk" and r.retain.method == "all",
+        "chunks are encoded against a compressed memory, which nothing here compresses: set retain to a method with "
+        "budget_tokens, or encode = 'window'",
+    ),
+    Rule(
+        "R8",
+        lambda r: r.encode.method in ("window", "none") and r.retain.method != "all",
+        "a bounded memory is what the next chunk is encoded against: set encode = 'chunk', or retain = 'all'",
+    ),
+    Rule(
+        "R10",
+        lambda r: (r.retrieve.method == "all") != (r.encode.method == "chunk"),
+        "retrieve all activates a bounded memory, as it was when the question was asked, and only that may be "
+        "activated of one (R20): set both encode = 'chunk' and retrieve = 'all', or neither",
+    ),
+    Rule(
+        "R2",
+        lambda r: (r.rebuild.method == "original") != (r.encode.method == "chunk"),
+        "original positions are those of encode chunk, which sees tokens where they stand in the stream; a window has "
+        "places of its own: set both encode = 'chunk' and rebuild = 'original', or neither",
+    ),
+    Rule(
         "S1",
         lambda r: not r.keeps_kv and not r.keeps_captions,
         "the recipe keeps neither captions nor KV: nothing could be asked of it",

@@ -9,6 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Up to here angles come from a table (64 MiB at 64 channels); beyond, which only original positions reach, they are
+# computed for the positions at hand. Both are the same numbers.
+TABLE_POSITIONS_MAX = 1 << 17
+
 
 class Rotary:
     """Half-split ("rotate half") RoPE with the checkpoint's own frequencies.
@@ -44,6 +48,8 @@ class Rotary:
 
     def rotate_at(self, x: Tensor, positions: Tensor, length: int) -> Tensor:
         """x (H, T, D) rotated to `positions` (T,), all of them below `length`."""
+        if length > TABLE_POSITIONS_MAX:
+            return turn(x, *self.at(positions))
         cos, sin = self.tables(length)
         return turn(x, cos[positions], sin[positions])
 

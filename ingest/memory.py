@@ -1,0 +1,202 @@
+"""The encoder's own copy of a bounded memory, at compute precision: per layer its tokens and where they are from.
+
+It is part of the encoder state, saved and restored bit for bit. What a question reads is the stored form of the same
+tokens, named by the keep set of the last commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memdb.ingest.frames import SeenFrame
+from memdb.ingest.held import Held, is_meant
+from memdb.models.window import LayerKV
+from memdb.retain.view import BoundedRetainer, LayerView, Merged
+from memdb.schemas.keep import KeepSet, token_ids
+from memdb.schemas.recording import Tombstone
+from memdb.schemas.units import BlockKind
+
+
+@dataclass(eq=False)
+class LayerTokens:
+    """Tokens of one layer in the order of the stream: k, v (H, M, D) unrotated, the others (M,) int64.
+
+    id: see schemas/keep.py. position: at which they were encoded. frame, patch, kind: see LayerView.
+    """
+
+    k: Tensor
+    v: Tensor
+    id: Tensor
+    position: Tensor
+    frame: Tensor
+    patch: Tensor
+    kind: Tensor
+
+    @classmethod
+    def none(cls, like: LayerKV) -> LayerTokens:
+        words = torch.empty(0, dtype=torch.long, device=like.k.device)
+        return cls(like.k[:, :0], like.v[:, :0], *([words] * 5))
+
+    @property
+    def kv(self) -> LayerKV:
+        return LayerKV(self.k, self.v)
+
+    def at(self, places: Tensor) -> LayerTokens:
+        """The tokens at these places."""
+        words = (getattr(self, name)[places] for name in _WORDS)
+        return LayerTokens(self.k[:, places], self.v[:, places], *words)
+
+    def plus(self, other: LayerTokens) -> LayerTokens:
+        """With the tokens of another behind them."""
+        words = (torch.cat((getattr(self, name), getattr(other, name))) for name in _WORDS)
+        return LayerTokens(torch.cat((self.k, other.k), 1), torch.cat((self.v, other.v), 1), *words)
+
+    def view(self, layer: int, layers: int, attention: Tensor | None, fresh: int) -> LayerView:
+        return LayerView(
+            layer, layers, self.k, self.v, self.position, self.frame, self.patch, self.kind, attention, fresh
+        )
+
+
+_FIELDS = tuple(field.name for field in fields(LayerTokens))
+_WORDS = _FIELDS[2:]
+
+
+class EncoderMemory:
+    """At most the retainer's budget of tokens a layer, after every chunk. Init tokens are apart and always there."""
+
+    def __init__(self, init: Sequence[LayerKV], retainer: BoundedRetainer) -> None:
+        self.init = list(init)
+        self.layers = [LayerTokens.none(kv) for kv in init]
+        self._retainer = retainer
+        self._frames: dict[int, Held] = {}  # of which any layer holds a token, by number
+
+    @property
+    def kv(self) -> list[LayerKV]:
+        return [layer.kv for layer in self.layers]
+
+    @property
+    def positions(self) -> list[Tensor]:
+        return [layer.position for layer in self.layers]
+
+    @property
+    def frames(self) -> list[Held]:
+        """The frames that it holds anything of, oldest first."""
+        return [self._frames[number] for number in sorted(self._frames)]
+
+    def take(
+        self,
+        unit: int,
+        frames: Sequence[SeenFrame],
+        fresh: Sequence[LayerKV],
+        prototypes: Sequence[Merged | None],
+        heard: Sequence[Tensor],
+        start: int,
+    ) -> None:
+        """A chunk comes in, and what the retainer does not choose goes.
+
+        fresh: the chunk's keys and values, a layer each. heard: the probe's attention over memory and chunk, empty
+        without a probe. start: the stream position of its first token.
+        """
+        for frame in frames:
+            self._frames[frame.number] = Held(frame.start_ns, frame.end_ns, len(frame.tokens))
+        for layer, (own, new, merged) in enumerate(zip(self.layers, fresh, prototypes, strict=True)):
+            came = chunk_tokens(unit, frames, new, start)
+            candidates = own.plus(came)
+            attention = heard[layer] if heard else None
+            if merged is not None and len(merged.position):
+                candidates, attention = _with_prototypes(candidates, attention, unit, frames, merged)
+            view = candidates.view(layer, len(self.layers), attention, len(candidates.id) - len(own.id))
+            self.layers[layer] = candidates.at(self._chosen(view))
+        self._let_go()
+
+    def _chosen(self, view: LayerView) -> Tensor:
+        places, budget = self._retainer.choose(view), self._retainer.budget_tokens
+        assert len(places) <= budget, f"layer {view.layer}: {len(places)} tokens, of a budget of {budget}"
+        if len(places):
+            within = bool((places.diff() > 0).all() and places[0] >= 0 and places[-1] < view.tokens)
+            assert within, f"layer {view.layer}: the places do not ascend, or lie outside"
+        return places
+
+    def forget(self, tombstones: Sequence[Tombstone]) -> None:
+        """Let go of the tokens of frames that overlap these spans."""
+        gone = [number for number, frame in self._frames.items() if is_meant(frame, tombstones)]
+        for layer, own in enumerate(self.layers):
+            left = ~torch.isin(own.frame, torch.tensor(gone, dtype=torch.long, device=own.frame.device))
+            self.layers[layer] = own.at(left.nonzero()[:, 0])
+        self._let_go()
+
+    def _let_go(self) -> None:
+        held = torch.cat([own.frame for own in self.layers]).unique().tolist()
+        self._frames = {number: self._frames[number] for number in held}
+
+    def keep_set(self) -> KeepSet:
+        """What it holds, for the commit of the unit that came in last; in the order of ids."""
+        ids, positions = [], []
+        for own in self.layers:
+            mine, at = own.id.cpu().numpy(), own.position.cpu().numpy()
+            order = np.argsort(mine)
+            ids.append(mine[order])
+            positions.append(at[order])
+        return KeepSet(tuple(ids), tuple(positions))
+
+    # The exact byte form
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for number, own in enumerate(self.layers):
+            for name in _FIELDS:
+                yield f"memory.{number}.{name}", getattr(own, name)
+
+    def frame_rows(self) -> list[list[int]]:
+        return [[number, held.start_ns, held.end_ns, held.tokens] for number, held in self._frames.items()]
+
+    def restore(
+        self, tensors: Mapping[str, Tensor], rows: Sequence[Sequence[int]], device: torch.device
+    ) -> None:
+        """Inverse of `tensors` and `frame_rows`. Raises KeyError, ValueError for what is none of this memory."""
+        for number, own in enumerate(self.layers):
+            parts = [tensors[f"memory.{number}.{name}"].to(device) for name in _FIELDS]
+            found = LayerTokens(*parts)
+            shapes = {found.k.shape, found.v.shape, (own.k.shape[0], len(found.id), own.k.shape[2])}
+            if len(shapes) > 1 or found.k.dtype != own.k.dtype or len({len(part) for part in parts[2:]}) > 1:
+                raise ValueError(f"the memory of layer {number} is of another model")
+            self.layers[number] = found
+        self._frames = {int(number): Held(int(a), int(b), int(n)) for number, a, b, n in rows}
+
+
+def chunk_tokens(unit: int, frames: Sequence[SeenFrame], kv: LayerKV, start: int) -> LayerTokens:
+    """One layer's new tokens: each frame is a block of the unit, its tokens in raster order."""
+    sizes = [len(frame.tokens) for frame in frames]
+    block = np.repeat(np.arange(len(frames)), sizes)
+    patch = np.concatenate([np.arange(size) for size in sizes])
+    number = np.repeat([frame.number for frame in frames], sizes)
+    kind = np.full(len(block), int(BlockKind.FRAME))
+    position = start + np.arange(len(block))
+    words = (token_ids(unit, block, patch), position, number, patch, kind)
+    return LayerTokens(
+        kv.k, kv.v, *(torch.from_numpy(np.asarray(word, np.int64)).to(kv.k.device) for word in words)
+    )
+
+
+def _with_prototypes(
+    tokens: LayerTokens, attention: Tensor | None, unit: int, frames: Sequence[SeenFrame], merged: Merged
+) -> tuple[LayerTokens, Tensor | None]:
+    """The candidates with prototypes among them, by position, a token before a prototype that stands where it does.
+
+    They are blocks of their own behind the unit's frames, one a frame; no probe looked at them: their attention is 0.
+    """
+    block = {frame.number: len(frames) + place for place, frame in enumerate(frames)}
+    numbers = merged.frame.tolist()
+    ids = torch.from_numpy(token_ids(unit, np.array([block[number] for number in numbers]), 0))
+    words = (torch.full_like(merged.frame, fill) for fill in (-1, int(BlockKind.PROTOTYPE)))
+    came = LayerTokens(merged.k, merged.v, ids.to(merged.frame.device), merged.position, merged.frame, *words)
+    whole = tokens.plus(came)
+    order = torch.argsort(whole.position, stable=True)
+    if attention is not None:
+        unheard = attention.new_zeros(*attention.shape[:2], len(numbers))
+        attention = torch.cat((attention, unheard), -1)[..., order]
+    return whole.at(order), attention
