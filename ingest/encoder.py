@@ -20,13 +20,13 @@ from memdb.ingest.encode.chunk import Chunk
 from memdb.ingest.encode.window import SlidingWindow
 from memdb.ingest.frames import ReadyFrame, SeenFrame
 from memdb.ingest.held import Held, Timed, is_meant, newest
-from memdb.ingest.memory import EncoderMemory, chunk_tokens
+from memdb.ingest.memory import EncoderMemory, chunk_tokens, grid_of
 from memdb.ingest.stages import IngestStages
 from memdb.models.caption_vectors import CaptionVectors
 from memdb.models.protocol import VideoModel
 from memdb.models.window import LayerKV, WindowContext
 from memdb.retain.keep_all import KeepAll
-from memdb.retain.view import Merged, Merges
+from memdb.retain.template import Prototypes, Template, prototypes
 from memdb.schemas.errors import CorruptionError
 from memdb.schemas.keep import KeepSet
 from memdb.schemas.recording import Tombstone
@@ -185,20 +185,20 @@ class StreamEncoder:
             chunk = torch.cat([frame.tokens for frame in group])
             context = encode.encode(self._model, memory.init, memory.kv, memory.positions, chunk, start)
         with self.laps("retain"):
-            merged: list[Merged | None] = [None] * len(memory.layers)
-            if isinstance(retain, Merges):
-                for layer, own in enumerate(memory.layers):
-                    whole = own.plus(chunk_tokens(number, group, context.fresh[layer], start))
-                    heard = context.heard[layer] if context.heard else None
-                    merged[layer] = retain.merge(whole.view(layer, len(memory.layers), heard, len(chunk)))
-            memory.take(number, group, context.fresh, merged, context.heard, start)
+            merged: list[Prototypes | None] = [None] * len(memory.layers)
+            if isinstance(retain, Template):
+                for layer, kv in enumerate(context.fresh):
+                    came, paid = chunk_tokens(number, group, kv, start), context.heard[layer][-len(chunk) :]
+                    merged[layer] = prototypes(came.k, came.v, paid, came.frame, came.position)
+            grid = grid_of(self._model.shape.frame_tokens)
+            memory.take(number, group, context.fresh, merged, context.heard, start, grid)
         return self._unit(group, context.fresh, merged, memory.keep_set())
 
     def _unit(
         self,
         group: Sequence[SeenFrame],
         kv: Sequence[LayerKV] | None,
-        merged: Sequence[Merged | None] = (),
+        merged: Sequence[Prototypes | None] = (),
         keep: KeepSet | None = None,
     ) -> Unit:
         caption = self._caption(group, kv)
@@ -328,7 +328,7 @@ def _add_prototypes(
     group: Sequence[SeenFrame],
     blocks: Table,
     layers: Sequence[list[LayerKV | None]],
-    merged: Sequence[Merged | None],
+    merged: Sequence[Prototypes | None],
 ) -> Table:
     """Prototypes are blocks of one token behind those of the frames, one a frame, in the layers that made them.
 

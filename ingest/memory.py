@@ -6,6 +6,7 @@ tokens, named by the keep set of the last commit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
@@ -16,7 +17,9 @@ from torch import Tensor
 from memdb.ingest.frames import SeenFrame
 from memdb.ingest.held import Held, is_meant
 from memdb.models.window import LayerKV
-from memdb.retain.view import BoundedRetainer, LayerView, Merged
+from memdb.retain.base import Bounded
+from memdb.retain.template import Prototypes
+from memdb.retain.view import LayerView
 from memdb.schemas.keep import KeepSet, token_ids
 from memdb.schemas.recording import Tombstone
 from memdb.schemas.units import BlockKind
@@ -26,7 +29,8 @@ from memdb.schemas.units import BlockKind
 class LayerTokens:
     """Tokens of one layer in the order of the stream: k, v (H, M, D) unrotated, the others (M,) int64.
 
-    id: see schemas/keep.py. position: at which they were encoded. frame, patch, kind: see LayerView.
+    id: see schemas/keep.py. position: at which they were encoded. frame, kind: see LayerView. patch: raster index in
+    the frame, -1 for what was merged.
     """
 
     k: Tensor
@@ -56,10 +60,12 @@ class LayerTokens:
         words = (torch.cat((getattr(self, name), getattr(other, name))) for name in _WORDS)
         return LayerTokens(torch.cat((self.k, other.k), 1), torch.cat((self.v, other.v), 1), *words)
 
-    def view(self, layer: int, layers: int, attention: Tensor | None, fresh: int) -> LayerView:
-        return LayerView(
-            layer, layers, self.k, self.v, self.position, self.frame, self.patch, self.kind, attention, fresh
-        )
+    def view(self, grid: tuple[int, int], importance: Tensor | None) -> LayerView:
+        """As a retainer sees them. grid: rows and columns of a whole frame."""
+        merged = self.patch < 0
+        place = torch.stack((self.patch // grid[1], self.patch % grid[1]), 1)  # (M, 2)
+        place[merged] = -1
+        return LayerView(self.k, self.v, self.position, self.frame, place, self.kind, grid, importance)
 
 
 _FIELDS = tuple(field.name for field in fields(LayerTokens))
@@ -69,7 +75,7 @@ _WORDS = _FIELDS[2:]
 class EncoderMemory:
     """At most the retainer's budget of tokens a layer, after every chunk. Init tokens are apart and always there."""
 
-    def __init__(self, init: Sequence[LayerKV], retainer: BoundedRetainer) -> None:
+    def __init__(self, init: Sequence[LayerKV], retainer: Bounded) -> None:
         self.init = list(init)
         self.layers = [LayerTokens.none(kv) for kv in init]
         self._retainer = retainer
@@ -93,33 +99,35 @@ class EncoderMemory:
         unit: int,
         frames: Sequence[SeenFrame],
         fresh: Sequence[LayerKV],
-        prototypes: Sequence[Merged | None],
+        prototypes: Sequence[Prototypes | None],
         heard: Sequence[Tensor],
         start: int,
+        grid: tuple[int, int],
     ) -> None:
         """A chunk comes in, and what the retainer does not choose goes.
 
-        fresh: the chunk's keys and values, a layer each. heard: the probe's attention over memory and chunk, empty
-        without a probe. start: the stream position of its first token.
+        fresh: the chunk's keys and values, a layer each. prototypes: of its frames, where the retainer makes them.
+        heard: what the probe paid to memory and chunk, empty without one. start: the stream position of its first
+        token. grid: rows and columns of a frame.
         """
         for frame in frames:
             self._frames[frame.number] = Held(frame.start_ns, frame.end_ns, len(frame.tokens))
         for layer, (own, new, merged) in enumerate(zip(self.layers, fresh, prototypes, strict=True)):
             came = chunk_tokens(unit, frames, new, start)
             candidates = own.plus(came)
-            attention = heard[layer] if heard else None
-            if merged is not None and len(merged.position):
-                candidates, attention = _with_prototypes(candidates, attention, unit, frames, merged)
-            view = candidates.view(layer, len(self.layers), attention, len(candidates.id) - len(own.id))
-            self.layers[layer] = candidates.at(self._chosen(view))
+            importance = heard[layer] if heard else None
+            if merged is not None:
+                candidates, importance = _with_prototypes(candidates, importance, unit, frames, merged)
+            places = self._chosen(layer, candidates.view(grid, importance))
+            self.layers[layer] = candidates.at(places)
         self._let_go()
 
-    def _chosen(self, view: LayerView) -> Tensor:
+    def _chosen(self, layer: int, view: LayerView) -> Tensor:
         places, budget = self._retainer.choose(view), self._retainer.budget_tokens
-        assert len(places) <= budget, f"layer {view.layer}: {len(places)} tokens, of a budget of {budget}"
+        assert len(places) <= budget, f"layer {layer}: {len(places)} tokens, of a budget of {budget}"
         if len(places):
             within = bool((places.diff() > 0).all() and places[0] >= 0 and places[-1] < view.tokens)
-            assert within, f"layer {view.layer}: the places do not ascend, or lie outside"
+            assert within, f"layer {layer}: the places do not ascend, or lie outside"
         return places
 
     def forget(self, tombstones: Sequence[Tombstone]) -> None:
@@ -168,6 +176,12 @@ class EncoderMemory:
         self._frames = {int(number): Held(int(a), int(b), int(n)) for number, a, b, n in rows}
 
 
+def grid_of(frame_tokens: int) -> tuple[int, int]:
+    """Rows and columns of a frame's tokens: a square where they make one, else one row."""
+    side = math.isqrt(frame_tokens)
+    return (side, side) if side * side == frame_tokens else (1, frame_tokens)
+
+
 def chunk_tokens(unit: int, frames: Sequence[SeenFrame], kv: LayerKV, start: int) -> LayerTokens:
     """One layer's new tokens: each frame is a block of the unit, its tokens in raster order."""
     sizes = [len(frame.tokens) for frame in frames]
@@ -183,20 +197,23 @@ def chunk_tokens(unit: int, frames: Sequence[SeenFrame], kv: LayerKV, start: int
 
 
 def _with_prototypes(
-    tokens: LayerTokens, attention: Tensor | None, unit: int, frames: Sequence[SeenFrame], merged: Merged
+    tokens: LayerTokens,
+    importance: Tensor | None,
+    unit: int,
+    frames: Sequence[SeenFrame],
+    merged: Prototypes,
 ) -> tuple[LayerTokens, Tensor | None]:
     """The candidates with prototypes among them, by position, a token before a prototype that stands where it does.
 
-    They are blocks of their own behind the unit's frames, one a frame; no probe looked at them: their attention is 0.
+    They are blocks of their own behind the unit's frames, one a frame. What the probe paid to the tokens of its
+    frame together is the importance of a prototype in the round in which it is made (ours).
     """
     block = {frame.number: len(frames) + place for place, frame in enumerate(frames)}
-    numbers = merged.frame.tolist()
-    ids = torch.from_numpy(token_ids(unit, np.array([block[number] for number in numbers]), 0))
+    ids = token_ids(unit, np.array([block[number] for number in merged.frame.tolist()], np.int64), 0)
     words = (torch.full_like(merged.frame, fill) for fill in (-1, int(BlockKind.PROTOTYPE)))
-    came = LayerTokens(merged.k, merged.v, ids.to(merged.frame.device), merged.position, merged.frame, *words)
-    whole = tokens.plus(came)
+    own = torch.from_numpy(ids).to(merged.frame.device)
+    whole = tokens.plus(LayerTokens(merged.k, merged.v, own, merged.position, merged.frame, *words))
     order = torch.argsort(whole.position, stable=True)
-    if attention is not None:
-        unheard = attention.new_zeros(*attention.shape[:2], len(numbers))
-        attention = torch.cat((attention, unheard), -1)[..., order]
-    return whole.at(order), attention
+    if importance is not None:
+        importance = torch.cat((importance, merged.mass))[order]
+    return whole.at(order), importance

@@ -16,9 +16,9 @@ from memdb.ingest.reduce import REDUCERS
 from memdb.ingest.reduce.recurrent import Recurrent
 from memdb.ingest.units import UNITS
 from memdb.ingest.units.base import UnitStage
-from memdb.retain import RETAINERS
+from memdb.retain import PROBED, RETAINERS
+from memdb.retain.base import Bounded
 from memdb.retain.keep_all import KeepAll
-from memdb.retain.view import BoundedRetainer
 from memdb.schemas.errors import RecipeError
 from memdb.schemas.fingerprint import ModelShape
 from memdb.schemas.legality import check
@@ -32,7 +32,7 @@ class IngestStages:
     encode: SlidingWindow | Chunk | NoKV
     captioner: Captioner
     recurrent: Recurrent | None
-    retain: KeepAll | BoundedRetainer
+    retain: KeepAll | Bounded
     index: MeanKey
     codec: Codec | None
     profile: str
@@ -46,7 +46,7 @@ def compose(recipe: Recipe) -> IngestStages:
     captioner = build("caption", recipe.caption, CAPTIONERS)
     reduce = build("reduce", recipe.reduce, REDUCERS)
     encode, retain = build("encode", recipe.encode, ENCODERS), build("retain", recipe.retain, RETAINERS)
-    _check_probe(recipe.name, encode, retain)
+    _check_probe(recipe, encode)
     return IngestStages(
         unit=build("unit", recipe.unit, UNITS),
         encode=encode,
@@ -64,7 +64,7 @@ def fit(stages: IngestStages, shape: ModelShape) -> None:
     retain = stages.retain
     if isinstance(retain, KeepAll):
         return
-    least = retain.least_tokens(shape.frame_tokens)
+    least = retain.tokens_min(shape.frame_tokens)
     if retain.budget_tokens < least:
         raise RecipeError(
             f"retain.budget_tokens = {retain.budget_tokens} is too small for frames of {shape.frame_tokens} tokens: "
@@ -72,15 +72,15 @@ def fit(stages: IngestStages, shape: ModelShape) -> None:
         )
 
 
-def _check_probe(name: str, encode: object, retain: object) -> None:
-    """R18: attention rows come from a probe, and a probe is for a retainer that reads them."""
-    if isinstance(retain, KeepAll) or not isinstance(encode, Chunk):
-        return
-    uses: bool = retain.uses_attention  # type: ignore[attr-defined]
-    if uses != (encode.probe != "none"):
+def _check_probe(recipe: Recipe, encode: object) -> None:
+    """R18: importance comes from a probe, and a probe is for a retainer that looks at it."""
+    uses = recipe.retain.method in PROBED
+    if isinstance(encode, Chunk) and uses != (encode.probe != "none"):
         what = (
-            "reads the attention of a probe: set encode.probe"
+            "looks at the importance of a probe: set encode.probe"
             if uses
-            else "reads no attention: leave encode.probe"
+            else "looks at none: leave encode.probe"
         )
-        raise RecipeError(f"recipe {name!r} is not legal (R18): stage retain {what}")
+        raise RecipeError(
+            f"recipe {recipe.name!r} is not legal (R18): retain {recipe.retain.method!r} {what}"
+        )

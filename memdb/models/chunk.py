@@ -16,6 +16,8 @@ from memdb.models.attention import softmax_attention
 from memdb.models.rotary import Rotary
 from memdb.models.window import LayerKV
 
+ROWS_AT_ONCE = 32  # of a long probe, so that its scores never stand in memory together
+
 
 class ChunkContext:
     """New tokens at the positions from `start` on, causal among themselves, over everything that is remembered.
@@ -24,8 +26,8 @@ class ChunkContext:
     of the forward whose attention over [init | memory | chunk] is wanted. Only those rows are computed, beside fused
     attention, in fp32.
 
-    After the forward: `fresh`, the chunk's keys and values, unrotated; `heard`, a layer each (Hq, P, M + C): the
-    rows' attention without the columns of the init tokens, which the softmax saw.
+    After the forward: `fresh`, the chunk's keys and values, unrotated; `heard`, a layer each (M + C,): what the rows
+    paid to memory and chunk, see `importance`. The softmax saw the init tokens, too.
     """
 
     def __init__(
@@ -64,15 +66,24 @@ class ChunkContext:
         self.fresh.append(LayerKV(k[:, :C], v[:, :C]))
         if self._probe is not None:
             rows = slice(self._probe.start, self._probe.stop)
-            seen = probe_rows(q[:, rows], keys[:, : past + C], mask[rows, : past + C], scale)
-            self.heard.append(seen[..., init.tokens :])
+            paid = importance(q[:, rows], keys[:, : past + C], mask[rows, : past + C], scale)
+            self.heard.append(paid[init.tokens :])
         return softmax_attention(q, keys, torch.cat((init.v, memory.v, v), 1), scale, mask)
 
 
-def probe_rows(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Attention of a few rows: q (Hq, P, D), k (H, S, D), rotated; mask (P, S) -> (Hq, P, S) in fp32."""
+def importance(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """What a few rows pay to each key: the mean of their softmax over rows and heads, (S,) in fp32.
+
+    q (Hq, P, D), k (H, S, D), rotated; mask (P, S). The query heads of a group are further rows of their KV head, so
+    that no key is repeated.
+    """
     Hq, P, D = q.shape
     H, S, _ = k.shape
-    grouped = q.float().reshape(H, Hq // H * P, D)  # heads of a group one after another
-    scores = torch.matmul(grouped, k.float().transpose(1, 2)).mul_(scale).view(Hq, P, S)
-    return scores.masked_fill_(~mask, float("-inf")).softmax(-1)
+    turned = k.float().transpose(1, 2)  # (H, D, S)
+    total = torch.zeros(S, device=k.device)
+    for start in range(0, P, ROWS_AT_ONCE):
+        rows = q[:, start : start + ROWS_AT_ONCE].float()  # (Hq, p, D)
+        scores = torch.matmul(rows.reshape(H, -1, D), turned).mul_(scale).view(Hq, -1, S)
+        hidden = ~mask[start : start + ROWS_AT_ONCE]
+        total += scores.masked_fill_(hidden, float("-inf")).softmax(-1).sum((0, 1))
+    return total / (Hq * P)

@@ -1,72 +1,63 @@
-"""What a bounded memory's retainer sees of one layer, and what it answers."""
+"""What a retainer sees of one layer of a bounded memory."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
+
+from memdb.schemas.units import BlockKind
 
 
 @dataclass(frozen=True, eq=False)
 class LayerView:
-    """One layer's tokens, the memory's and the new chunk's, in the order of the stream.
+    """The tokens that one layer holds, in order of their positions, all on one device.
 
-    k, v (H, T, D): unrotated, at compute precision. position (T,): stream position at which the encoder saw them.
-    frame (T,): number of the sampled frame. patch (T,): raster index in the frame, -1 for merged tokens.
-    kind (T,): BlockKind. attention (Hq, P, T): fp32 attention of the P probe queries over these tokens, the rest of
-    each row lies on the init tokens; None where the recipe probes nothing. fresh: the last so many tokens are new.
+    Keys are unrotated, so that equal content has equal keys at any time. Every token knows where it came from, also
+    after many rounds: a retainer never has to infer it from the order of the survivors.
+
+    `importance` is what the rows of a probe (a chat template, an observation window) paid to each token in one
+    softmax over everything the layer holds; see `memdb.retain.attention`. None where a method looks at none.
     """
 
-    layer: int
-    layers: int
-    k: Tensor
-    v: Tensor
-    position: Tensor
-    frame: Tensor
-    patch: Tensor
-    kind: Tensor
-    attention: Tensor | None
-    fresh: int
+    k: Tensor  # (H, T, D) unrotated
+    v: Tensor  # (H, T, D)
+    position: Tensor  # (T,) int64, write positions in the stream, ascending
+    frame: Tensor  # (T,) int64, >= 0; a prototype has the number of its frame
+    patch: Tensor  # (T, 2) int64, row and column; -1, -1 for what was merged of several patches
+    kind: Tensor  # (T,) int64, a BlockKind
+    grid: tuple[int, int]  # rows and columns of a whole frame
+    importance: Tensor | None = None  # (T,) fp32
+
+    def __post_init__(self) -> None:
+        T = self.tokens
+        assert self.v.shape == self.k.shape, (self.k.shape, self.v.shape)
+        assert self.position.shape == self.frame.shape == self.kind.shape == (T,)
+        assert self.patch.shape == (T, 2)
+        assert self.importance is None or self.importance.shape == (T,)
 
     @property
     def tokens(self) -> int:
         return int(self.k.shape[1])
 
-
-class BoundedRetainer(Protocol):
-    """A frozen dataclass of parameters with one verb. It never sees a question."""
-
-    uses_attention: ClassVar[bool]
+    @property
+    def merged(self) -> Tensor:
+        """(T,) True for tokens that stand for no single patch: prototypes, summaries, merged frames and centres."""
+        return (self.patch < 0).any(1)
 
     @property
-    def budget_tokens(self) -> int:
-        """Tokens a layer, prototypes included, init tokens apart."""
-        ...
+    def prototype(self) -> Tensor:
+        """(T,) True for the prototypes of frames."""
+        return self.kind == int(BlockKind.PROTOTYPE)
 
-    def least_tokens(self, frame_tokens: int) -> int:
-        """The smallest budget with which it can do what it promises, for frames of so many tokens."""
-        ...
-
-    def choose(self, view: LayerView) -> Tensor:
-        """Which tokens stay: places in the view, ascending, at most `budget_tokens` of them."""
-        ...
-
-
-@dataclass(frozen=True, eq=False)
-class Merged:
-    """Prototypes of new frames: k, v (H, P, D) unrotated; position, frame (P,). At most one a frame and layer."""
-
-    k: Tensor
-    v: Tensor
-    position: Tensor
-    frame: Tensor
-
-
-@runtime_checkable
-class Merges(Protocol):
-    """A retainer that also makes prototypes. They are candidates of the same `choose`, flagged by their kind (R7)."""
-
-    def merge(self, view: LayerView) -> Merged:
-        """Prototypes of the view's fresh tokens, before any of them is dropped."""
-        ...
+    def part(self, kept: Tensor) -> LayerView:
+        """The tokens `kept` (kept,). Their importance goes: it was shared out over another set of tokens."""
+        return LayerView(
+            self.k[:, kept],
+            self.v[:, kept],
+            self.position[kept],
+            self.frame[kept],
+            self.patch[kept],
+            self.kind[kept],
+            self.grid,
+        )
