@@ -15,7 +15,7 @@ from memdb.digest import check_digest, digests_of
 from memdb.policy import CODECS, Age
 from memdb.rewrite import Changed
 from memdb.schemas.errors import CodecError, CorruptionError
-from memdb.schemas.rows import RecordingRow, UnitRow
+from memdb.schemas.rows import ALL_PPM, RecordingRow, UnitRow
 from memdb.schemas.times import NS_PER_S
 from memdb.schemas.units import Unit
 from memdb.sealed import empty_husk, read_unit
@@ -42,6 +42,9 @@ class Ager:
     def __init__(self, store: Store, recording: RecordingRow, ages: tuple[Age, ...], now_ns: int) -> None:
         self._store, self._row, self._now_ns = store, recording, now_ns
         began_ns = wall_clock_ns(recording)
+        if recording.spec.recipe.has_memory:
+            # Keep sets name tokens by their place in a block: of a bounded memory none is thinned. It is small as it is.
+            ages = tuple(replace(age, retainer="", keep_ppm=ALL_PPM) for age in ages)
         reached = [Step(age, now_ns - age.after_ns - began_ns) for age in ages]
         self._steps = [step for step in reached if step.until_ns > recording.start_ns]
         self._own_codec = recording.spec.recipe.codec

@@ -58,25 +58,25 @@ RULES: tuple[Rule, ...] = (
         "out of them",
     ),
     Rule(
-        "R8",
-        lambda r: r.encode.method == "chunk" and r.retain.method == "all",
+        "R8b",
+        lambda r: r.has_memory and r.retain.method == "all",
         "chunks are encoded against a compressed memory, which nothing here compresses: set retain to a method with "
         "budget_tokens, or encode = 'window'",
     ),
     Rule(
-        "R8",
-        lambda r: r.encode.method in ("window", "none") and r.retain.method != "all",
+        "R8c",
+        lambda r: not r.has_memory and r.retain.method != "all",
         "a bounded memory is what the next chunk is encoded against: set encode = 'chunk', or retain = 'all'",
     ),
     Rule(
-        "R10",
-        lambda r: (r.retrieve.method == "all") != (r.encode.method == "chunk"),
+        "R10b",
+        lambda r: (r.retrieve.method == "all") != r.has_memory,
         "retrieve all activates a bounded memory, as it was when the question was asked, and only that may be "
         "activated of one (R20): set both encode = 'chunk' and retrieve = 'all', or neither",
     ),
     Rule(
         "R2",
-        lambda r: (r.rebuild.method == "original") != (r.encode.method == "chunk"),
+        lambda r: (r.rebuild.method == "original") != r.has_memory,
         "original positions are those of encode chunk, which sees tokens where they stand in the stream; a window has "
         "places of its own: set both encode = 'chunk' and rebuild = 'original', or neither",
     ),
