@@ -208,7 +208,9 @@ class StreamEncoder:
                 sizes = [len(frame.tokens) for frame in group]
                 whole, retain = [_split(layer, sizes) for layer in kv], self._stages.retain
                 # A bounded memory's blocks are stored as they came: what of them stays, keep sets say.
-                layers = retain.keep(whole) if isinstance(retain, KeepAll) else [list(row) for row in whole]
+                layers: list[list[LayerKV | None]] = [list(row) for row in whole]
+                if isinstance(retain, KeepAll):
+                    layers = retain.keep(whole)
                 blocks = self._blocks(group)
                 if any(one is not None for one in merged):
                     blocks = _add_prototypes(group, blocks, layers, merged)

@@ -139,8 +139,8 @@ class EncoderMemory:
         self._let_go()
 
     def _let_go(self) -> None:
-        held = torch.cat([own.frame for own in self.layers]).unique().tolist()
-        self._frames = {number: self._frames[number] for number in held}
+        held = set(torch.cat([own.frame for own in self.layers]).tolist())
+        self._frames = {number: frame for number, frame in self._frames.items() if number in held}
 
     def keep_set(self) -> KeepSet:
         """What it holds, for the commit of the unit that came in last; in the order of ids."""

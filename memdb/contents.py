@@ -91,14 +91,17 @@ def without_blocks(unit: Unit, gone: npt.NDArray[np.bool_], element_bytes: int) 
     if not gone.any() or unit.kv is None:
         return replace(unit, blocks=blocks)
     if not blocks["tokens"].any():  # what was remembered then is told by the unit before
-        return replace(unit, blocks=blocks, kv=None, keys=None, keep=None)
-    keep = unit.keep.without_blocks(unit.number, np.flatnonzero(gone)) if unit.keep is not None else None
+        return replace(unit, blocks=blocks, kv=None, keys=None, keep=None, held=None)
+    keep, held = (
+        kept.without_blocks(unit.number, np.flatnonzero(gone)) if kept is not None else None
+        for kept in (unit.keep, unit.held)
+    )
     keys = None
     if unit.keys is not None:
         keys = unit.keys.copy()
         keys[:, gone] = 0
     kv = _kept_slices(unit.kv, ~gone, element_bytes)
-    return replace(unit, blocks=blocks, kv=kv, keys=keys, keep=keep)
+    return replace(unit, blocks=blocks, kv=kv, keys=keys, keep=keep, held=held)
 
 
 def _kept_slices(kv: PackedKV, kept: npt.NDArray[np.bool_], element_bytes: int) -> PackedKV:
@@ -129,8 +132,9 @@ def check_unit(unit: Unit) -> None:
         )
     if unit.kv is not None:
         _check_packed(unit.number, unit.kv, len(unit.blocks))
-    if unit.keep is not None:
-        _check_keep(unit, unit.keep)
+    for kept in (unit.keep, unit.held):
+        if kept is not None:
+            _check_keep(unit, kept)
 
 
 def _check_keep(unit: Unit, keep: KeepSet) -> None:
@@ -180,6 +184,8 @@ def _parts_of(unit: Unit) -> list[tuple[Part, Buffer]]:
         parts.append((Part.KEYS, np.ascontiguousarray(unit.keys, "<f2").tobytes()))
     if unit.keep is not None:
         parts.append((Part.KEEP, keep_set.encode(unit.keep)))
+    if unit.held is not None:
+        parts.append((Part.HELD, keep_set.encode(unit.held)))
     if unit.kv is not None:
         parts.append((Part.KV, np.ascontiguousarray(unit.kv.payload).data))
     return parts
@@ -258,6 +264,7 @@ def unit_from(row: UnitRow, body: bytes, element_bytes: int) -> Unit:
         caption,
         parts.get(Part.KEYFRAME),
         keep_from(row, parts[Part.KEEP]) if Part.KEEP in parts else None,
+        keep_from(row, parts[Part.HELD]) if Part.HELD in parts else None,
     )
 
 

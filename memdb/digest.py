@@ -58,6 +58,8 @@ def digests_of(unit: Unit) -> TierDigests:
         kv += [np.array(unit.keys.shape, "<i8").tobytes(), np.ascontiguousarray(unit.keys, "<f2").tobytes()]
     if unit.keep is not None:
         kv += [b"keep", keep_set.content(unit.keep)]
+    if unit.held is not None:
+        kv += [b"held", keep_set.content(unit.held)]
     captions = [b"captions", head]
     if unit.caption is not None:
         captions += [

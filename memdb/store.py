@@ -241,6 +241,15 @@ class Store:
         row, data = self._part(row, Part.KEEP)
         return None if data is None else keep_from(row, data)
 
+    def read_held(self, row: UnitRow) -> KeepSet | None:
+        """Which of their tokens a unit's slices hold, verified; None for all of them. Raises CorruptionError."""
+        row, data = self._part(row, Part.HELD)
+        return None if data is None else keep_from(row, data)
+
+    def gathered_units(self, recording: RecordingRow) -> dict[int, int]:
+        """Number to revision of the units of which ageing left some tokens only."""
+        return self._catalog.gathered_units(recording)
+
     def _part(self, row: UnitRow, part: Part) -> tuple[UnitRow, bytes | None]:
         """A part of a unit, and the unit's row: as it is now where its file is gone and it was moved since."""
         try:

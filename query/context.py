@@ -144,7 +144,7 @@ def activate(session: Session, memory: Memory, opened: Opened, got: Retrieved, r
         for layer, own in enumerate(memory.layers):
             found, rows = kv.read(layer, own.rows, model.device, model.dtype, readings)
             own = own if rows is own.rows else own.of(rows)
-            places, positions = own.in_order(kv.tokens(rows))
+            places, positions = own.in_order()
             if found is not None:
                 at = torch.from_numpy(places).to(found.k.device)
                 found = LayerKV(found.k[:, at], found.v[:, at])
@@ -191,7 +191,7 @@ def everything(session: Session, opened: Opened, init: list[LayerKV], stages: Qu
     """
     readings, model, window = Readings(), session.model, stages.window_tokens
     if isinstance(stages.retrieve, ActivateAll):
-        memory, got = memory_of(session.store, opened, stages.retrieve), Retrieved()
+        memory, got = memory_of(session.store, opened), Retrieved()
         activate(session, memory, opened, got, readings)
         if readings.bad or memory.bad:
             raise CorruptionError([*readings.warnings(), *memory.bad][0])

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from memdb.memory import remembered
-from memdb.query.retrieve.all import ActivateAll, Activated, newest_frames, whole
+from memdb.query.retrieve.all import Activated, activate
 from memdb.query.scope import Opened
+from memdb.schemas.keep import KeepSet, token_ids
 from memdb.schemas.plan import MemorySize
+from memdb.schemas.units import BlockKind
 from memdb.store import Store
 
 
@@ -27,25 +29,29 @@ class Memory:
         pieces = opened.kv.pieces(range(len(rows)), rows) if rows else None
         return MemorySize(
             blocks=max((len(own.rows) for own in self.layers), default=0),
-            tokens=max((len(own.tokens) for own in self.layers), default=0),
+            tokens=max((len(own.places) for own in self.layers), default=0),
             read_bytes=0 if pieces is None else int(pieces.table["raw_bytes"].sum()),
         )
 
 
-def memory_of(store: Store, opened: Opened, method: ActivateAll) -> Memory:
+def memory_of(store: Store, opened: Opened) -> Memory:
+    """The memory at the watermark, or as of the question's moment."""
     found = remembered(store, opened.row, opened.at_ns)
     if found.keep is None:
         return Memory([], found.bad)
-    return Memory(method.activate(opened.kv.table.blocks, opened.blocks, found.keep), found.bad)
+    return Memory(activate(opened.kv.table.blocks, opened.blocks, found.keep, opened.kv.held()), found.bad)
 
 
 def newest_of(store: Store, opened: Opened, layers: int, blocks: int) -> Memory:
-    """The newest frames whole, in every layer: mode `recent`."""
+    """The newest frames, of whatever the memory kept of them, in every layer: mode `recent`."""
     table = opened.kv.table.blocks
-    rows = newest_frames(table, opened.blocks, blocks)
-    stands = {
-        number: store.unit(opened.row.id, number).blocks["position"]
-        for number in np.unique(table["unit"][rows]).tolist()
-    }
-    starts = [int(stands[int(row["unit"])][int(row["block"])]) for row in table[rows]]
-    return Memory([whole(rows, table, starts)] * layers)
+    rows = np.flatnonzero(opened.blocks & (table["kind"] == BlockKind.FRAME))[-blocks:]
+    ids, positions = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for unit in np.unique(table["unit"][rows]).tolist():
+        stands = store.unit(opened.row.id, unit).blocks["position"]
+        for row in table[rows[table["unit"][rows] == unit]]:
+            tokens = np.arange(int(row["tokens"]))
+            ids.append(token_ids(unit, int(row["block"]), tokens))
+            positions.append(int(stands[int(row["block"])]) + tokens)
+    newest = KeepSet((np.concatenate(ids),) * layers, (np.concatenate(positions),) * layers)
+    return Memory(activate(table, opened.blocks, newest, opened.kv.held()))

@@ -136,7 +136,7 @@ def _plan(
     held = scope.holdings(chosen, opened, shape, element_bytes, init[0].tokens, head_tokens)
     memory = None
     if chosen is not None and isinstance(stages.retrieve, ActivateAll):
-        memory = memory_of(session.store, chosen, stages.retrieve)
+        memory = memory_of(session.store, chosen)
         held = replace(held, memory=memory.size(chosen))
     held = replace(held, is_span=within.is_span)
     kind, why = session.kind(within.text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +17,8 @@ from memdb.pieces import MISSING, Pieces, PieceTable, piece_keys
 from memdb.query.retrieve.topk import Rows
 from memdb.query.unpack import Unpacker
 from memdb.reader import SliceReader
+from memdb.schemas.errors import CorruptionError
+from memdb.schemas.keep import KeepSet
 from memdb.schemas.rows import RecordingRow
 from memdb.schemas.times import format_time, to_s
 from memdb.schemas.units import Table
@@ -64,6 +66,8 @@ class StoredKV:
         self._group: tuple[range, SliceBatch] | None = None
         self._keyed: Table | None = None  # the table of blocks whose keys these are
         self._keys = np.zeros(0, np.int64)
+        self._store = store
+        self._held: dict[int, tuple[int, KeepSet]] = {}  # by unit, of a revision of it
 
     def read(
         self, layer: int, rows: Rows, device: torch.device, dtype: torch.dtype, readings: Readings
@@ -96,6 +100,8 @@ class StoredKV:
     def _see_tokens(self, batch: SliceBatch, rows: Rows) -> None:
         """Ageing may have thinned blocks since their key pages were written: what was read says what they hold."""
         table, kinds = batch.pieces.table, batch.pieces.names.kinds
+        if self.row.spec.recipe.has_memory:  # nothing thins its blocks; what is gathered of them, `held` says
+            return
         there = table["file"] != MISSING
         tokens = np.array([kind.tokens for kind in kinds], np.uint32)
         self.table.blocks["tokens"][rows[there]] = tokens[table["kind"][there]]
@@ -140,6 +146,20 @@ class StoredKV:
             return self._pieces.find(layers[0], self._keys[rows[0]])
         layer = np.repeat(np.asarray(layers, np.int64), [len(own) for own in rows])
         return self._pieces.find(layer, self._keys[np.concatenate(rows)])
+
+    def held(self) -> dict[int, KeepSet]:
+        """Of the units of which ageing left some tokens only, which. A damaged part is of no token."""
+        found: dict[int, tuple[int, KeepSet]] = {}
+        for number, revision in self._store.gathered_units(self.row).items():
+            known = self._held.get(number)
+            if known is None or known[0] != revision:
+                with suppress(CorruptionError):
+                    kept = self._store.read_held(self._store.unit(self.row.id, number))
+                    known = None if kept is None else (revision, kept)
+            if known is not None:
+                found[number] = known
+        self._held = found
+        return {number: kept for number, (_, kept) in found.items()}
 
     def tokens(self, rows: Rows) -> npt.NDArray[np.int64]:
         """Tokens of each block, (len(rows),)."""

@@ -31,6 +31,12 @@ def block_ids(ids: Ids) -> Ids:
     return ids >> _TOKEN_BITS
 
 
+def first_ids(ids: Ids) -> tuple[Ids, Ids]:
+    """The lowest id that a token of the same block can have, and that of the block behind it."""
+    first = block_ids(ids) << _TOKEN_BITS
+    return first, first + (1 << _TOKEN_BITS)
+
+
 @dataclass(frozen=True, eq=False)
 class KeepSet:
     """What the memory holds after the unit in which this stands, of blocks of that unit and of earlier ones.

@@ -26,6 +26,7 @@ class Part(IntEnum):
     KEYS = 4  # fp16 little-endian (L, blocks, H*D)
     KV = 5  # the payload of slices
     KEEP = 6  # the keep set of a bounded memory, see memdb/keep_set.py
+    HELD = 7  # which tokens the slices of a unit hold, in the same form
 
 
 # One row a part of a unit. `offset` counts from the start of the unit's body, and is 64-byte aligned.

@@ -82,6 +82,9 @@ class Unit:
     caption: Caption | None
     keyframe: bytes | None  # JPEG
     keep: KeepSet | None = None  # what a bounded memory holds after this unit
+    held: KeepSet | None = (
+        None  # which of their tokens its slices hold, where ageing gathered those; None: all
+    )
 
     @property
     def payload_bytes(self) -> int:

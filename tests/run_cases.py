@@ -48,6 +48,7 @@ SMALL = {
     },
 }
 RECIPES = ("rekv", "rlivs", "hybrid", "bounded")
+RANKED = ("rekv", "rlivs", "hybrid")  # of these, the ones that rank blocks or captions for a question
 CHUNK = 4  # frames a batch
 WINDOW_TOKENS = 24  # six frames: a film of 24 frames overflows the window three times
 # Clips of three frames in batches of four: after most batches a clip is open.

@@ -326,3 +326,94 @@ def test_stats_tell_what_keep_sets_take_and_what_an_ingest_wrote(
     before = directory_digest(store)
     assert taken_in(long, store, name).units == 0
     assert directory_digest(store) == before
+
+
+@pytest.mark.parametrize("codec", ["raw", "int4"])
+@pytest.mark.parametrize("name", ["uniform", "template"])
+def test_compaction_gathers_what_the_memory_holds_where_the_policy_says_so(
+    name: str, codec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The survivors' codes as they are: the same logits, bit for bit, of a few bytes; older moments lose the rest."""
+    store = tmp_path / "s"
+    moments = remembered_film(
+        store, pictures(14), memory_recipe(name, codec=codec), started_at="2025-06-01T00:00:00Z"
+    )
+    (tmp_path / "age.toml").write_text('[[age]]\nafter = "1 d"\nkeep = "memory"\n')
+    decided = record_decisions(monkeypatch)
+    with reopened(store) as db:
+        db.ask(QUESTION, mode="kv")
+        before = db.stats().recordings[0].bytes["kv"]
+    with connect(store) as db:
+        db.policy(set=tmp_path / "age.toml")
+        assert db.due_now() == {"film": 5}
+        assert db.compact(age_now=True).recordings[0].aged_units == 5
+        assert db.due_now() == {}
+    last = moments[-1].keep
+    with reopened(store) as db:
+        answer = db.ask(QUESTION, mode="kv")
+        assert (answer.warnings, db.verify().problems) == ((), [])
+        assert torch.equal(decided[0], decided[1])
+        digest = db.digest("film")["film"]
+        # A slice is exactly the tokens that the memory holds of its block.
+        row = db.store.recording("film")
+        for unit in db.store.units(row.id):
+            for piece in unit.slices:
+                own = block_ids(last.ids[int(piece["layer"])]) == (unit.number << 16) | int(piece["block"])
+                assert int(piece["tokens"]) == int(own.sum())
+        assert db.stats().recordings[0].bytes["kv"] < before
+        # Of the first moment those are left that the last one still holds.
+        db.ask(QUESTION, mode="kv", at=6)
+        first = moments[1]
+        layers = [
+            own.at(torch.isin(own.id, torch.from_numpy(ids)).nonzero()[:, 0])
+            for own, ids in zip(first.layers, last.ids, strict=True)
+        ]
+        if codec == "raw":
+            assert torch.equal(decided[-1], live_scores(Moment(1, first.init, layers, first.keep)))
+        recent = db.ask(QUESTION, mode="recent")
+        assert not recent.warnings
+        db.export("film", tmp_path / "film.copy", format="memdb")
+    for path in store.glob(f"{CATALOG}*"):
+        path.unlink()
+    repair(store)
+    with connect(tmp_path / "other") as db:
+        db.import_(tmp_path / "film.copy")
+    for path in (store, tmp_path / "other"):
+        with reopened(path) as db:
+            assert db.digest("film")["film"] == digest
+            db.ask(QUESTION, mode="kv")
+        assert torch.equal(decided[-1], decided[0])
+    with connect(store) as db:  # and what is left of it is forgotten as ever
+        db.forget("film", start_s=4, end_s=5)
+        db.compact()
+        assert db.verify().problems == []
+    if codec == "raw":
+        with reopened(store) as db:
+            db.ask(QUESTION, mode="kv")
+        assert torch.equal(decided[-1], live_scores(without_span(moments[-1], 4, 5)))
+
+
+def test_a_policy_says_memory_once_and_leaves_other_recordings_alone(tmp_path: Path) -> None:
+    from memdb.policy import Age, parse
+    from memdb.schemas.errors import UsageError
+
+    table = {
+        "age": [{"after": "1 d", "keep": "memory", "codec": "int4"}, {"after": "2 d", "keep": "captions"}]
+    }
+    policy = parse(table)
+    assert policy.ages[0] == Age(86_400 * NS, "int4", memory_only=True)
+    assert parse(policy.as_table()) == policy
+    for bad, says in (
+        ([{"after": "1 d", "keep": "memory"}] * 1 + [{"after": "2 d", "keep": "memory"}], "second time"),
+        ([{"after": "1 d", "keep": "memory", "retainer": "uniform"}], "take its retainer away"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            parse({"age": bad})
+    ingest(tmp_path / "s", pictures(4), recipe="rekv", codec="raw", started_at="2025-06-01T00:00:00Z")
+    (tmp_path / "age.toml").write_text('[[age]]\nafter = "1 d"\nkeep = "memory"\n')
+    with connect(tmp_path / "s") as db:
+        digest = db.digest("film")
+        db.policy(set=tmp_path / "age.toml")
+        assert db.due_now() == {}
+        db.compact(age_now=True)
+        assert db.digest("film") == digest

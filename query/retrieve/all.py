@@ -1,22 +1,22 @@
 """Activate all: the memory as it was after a commit is the context (InfiniPot-V 2506.15745, StreamMem 2508.15717).
 
 Nothing is ranked. A keep set says which stored tokens a layer holds and at which positions; here they become rows of
-the key table and places within what those rows hold. What was forgotten since, or is outside the span of the
-question, is left out.
+the key table and places within what is stored of those rows. What was forgotten since, was left out by ageing, or is
+outside the span of the question, is not there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from memdb.query.retrieve.topk import Rows
-from memdb.schemas.keep import Ids, KeepSet, block_ids, split_ids, token_ids
+from memdb.schemas.keep import Ids, KeepSet, block_ids, first_ids, split_ids, token_ids
 from memdb.schemas.params import at_least, share
-from memdb.schemas.units import BlockKind, Table
+from memdb.schemas.units import Table
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,23 +24,26 @@ class Activated:
     """What of one layer's memory may be used, block by block."""
 
     rows: Rows  # (blocks,) of the key table, ascending
-    counts: Ids  # (blocks,): tokens of each
-    tokens: Ids  # (tokens,): which token of its block each is
+    sizes: Ids  # (blocks,): tokens that are stored of each
+    counts: Ids  # (blocks,): tokens that are used of each
+    places: Ids  # (tokens,): the place of each among what is stored of its block
     positions: Ids  # (tokens,)
 
     def of(self, rows: Rows) -> Activated:
         """Those of some of its rows alone."""
         there = np.isin(self.rows, rows)
         mine = np.repeat(there, self.counts)
-        return Activated(self.rows[there], self.counts[there], self.tokens[mine], self.positions[mine])
+        return Activated(
+            self.rows[there], self.sizes[there], self.counts[there], self.places[mine], self.positions[mine]
+        )
 
-    def in_order(self, block_tokens: Ids) -> tuple[Ids, Ids]:
+    def in_order(self) -> tuple[Ids, Ids]:
         """Places and positions, both (tokens,), in the order of positions, which is the encoder's.
 
-        Places: where the tokens lie once its rows' blocks, of so many tokens each, are joined.
+        Places: where the tokens lie once what is stored of its rows is joined.
         """
-        begins = np.cumsum(block_tokens) - block_tokens
-        places = np.repeat(begins, self.counts) + self.tokens
+        begins = np.cumsum(self.sizes) - self.sizes
+        places = np.repeat(begins, self.counts) + self.places
         order = np.argsort(self.positions, kind="stable")
         return places[order], self.positions[order]
 
@@ -58,32 +61,51 @@ class ActivateAll:
         at_least("retrieve.caption_tokens", self.caption_tokens, 0)
         share("retrieve.relevance", self.relevance)
 
-    def activate(self, table: Table, allowed: npt.NDArray[np.bool_], keep: KeepSet) -> list[Activated]:
-        """What a keep set names among the rows of the key table in `allowed` (n,), a layer each."""
-        known = block_ids(token_ids(table["unit"].astype(np.int64), table["block"].astype(np.int64), 0))
-        return [
-            self._layer(known, table["tokens"].astype(np.int64), allowed, ids, positions)
-            for ids, positions in zip(keep.ids, keep.positions, strict=True)
-        ]
 
-    @staticmethod
-    def _layer(known: Ids, sizes: Ids, allowed: npt.NDArray[np.bool_], ids: Ids, at: Ids) -> Activated:
+def activate(
+    table: Table, allowed: npt.NDArray[np.bool_], keep: KeepSet, held: Mapping[int, KeepSet]
+) -> list[Activated]:
+    """What a keep set names among the rows of the key table in `allowed` (n,), a layer each.
+
+    held: of units of which some tokens are stored only, which those are.
+    """
+    known = block_ids(token_ids(table["unit"].astype(np.int64), table["block"].astype(np.int64), 0))
+    sizes, gathered = table["tokens"].astype(np.int64), np.array(sorted(held), np.int64)
+    found = []
+    for layer, (ids, positions) in enumerate(zip(keep.ids, keep.positions, strict=True)):
         if not len(known):
-            ids, at = ids[:0], at[:0]
+            ids, positions = ids[:0], positions[:0]
         row = np.minimum(np.searchsorted(known, block_ids(ids)), max(0, len(known) - 1))
-        tokens = split_ids(ids)[2]
-        usable = (known[row] == block_ids(ids)) & allowed[row] & (tokens < sizes[row])
-        rows, counts = np.unique(row[usable], return_counts=True)
-        return Activated(rows.astype(np.int64), counts.astype(np.int64), tokens[usable], at[usable])
+        usable = (known[row] == block_ids(ids)) & allowed[row] & (split_ids(ids)[2] < sizes[row])
+        row, ids, positions = row[usable], ids[usable], positions[usable]
+        stored = np.concatenate(
+            [np.zeros(0, np.int64), *(held[number].ids[layer] for number in gathered.tolist())]
+        )
+        there, places, stored_of = _places(ids, sizes[row], gathered, stored)
+        rows, first, counts = np.unique(row[there], return_index=True, return_counts=True)
+        found.append(
+            Activated(
+                rows.astype(np.int64),
+                stored_of[there][first],
+                counts.astype(np.int64),
+                places[there],
+                positions[there],
+            )
+        )
+    return found
 
 
-def newest_frames(table: Table, allowed: npt.NDArray[np.bool_], blocks: int) -> Rows:
-    """The rows of the newest frames, of whatever the memory kept of them: for mode `recent`."""
-    return np.flatnonzero(allowed & (table["kind"] == BlockKind.FRAME))[-blocks:]
+def _places(ids: Ids, sizes: Ids, gathered: Ids, stored: Ids) -> tuple[npt.NDArray[np.bool_], Ids, Ids]:
+    """Of each token whether it is stored, its place among what is stored of its block, and how much that is.
 
-
-def whole(rows: Rows, table: Table, starts: Sequence[int]) -> Activated:
-    """All tokens of some rows; `starts`: the position of each row's first token."""
-    counts = table["tokens"][rows].astype(np.int64)
-    tokens = np.concatenate([np.zeros(0, np.int64), *(np.arange(count) for count in counts)])
-    return Activated(rows, counts, tokens, np.repeat(np.asarray(starts, np.int64), counts) + tokens)
+    sizes (tokens,): of its whole block. gathered: units of which `stored` (ascending ids) is all that there is.
+    """
+    units, _, tokens = split_ids(ids)
+    thin = np.isin(units, gathered)
+    at, (begin, end) = (
+        np.searchsorted(stored, ids),
+        (np.searchsorted(stored, edge) for edge in first_ids(ids)),
+    )
+    there = ~thin
+    there[at < len(stored)] |= stored[at[at < len(stored)]] == ids[at < len(stored)]
+    return there, np.where(thin, at - begin, tokens), np.where(thin, end - begin, sizes)
