@@ -17,13 +17,17 @@ def drawn(Hq: int, H: int, r: int, T: int, D: int, seed: int = 0) -> tuple[torch
     return torch.randn(Hq, r, D, generator=random), torch.randn(H, T, D, generator=random)
 
 
-def plain_rows(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+def plain_rows(
+    q: torch.Tensor, k: torch.Tensor, scale: float, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     Hq, r, _ = q.shape
     group = Hq // k.shape[0]
     out = torch.zeros(Hq, r, k.shape[1], dtype=torch.float64)
     for head in range(Hq):
         for row in range(r):
             scores = [float(q[head, row].double() @ key.double()) * scale for key in k[head // group]]
+            if mask is not None:
+                scores = [s if seen else -math.inf for s, seen in zip(scores, mask[row], strict=True)]
             top = max(scores)
             weights = [math.exp(score - top) for score in scores]
             out[head, row] = torch.tensor(weights, dtype=torch.float64) / sum(weights)
@@ -45,6 +49,18 @@ def test_importance_is_the_mean_of_all_rows_however_many(rows: int) -> None:
     found = importance(q, k, 8**-0.5)
     torch.testing.assert_close(found.double(), plain_rows(q, k, 8**-0.5).mean((0, 1)), rtol=1e-5, atol=1e-7)
     assert float(found.sum()) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("rows", [4, ROWS_AT_ONCE + 5])
+def test_rows_among_the_keys_see_what_stands_before_them(rows: int) -> None:
+    """An observation window: the last keys' own queries, each behind the one before."""
+    T = rows + 9
+    q, k = drawn(4, 2, rows, T, 8)
+    mask = torch.ones(rows, T, dtype=torch.bool).tril(T - rows)
+    plain = plain_rows(q, k, 0.3, mask)
+    assert float(plain[:, 0, -1].max()) == 0
+    torch.testing.assert_close(attention_rows(q, k, 0.3, mask).double(), plain, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(importance(q, k, 0.3, mask).double(), plain.mean((0, 1)), rtol=1e-5, atol=1e-7)
 
 
 def test_half_precision_accumulates_in_fp32() -> None:

@@ -69,6 +69,31 @@ class RetainerContract:
         survivors = view.part(method.choose(view))
         assert method.choose(survivors).tolist() == list(range(survivors.tokens))
 
+    @INHERITED
+    @given(films, st.integers(24, 120), st.integers(1, 4))
+    def test_layers_decided_at_once_decide_for_themselves(
+        self, film: Film, budget_tokens: int, layers: int
+    ) -> None:
+        """Layers of other content and other survivors, as many in each."""
+        method = self.method(budget_tokens)
+        views = [replace(film, seed=film.seed + layer).view() for layer in range(layers)]
+        fewest = min(view.tokens for view in views)
+        places = [torch.linspace(0, view.tokens - 1, fewest).long() for view in views]
+        views = [
+            replace(view.part(place), importance=view.importance[place])
+            for view, place in zip(views, places, strict=True)
+            if view.importance is not None
+        ]
+        together = LayerView.stacked(views)
+        kept = method.choose(together)
+        alone = [method.choose(view) for view in views]
+        assert torch.equal(kept, torch.stack(alone))
+        for layer, (view, own) in enumerate(zip(views, alone, strict=True)):
+            part, whole = view.part(own), together.part(kept)
+            for name in ("k", "v", "position", "frame", "patch", "kind"):
+                assert torch.equal(getattr(whole, name)[layer], getattr(part, name)), name
+                assert torch.equal(getattr(part, name), _picked(view, name, own)), name
+
     @pytest.mark.parametrize("prototypes", [False, True])
     def test_a_long_stream_never_holds_more(self, prototypes: bool) -> None:
         method, film = self.method(48), Film(frames=2, prototypes=prototypes)
@@ -103,6 +128,11 @@ class RetainerContract:
             self.method(0)
 
 
+def _picked(view: LayerView, name: str, kept: torch.Tensor) -> torch.Tensor:
+    tensor: torch.Tensor = getattr(view, name)
+    return tensor[:, kept] if name in ("k", "v") else tensor[kept]
+
+
 class TestRecent(RetainerContract):
     def method(self, budget_tokens: int) -> Bounded:
         return Recent(budget_tokens)
@@ -130,7 +160,8 @@ class TestVisionSink(RetainerContract):
 
 def test_every_method_is_held_to_the_contract() -> None:
     held = {type(case().method(48)) for case in RetainerContract.__subclasses__()}
-    assert held == set(BOUNDED.values())
+    missing = [method.__name__ for method in BOUNDED.values() if method not in held]
+    assert not missing, f"add a class here that inherits RetainerContract and builds {missing}"
 
 
 def test_the_newest_frame_wins_a_tie_and_in_it_the_lowest_index() -> None:

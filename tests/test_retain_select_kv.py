@@ -11,15 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memdb.retain.select_kv import (
-    SelectKV,
+from memdb.retain.select_kv import SelectKV, exact_counts, guidance_scores, top_blocks
+from memdb.retain.select_kv_code import (
     code_compress_counts,
     code_counts,
     code_rescaled,
     code_retrieve_counts,
-    exact_counts,
-    guidance_scores,
-    top_blocks,
 )
 from memdb.schemas.errors import RecipeError
 

@@ -13,23 +13,28 @@ from torch import Tensor
 ROWS_AT_ONCE = 32  # of a long probe, so that its scores never stand in memory together
 
 
-def attention_rows(q: Tensor, k: Tensor, scale: float) -> Tensor:
+def attention_rows(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
     """Probe rows q (Hq, r, D) on keys k (H, T, D), both rotated or both not -> probabilities (Hq, r, T) in fp32.
 
-    The query heads of a group stand beside each other as further rows of their KV head, so no key is repeated.
-    No mask: the probe stands behind all keys.
+    `mask` (r, T): True where a row sees a key; None where the probe stands behind all keys. The query heads of a
+    group stand beside each other as further rows of their KV head, so no key is repeated.
     """
     Hq, r, D = q.shape
     H, T, _ = k.shape
-    rows = q.reshape(H, Hq // H * r, D).float()  # (H, Hq/H * r, D)
-    scores = torch.bmm(rows, k.float().transpose(1, 2)).mul_(scale)  # (H, Hq/H * r, T)
-    return scores.softmax(-1).view(Hq, r, T)
+    rows = q.float().reshape(H, Hq // H * r, D) * scale
+    scores = torch.bmm(rows, k.float().transpose(1, 2)).view(Hq, r, T)
+    if mask is not None:
+        scores.masked_fill_(~mask, float("-inf"))
+    return scores.softmax(-1)
 
 
-def importance(q: Tensor, k: Tensor, scale: float) -> Tensor:
+def importance(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
     """What each key receives, (T,) in fp32: the mean over heads and rows of `attention_rows`. It sums to 1."""
     Hq, r, _ = q.shape
+    k = k.float()
     total = torch.zeros(k.shape[1], device=k.device)  # (T,)
     for start in range(0, r, ROWS_AT_ONCE):
-        total += attention_rows(q[:, start : start + ROWS_AT_ONCE], k, scale).sum((0, 1))
+        some = slice(start, start + ROWS_AT_ONCE)
+        seen = None if mask is None else mask[some]
+        total += attention_rows(q[:, some], k, scale, seen).sum((0, 1))
     return total / (Hq * r)

@@ -29,24 +29,34 @@ class Bounded:
         return 1
 
     def choose(self, view: LayerView) -> Tensor:
-        """Indices (kept,) of the tokens that stay, ascending: all of them, or exactly `budget_tokens`."""
+        """Indices (..., kept) of the tokens that stay, ascending: all of them, or exactly `budget_tokens`."""
         if view.tokens <= self.budget_tokens:
-            return torch.arange(view.tokens, device=view.k.device)
-        return self.order(view)[: self.budget_tokens].sort().values
+            return torch.arange(view.tokens, device=view.k.device).expand_as(view.position)
+        return self.order(view)[..., : self.budget_tokens].sort(-1).values
 
     def order(self, view: LayerView) -> Tensor:
-        """Indices of at least `budget_tokens` tokens, first the one that is dropped last."""
+        """Indices (..., T) of the tokens, first the one that is dropped last."""
         raise NotImplementedError
 
 
 def best_first(score: Tensor, frame: Tensor, tier: Tensor | None = None) -> Tensor:
-    """Indices (T,): the lowest `tier`, in it the highest `score`, of equals the newest frame and the lowest index.
+    """Indices (..., T): the lowest `tier`, in it the highest `score`, of equals the newest frame, the lowest index.
 
     Sorts are stable, so that the order is the same on every device. Tokens stand in raster order, so the lowest
     index of a frame is its lowest patch.
     """
-    order = torch.sort(frame, descending=True, stable=True).indices  # (T,)
-    order = order[torch.sort(score[order], descending=True, stable=True).indices]
-    if tier is None:
-        return order
-    return order[torch.sort(tier[order], stable=True).indices]
+    order = _resorted(None, frame, descending=True)
+    order = _resorted(order, score, descending=True)
+    return order if tier is None else _resorted(order, tier, descending=False)
+
+
+def front(order: Tensor, first: Tensor) -> Tensor:
+    """The order (..., T) with those tokens before the others that `first` (..., T) marks, in the order's own places."""
+    return order.gather(-1, torch.sort((~first).byte(), dim=-1, stable=True).indices)
+
+
+def _resorted(order: Tensor | None, key: Tensor, *, descending: bool) -> Tensor:
+    """The order (..., T), sorted anew by `key` (..., T), which stands by index; among equals it stays."""
+    there = key if order is None else key.gather(-1, order)
+    indices = torch.sort(there, dim=-1, descending=descending, stable=True).indices
+    return indices if order is None else order.gather(-1, indices)

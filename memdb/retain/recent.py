@@ -16,4 +16,4 @@ class Recent(Bounded):
     """The last `budget_tokens` of the stream, in every layer the same."""
 
     def order(self, view: LayerView) -> Tensor:
-        return torch.arange(view.tokens - 1, -1, -1, device=view.k.device)
+        return torch.arange(view.tokens - 1, -1, -1, device=view.k.device).expand_as(view.position)

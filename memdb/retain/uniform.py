@@ -40,5 +40,5 @@ class UniformTokens(Bounded):
     """
 
     def order(self, view: LayerView) -> Tensor:
-        rank = view.position * GOLDEN % (1 << 32)  # (T,) positions below 2^31, as everywhere
-        return torch.sort(rank, stable=True).indices
+        rank = view.position * GOLDEN % (1 << 32)  # (..., T) positions below 2^31
+        return torch.sort(rank, dim=-1, stable=True).indices

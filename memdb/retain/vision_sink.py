@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memdb.retain.base import Bounded, best_first
+from memdb.retain.base import Bounded, best_first, front
 from memdb.retain.view import LayerView
 from memdb.schemas.errors import RecipeError
 from memdb.schemas.params import at_least, share
@@ -51,27 +51,27 @@ class VisionSink(Bounded):
 
 
 def buckets(position: Tensor, count: int) -> Tensor:
-    """0-based stretches (T,) of positions (T,), of `count` over [0, the last position].
+    """0-based stretches (..., T) of positions (..., T), of `count` over [0, the last position].
 
     Counted from 1 as in the paper it is ceil(p * count / P): the 256th of 1,000 is in the third of 10.
     """
-    P = position.max() + 1
+    P = position.amax(-1, keepdim=True) + 1
     return ((position + 1) * count + P - 1) // P - 1
 
 
 def sink_order(best: Tensor, position: Tensor, count: int, capacity: int, top: int) -> Tensor:
-    """Indices (T,) in the order in which they are taken: the top, those that find room, the others.
+    """Indices (..., T) in the order in which they are taken: the top, those that find room, the others.
 
-    best (T,): indices by falling score. A token finds room iff the top tokens of its stretch and the better ones
+    best (..., T): indices by falling score. A token finds room iff the top tokens of its stretch and the better ones
     before it are fewer than `capacity`: the walk from token to token, without the walk.
     """
-    place = buckets(position, count)[best]  # (T,) stretches in order of the score
-    held = torch.zeros(count, dtype=torch.long, device=best.device)
-    held.scatter_add_(0, place[:top], torch.ones_like(place[:top]))
-    rest = place[top:]
-    sorted_rest, by_place = torch.sort(rest, stable=True)
-    before = torch.arange(len(rest), device=best.device) - torch.searchsorted(sorted_rest, sorted_rest)
-    room = held[sorted_rest] + before < capacity
-    taken = torch.empty_like(room).scatter_(0, by_place, room)  # in order of the score again
-    walk = torch.sort((~taken).long(), stable=True).indices
-    return torch.cat((best[:top], best[top:][walk]))
+    stretch = buckets(position, count).gather(-1, best)  # (..., T) in order of the score
+    crowned, rest = stretch[..., :top], stretch[..., top:]
+    held = stretch.new_zeros(*stretch.shape[:-1], count)
+    held.scatter_add_(-1, crowned, torch.ones_like(crowned))
+    along, by_stretch = torch.sort(rest, dim=-1, stable=True)  # stretch after stretch, the best of each first
+    first = torch.searchsorted(along, along)  # where each one's stretch begins
+    before = torch.arange(rest.shape[-1], device=best.device) - first
+    room = held.gather(-1, along) + before < capacity
+    taken = torch.empty_like(room).scatter_(-1, by_stretch, room)  # in order of the score again
+    return torch.cat((best[..., :top], front(best[..., top:], taken)), -1)
