@@ -112,23 +112,34 @@ class EncoderMemory:
         """
         for frame in frames:
             self._frames[frame.number] = Held(frame.start_ns, frame.end_ns, len(frame.tokens))
+        candidates, views = [], []
         for layer, (own, new, merged) in enumerate(zip(self.layers, fresh, prototypes, strict=True)):
-            came = chunk_tokens(unit, frames, new, start)
-            candidates = own.plus(came)
-            importance = heard[layer] if heard else None
+            came, importance = (
+                own.plus(chunk_tokens(unit, frames, new, start)),
+                heard[layer] if heard else None,
+            )
             if merged is not None:
-                candidates, importance = _with_prototypes(candidates, importance, unit, frames, merged)
-            places = self._chosen(layer, candidates.view(grid, importance))
-            self.layers[layer] = candidates.at(places)
+                came, importance = _with_prototypes(came, importance, unit, frames, merged)
+            candidates.append(came)
+            views.append(came.view(grid, importance))
+        chosen = zip(candidates, self._chosen(views), strict=True)
+        self.layers = [came.at(places) for came, places in chosen]
         self._let_go()
 
-    def _chosen(self, layer: int, view: LayerView) -> Tensor:
-        places, budget = self._retainer.choose(view), self._retainer.budget_tokens
-        assert len(places) <= budget, f"layer {layer}: {len(places)} tokens, of a budget of {budget}"
-        if len(places):
-            within = bool((places.diff() > 0).all() and places[0] >= 0 and places[-1] < view.tokens)
-            assert within, f"layer {layer}: the places do not ascend, or lie outside"
-        return places
+    def _chosen(self, views: Sequence[LayerView]) -> Sequence[Tensor]:
+        """What stays, a layer each. Layers that hold equally many tokens are decided in one call."""
+        if len({view.tokens for view in views}) == 1:
+            found: Sequence[Tensor] = self._retainer.choose(LayerView.stacked(views)).unbind()
+        else:
+            found = [self._retainer.choose(view) for view in views]
+        for view, places in zip(views, found, strict=True):
+            budget = self._retainer.budget_tokens
+            assert len(places) <= budget, f"a layer keeps {len(places)} tokens, of a budget of {budget}"
+            within = bool(
+                (places.diff() > 0).all() and (places[:1] >= 0).all() and (places < view.tokens).all()
+            )
+            assert within, "the places of a layer do not ascend, or lie outside"
+        return found
 
     def forget(self, tombstones: Sequence[Tombstone]) -> None:
         """Let go of the tokens of frames that overlap these spans."""

@@ -116,7 +116,8 @@ def _held_of(unit: Unit, layer: int, block: int, tokens: int) -> Ids:
     if unit.held is None:
         return token_ids(unit.number, block, np.arange(tokens))
     own = unit.held.ids[layer]
-    return own[split_ids(own)[1] == block]
+    found: Ids = own[split_ids(own)[1] == block]
+    return found
 
 
 def kept_tokens(tokens: int, from_ppm: int, to_ppm: int) -> int:

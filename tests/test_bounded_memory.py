@@ -41,6 +41,7 @@ from tests.model_cases import (
     record_decisions,
     relative,
     reopened,
+    turn,
     wrapped,
 )
 from tests.store_cases import directory_digest
@@ -379,29 +380,50 @@ def test_policy_and_budget_are_part_of_the_encoding(tmp_path: Path) -> None:
 # Probes
 
 
-def test_what_a_probe_pays_is_the_softmax_of_its_rows(tmp_path: Path) -> None:
-    """`importance` against a plain loop over heads and rows, and against the rows of the whole matrix."""
-    from memdb.models.chunk import ROWS_AT_ONCE, importance
+@pytest.mark.parametrize("name", ["template", "vision_sink"])
+def test_what_a_probe_pays_is_the_softmax_of_its_rows(name: str, tmp_path: Path) -> None:
+    """Of the second chunk: rows of whole attention in fp64 over [init | memory | chunk], mean over heads and rows."""
+    shown, own, model = pictures(6), plain(), wrapped()
+    heard: list[list[torch.Tensor]] = []
+    take = EncoderMemory.take
 
-    made = torch.Generator().manual_seed(0)
-    Hq, H, P, S, D = 6, 2, ROWS_AT_ONCE + 3, 90, 8
-    q, k = torch.randn(Hq, P, D, generator=made), torch.randn(H, S, D, generator=made)
-    mask = torch.ones(P, S, dtype=torch.bool).tril(S - P)
-    found = importance(q, k, mask, 0.3)
-    total = [0.0] * S
-    for head in range(Hq):
-        for row in range(P):
-            scores = [
-                float(q[head, row].double() @ k[head // 3, s].double()) * 0.3
-                for s in range(S)
-                if bool(mask[row, s])
-            ]
-            top = max(scores)
-            powers = [np.exp(score - top) for score in scores]
-            for s, power in enumerate(powers):
-                total[s] += power / sum(powers)
-    assert np.allclose(found.numpy(), np.array(total) / (Hq * P), atol=1e-6)
-    assert float(found.sum()) == pytest.approx(1, abs=1e-5)
+    def hearing(self: EncoderMemory, *rest: Any) -> None:
+        heard.append(list(rest[4]))
+        take(self, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EncoderMemory, "take", hearing)
+        moments = remembered_film(tmp_path / "s", shown, memory_recipe(name))
+    n, C = len(model.init_ids(INIT_PROMPT)), CLIP * FRAME_TOKENS
+    memory = moments[0].layers
+    M = len(memory[0].id)
+    chunk = own.see(shown)[CLIP:].flatten(0, 1)
+    if name == "template":
+        chunk = torch.cat((chunk, own.embed(model.prompt_ids(""))))
+    given = [
+        (torch.cat((init.k, layer.k), 1), torch.cat((init.v, layer.v), 1))
+        for init, layer in zip(moments[1].init, memory, strict=True)
+    ]
+    places = [torch.cat((torch.arange(n), one.position, n + C + torch.arange(len(chunk)))) for one in memory]
+
+    def seen(layer: int, x: int) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = torch.arange(x + 1)
+        return tokens, places[layer][x] - places[layer][tokens]
+
+    computed: list[Any] = []
+    own.loop(
+        torch.cat((torch.zeros(n + M, chunk.shape[1]), chunk)), seen, given=given, heard=computed, reach=1000
+    )
+    rows = range(n + M + C, n + M + len(chunk)) if name == "template" else range(n + M + C - 8, n + M + C)
+    for layer, (q, k, _) in enumerate(computed):
+        wide = k.repeat_interleave(own.heads // own.kv_heads, 0)
+        total = torch.zeros(n + M + C, dtype=torch.float64)
+        for row in rows:
+            keys = min(row + 1, n + M + C)  # a probe's own tokens are none of the memory's
+            cos, sin = own.angles(places[layer][row] - places[layer][:keys])
+            scores = (turn(q[:, row : row + 1], cos, sin) * wide[:, :keys]).sum(-1) / np.sqrt(own.head_size)
+            total[:keys] += scores.softmax(-1).mean(0)
+        assert relative(heard[1][layer], (total / len(rows))[n:]) < 1e-4
 
 
 def test_r19_probe_text_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -15,8 +15,7 @@ from torch import Tensor
 from memdb.models.attention import softmax_attention
 from memdb.models.rotary import Rotary
 from memdb.models.window import LayerKV
-
-ROWS_AT_ONCE = 32  # of a long probe, so that its scores never stand in memory together
+from memdb.retain.attention import importance
 
 
 class ChunkContext:
@@ -66,24 +65,6 @@ class ChunkContext:
         self.fresh.append(LayerKV(k[:, :C], v[:, :C]))
         if self._probe is not None:
             rows = slice(self._probe.start, self._probe.stop)
-            paid = importance(q[:, rows], keys[:, : past + C], mask[rows, : past + C], scale)
+            paid = importance(q[:, rows], keys[:, : past + C], scale, mask[rows, : past + C])
             self.heard.append(paid[init.tokens :])
         return softmax_attention(q, keys, torch.cat((init.v, memory.v, v), 1), scale, mask)
-
-
-def importance(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """What a few rows pay to each key: the mean of their softmax over rows and heads, (S,) in fp32.
-
-    q (Hq, P, D), k (H, S, D), rotated; mask (P, S). The query heads of a group are further rows of their KV head, so
-    that no key is repeated.
-    """
-    Hq, P, D = q.shape
-    H, S, _ = k.shape
-    turned = k.float().transpose(1, 2)  # (H, D, S)
-    total = torch.zeros(S, device=k.device)
-    for start in range(0, P, ROWS_AT_ONCE):
-        rows = q[:, start : start + ROWS_AT_ONCE].float()  # (Hq, p, D)
-        scores = torch.matmul(rows.reshape(H, -1, D), turned).mul_(scale).view(Hq, -1, S)
-        hidden = ~mask[start : start + ROWS_AT_ONCE]
-        total += scores.masked_fill_(hidden, float("-inf")).softmax(-1).sum((0, 1))
-    return total / (Hq * P)
