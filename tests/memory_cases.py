@@ -86,15 +86,19 @@ def remembered_film(
 def live_scores(moment: Moment, text: str = QUESTION) -> Tensor:
     """Scores (V,) of the first token of an answer from the encoder's own memory, past every store."""
     model = wrapped()
+    return prefill(model, model.embed(model.prompt_ids(text)), live_context(moment))
+
+
+def live_context(moment: Moment) -> CacheContext:
+    """[init | the encoder's own memory at its positions]; what comes next stands behind the largest."""
     behind = max(int(layer.position.max()) for layer in moment.layers) + 1
-    context = CacheContext(
-        model.rotary,
+    return CacheContext(
+        wrapped().rotary,
         moment.init,
         [layer.kv for layer in moment.layers],
         places=[layer.position for layer in moment.layers],
         next_places=[behind] * len(moment.layers),
     )
-    return prefill(model, model.embed(model.prompt_ids(text)), context)
 
 
 def same_keep(one: KeepSet, two: KeepSet) -> bool:

@@ -26,6 +26,7 @@ from tests.memory_cases import (
     CLIP,
     FRAME_TOKENS,
     METHODS,
+    live_context,
     live_scores,
     memory_recipe,
     remembered_film,
@@ -285,6 +286,34 @@ def test_x5_a_question_changes_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     assert torch.equal(decided[0], decided[3])
     assert torch.equal(decided[1], decided[2])
     assert not torch.equal(decided[0], decided[1])
+
+
+def test_mode_both_reads_the_memory_and_the_captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """[init | memory at its positions | captions behind the largest | prompt]; captions come of the clip's own KV."""
+    from memdb.models.decode import prefill
+
+    shown = pictures(FRAMES)
+    said = {"encoder": "input-embeddings", "tokens_max": 3, "clips": 0, "prompt": "What is there?"}
+    recipe = memory_recipe().with_stage("caption", Stage("blocks", said))
+    recipe = recipe.with_stage("retrieve", Stage("all", {"caption_tokens": 400}))
+    moments = remembered_film(tmp_path / "both", shown, recipe)
+    silent = remembered_film(tmp_path / "silent", shown, memory_recipe())
+    for one, two in zip(moments, silent, strict=True):
+        assert same_keep(one.keep, two.keep)
+        assert all(torch.equal(a.k, b.k) for a, b in zip(one.layers, two.layers, strict=True))
+    decided, model = record_decisions(monkeypatch), wrapped()
+    with reopened(tmp_path / "both") as db:
+        answer = db.ask(QUESTION, mode="both")
+        row = db.store.recording("film")
+        captions = [db.store.read_caption(unit) for unit in db.store.units(row.id)]
+    assert {item.tier for item in answer.evidence} == {"kv", "captions"}
+    assert all(caption.token_ids for caption in captions)
+    context = live_context(moments[-1])
+    used = max(context.lengths)
+    assert answer.used.context_tokens > used
+    ids = [token for caption in captions for token in caption.token_ids]
+    prefill(model, model.embed(ids), context)
+    assert torch.equal(decided[0], prefill(model, model.embed(model.prompt_ids(QUESTION)), context))
 
 
 def test_mode_recent_is_the_newest_frames_whole_at_their_positions(
