@@ -16,7 +16,7 @@ from memdb.schemas.errors import QuestionError
 from memdb.schemas.fingerprint import ModelShape
 from memdb.schemas.question import Question
 from memdb.schemas.rows import RecordingRow
-from memdb.schemas.units import Table
+from memdb.schemas.units import BlockKind, Table
 from memdb.store import Store
 
 
@@ -93,6 +93,8 @@ def holdings(
     tokens = np.concatenate([opened.usable_captions["tokens"].astype(np.int64) for opened in captions])
     tokens = tokens[tokens > 0] + head_tokens
     own = kv.usable_blocks if kv is not None else None
+    if kv is not None and own is not None and kv.row.spec.recipe.has_memory:
+        own = own[own["kind"] == BlockKind.FRAME]  # mode recent reads nothing else; the memory is counted apart
     return Holdings(
         blocks=0 if own is None else len(own),
         layers=model.layers,

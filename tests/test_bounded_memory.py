@@ -374,6 +374,17 @@ def test_the_plan_knows_the_size_and_a_budget_that_is_too_small_takes_another_mo
         assert f"more than {small}" in rejected["kv"]
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_budget_is_a_bound_for_the_newest_frames_as_well(name: str, tmp_path: Path) -> None:
+    """Prototypes are blocks of one token: they must not make frames look small."""
+    remembered_film(tmp_path / "s", pictures(FRAMES), memory_recipe(name))
+    with reopened(tmp_path / "s") as db:
+        least = db.ask(QUESTION, mode="recent").used.context_tokens - FRAMES * FRAME_TOKENS
+        for room in (least + 3 * FRAME_TOKENS + 20, least + 6 * FRAME_TOKENS + 20):
+            answer = db.ask(QUESTION, mode="recent", context_tokens_max=room)
+            assert answer.used.context_tokens <= answer.plan.predicted.context_tokens <= room
+
+
 # Composing
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,10 +13,14 @@ from hypothesis import strategies as st
 from memdb import keep_set
 from memdb.contents import check_unit
 from memdb.digest import digests_of
-from memdb.schemas.errors import CodecError, StoreError
+from memdb.memory import remembered
+from memdb.schemas.errors import CodecError, CorruptionError, StoreError
 from memdb.schemas.keep import KeepSet, split_ids, token_ids
+from memdb.store import Store
+from memdb.transfer import export_recording, import_recording
+from tests.age_cases import MODEL, L, kv_unit
 from tests.memory_cases import same_keep
-from tests.store_cases import unit
+from tests.store_cases import UNIT_NS, spec, unit
 
 NUMBERS = st.tuples(st.integers(0, (1 << 31) - 1), st.integers(0, 65535), st.integers(0, 65535))
 LAYERS = st.lists(st.sets(NUMBERS, max_size=40), max_size=4)
@@ -87,8 +94,6 @@ def test_its_bytes_are_bounded_by_the_budget_whatever_the_stream() -> None:
 
 
 def test_the_digest_covers_it() -> None:
-    from dataclasses import replace
-
     plain = unit(2)
     kept = [replace(plain, keep=made([{(0, 0, token)}, {(2, 1, 3)}])) for token in (1, 2)]
     found = [digests_of(one).all for one in (plain, *kept)]
@@ -104,8 +109,20 @@ def test_the_digest_covers_it() -> None:
 )
 def test_a_unit_whose_keep_set_tells_of_what_cannot_be_is_refused(number: tuple[int, int, int]) -> None:
     """Unit 2 has two blocks of four tokens: a later unit, a third block, a fifth token."""
-    from dataclasses import replace
-
     check_unit(replace(unit(2), keep=made([{(0, 9, 9), (2, 1, 3)}])))
     with pytest.raises(StoreError, match="keep set"):
         check_unit(replace(unit(2), keep=made([{number}])))
+
+
+def test_an_import_refuses_a_keep_set_of_other_layers_than_the_model_has(tmp_path: Path) -> None:
+    with Store.open(tmp_path / "a.memdb", create=True, write=True) as store:
+        with store.writer(spec(codec="raw", model=MODEL)) as writer:
+            keep = made([{(0, 0, 1)}] * (L - 1))
+            writer.append([replace(kv_unit(0, UNIT_NS, "raw"), keep=keep)])
+        assert remembered(store, store.recording("lobby")).keep is None, "and a question goes without it"
+    export_recording(tmp_path / "a.memdb", "lobby", tmp_path / "lobby.copy")
+    with (
+        Store.open(tmp_path / "b.memdb", create=True, write=True) as store,
+        pytest.raises(CorruptionError, match="keep set is not of the 2 layers"),
+    ):
+        import_recording(store, tmp_path / "lobby.copy")
