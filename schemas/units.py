@@ -91,7 +91,8 @@ class Unit:
         """Bytes of the big parts, for back-pressure and for the pace of saved states."""
         kv = self.kv.payload.nbytes if self.kv else 0
         keys = self.keys.nbytes if self.keys is not None else 0
-        kept = 2 * 8 * sum(self.keep.tokens) if self.keep else 0  # before it is compressed
+        # More than tokens at random take, see memdb/keep_set.py.
+        kept = 256 + 8 * sum(self.keep.tokens) if self.keep else 0
         return kv + keys + kept + len(self.keyframe or b"")
 
 

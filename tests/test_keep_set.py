@@ -126,3 +126,18 @@ def test_an_import_refuses_a_keep_set_of_other_layers_than_the_model_has(tmp_pat
         pytest.raises(CorruptionError, match="keep set is not of the 2 layers"),
     ):
         import_recording(store, tmp_path / "lobby.copy")
+
+
+@settings(max_examples=40, deadline=None)
+@given(tokens=st.integers(0, 3_000), frames=st.integers(20, 18_000), seed=st.integers(0, 99))
+def test_the_size_of_a_unit_counts_at_least_what_its_keep_set_takes(
+    tokens: int, frames: int, seed: int
+) -> None:
+    """It decides whether a commit still fits, and how often states are saved."""
+    random = np.random.default_rng(seed)
+    position = np.sort(random.choice(frames * 196, tokens, replace=False))
+    ids = token_ids(position // 196 // 8, position // 196 % 8, position % 196)
+    keep = KeepSet((ids,), (position,))
+    plain = replace(unit(2), keep=None)
+    said = replace(plain, keep=keep).payload_bytes - plain.payload_bytes
+    assert len(keep_set.encode(keep)) <= said
