@@ -83,9 +83,9 @@ def remembered_film(
     return moments
 
 
-def live_scores(moment: Moment, text: str = QUESTION) -> Tensor:
+def live_scores(moment: Moment, text: str = QUESTION, *, dtype: str = "float32") -> Tensor:
     """Scores (V,) of the first token of an answer from the encoder's own memory, past every store."""
-    model = wrapped()
+    model = wrapped(dtype=dtype)
     return prefill(model, model.embed(model.prompt_ids(text)), live_context(moment))
 
 

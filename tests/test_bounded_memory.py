@@ -17,6 +17,7 @@ from memdb.ingest.memory import EncoderMemory
 from memdb.memory import remembered
 from memdb.models.window import LayerKV
 from memdb.retain import BOUNDED
+from memdb.retain.template import prototypes
 from memdb.schemas.errors import RecipeError
 from memdb.schemas.keep import split_ids
 from memdb.schemas.recipe import Stage
@@ -87,11 +88,20 @@ def test_no_layer_ever_holds_more_than_the_budget(
             if name in ("template", "vision_sink")
         ]
         before = [set(layer.id.tolist()) for layer in memory.layers]
-        memory.take(unit, frames, fresh, [None] * L, heard, start, (2, 2))
+        made_of: list[Any] = [None] * L
+        if name == "template":
+            at = torch.arange(T)
+            made_of = [
+                prototypes(kv.k, kv.v, paid[-T:], number + at // N, start + at)
+                for kv, paid in zip(fresh, heard, strict=True)
+            ]
+        memory.take(unit, frames, fresh, made_of, heard, start, (2, 2))
         for layer, own in enumerate(memory.layers):
             ids = own.id.tolist()
-            assert len(ids) == len(set(ids)) == min(budget, len(before[layer]) + T)
             new = {(unit << 32) | (block << 16) | token for block in range(count) for token in range(N)}
+            if name == "template":  # a block of one token for each frame, behind those of the frames
+                new |= {(unit << 32) | (block << 16) for block in range(count, 2 * count)}
+            assert len(ids) == len(set(ids)) == min(budget, len(before[layer]) + len(new))
             assert set(ids) <= before[layer] | new
             assert not new & seen[layer]
             seen[layer] |= new
@@ -100,8 +110,12 @@ def test_no_layer_ever_holds_more_than_the_budget(
             for token_id, position, frame, patch in zip(
                 ids, own.position.tolist(), own.frame.tolist(), own.patch.tolist(), strict=True
             ):
-                assert position == 2 + frame * N + patch
-                assert token_id & 0xFFFF == patch
+                if patch < 0:
+                    assert token_id & 0xFFFF == 0
+                    assert 2 + frame * N <= position < 2 + (frame + 1) * N
+                else:
+                    assert position == 2 + frame * N + patch
+                    assert token_id & 0xFFFF == patch
         assert all(torch.equal(a.k, b.k) for a, b in zip(memory.init, init, strict=True)), "init tokens stay"
         number, start = number + count, start + T
 
@@ -139,13 +153,14 @@ def test_two_retainers_keep_different_tokens_and_give_different_digests(tmp_path
 # Encoding
 
 
+@pytest.mark.parametrize("frames", [1, 3, 5, 14])
 def test_with_room_for_everything_it_is_full_attention(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    frames: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """H2: nothing dropped, nothing quantised: the logits of one forward over [init | frames | prompt]."""
+    """H2, X6: nothing dropped, nothing quantised, chunks of any length: one forward over [init | frames | prompt]."""
     shown, own, model = pictures(FRAMES), plain(), wrapped()
     decided = record_decisions(monkeypatch)
-    ingest(tmp_path / "s", shown, recipe=memory_recipe(budget=4096))
+    ingest(tmp_path / "s", shown, recipe=memory_recipe(budget=4096, frames=frames))
     with reopened(tmp_path / "s") as db:
         db.ask(QUESTION, mode="kv")
         report = db.compare_uncut(((n * 1.0, shown[n]) for n in range(FRAMES)), "film", QUESTION)
@@ -224,6 +239,15 @@ def test_a_question_of_a_reopened_store_finds_the_encoders_own_memory(
             assert not answer.warnings
     assert torch.equal(decided[0], live_scores(moments[-1]))
     assert torch.equal(decided[0], decided[1])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_it_is_so_in_half_precision_too(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = remembered_film(tmp_path / "s", pictures(FRAMES), memory_recipe("template"), dtype=dtype)
+    decided = record_decisions(monkeypatch)
+    with reopened(tmp_path / "s", dtype=dtype) as db:
+        db.ask(QUESTION, mode="kv")
+    assert torch.equal(decided[0], live_scores(moments[-1], dtype=dtype))
 
 
 def test_int4_is_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
