@@ -142,7 +142,7 @@ def activate(session: Session, memory: Memory, opened: Opened, got: Retrieved, r
     got.positions = []
     with kv.reader.pinned(), kv.knowing([own.rows for own in memory.layers], readings):
         for layer, own in enumerate(memory.layers):
-            found, rows = kv.read(layer, own.rows, model.device, model.dtype, readings)
+            found, rows = kv.read(layer, own.rows, model.device, model.dtype, readings, own.sizes)
             own = own if rows is own.rows else own.of(rows)
             places, positions = own.in_order()
             if found is not None:

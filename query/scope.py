@@ -94,7 +94,9 @@ def holdings(
     tokens = tokens[tokens > 0] + head_tokens
     own = kv.usable_blocks if kv is not None else None
     if kv is not None and own is not None and kv.row.spec.recipe.has_memory:
-        own = own[own["kind"] == BlockKind.FRAME]  # mode recent reads nothing else; the memory is counted apart
+        own = own[
+            own["kind"] == BlockKind.FRAME
+        ]  # mode recent reads nothing else; the memory is counted apart
     return Holdings(
         blocks=0 if own is None else len(own),
         layers=model.layers,

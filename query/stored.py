@@ -70,16 +70,32 @@ class StoredKV:
         self._held: dict[int, tuple[int, KeepSet]] = {}  # by unit, of a revision of it
 
     def read(
-        self, layer: int, rows: Rows, device: torch.device, dtype: torch.dtype, readings: Readings
+        self,
+        layer: int,
+        rows: Rows,
+        device: torch.device,
+        dtype: torch.dtype,
+        readings: Readings,
+        sizes: npt.NDArray[np.int64] | None = None,
     ) -> tuple[LayerKV | None, Rows]:
         """Keys and values of one layer's blocks, joined in time order (H, tokens, D), and the rows that were whole.
 
-        Every slice is verified. What is damaged is left out and noted in `readings`.
+        Every slice is verified. What is damaged is left out and noted in `readings`; so is, where `sizes` (rows,) are
+        given, a block of which another number of tokens is stored: a compaction gathered it since it was looked up.
         """
         if not len(rows):
             return None, rows
         batch, first = self._batch(layer, rows, readings)
         whole = batch.whole[first : first + len(rows)]
+        if sizes is not None:
+            known = np.array([kind.tokens for kind in batch.pieces.names.kinds] or [0])
+            stored = known[batch.pieces.table["kind"][first : first + len(rows)]]
+            other = whole & (stored != sizes)
+            if other.any():
+                readings.bad.append(
+                    f"{self.row.name}, layer {layer}: {int(other.sum())} blocks were gathered just now"
+                )
+                whole = whole & ~other
         found = self._unpacker.join(batch, whole, device, dtype, first)
         return found, rows if whole.all() else rows[whole]
 

@@ -393,6 +393,24 @@ def test_compaction_gathers_what_the_memory_holds_where_the_policy_says_so(
         assert torch.equal(decided[-1], live_scores(without_span(moments[-1], 4, 5)))
 
 
+def test_a_compaction_between_looking_up_and_reading_costs_blocks_and_never_takes_wrong_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the question had looked before the compaction that gathered: what it finds has other places."""
+    store = tmp_path / "s"
+    moments = remembered_film(store, pictures(14), memory_recipe(), started_at="2025-06-01T00:00:00Z")
+    (tmp_path / "age.toml").write_text('[[age]]\nafter = "1 d"\nkeep = "memory"\n')
+    with connect(store) as db:
+        db.policy(set=tmp_path / "age.toml")
+        db.compact(age_now=True)
+    assert all(int((own.frame == number).sum()) < 16 for own in moments[-1].layers for number in range(14))
+    monkeypatch.setattr(Store, "gathered_units", lambda self, recording: {})
+    with reopened(store) as db:
+        answer = db.ask(QUESTION, mode="kv")
+    assert any("gathered just now" in warning for warning in answer.warnings)
+    assert answer.evidence == (), "no block lies as it did"
+
+
 def test_a_policy_says_memory_once_and_leaves_other_recordings_alone(tmp_path: Path) -> None:
     from memdb.policy import Age, parse
     from memdb.schemas.errors import UsageError
