@@ -20,7 +20,7 @@ from memdb.ingest.encode.chunk import Chunk
 from memdb.ingest.encode.window import SlidingWindow
 from memdb.ingest.frames import ReadyFrame, SeenFrame
 from memdb.ingest.held import Held, Timed, is_meant, newest
-from memdb.ingest.memory import EncoderMemory, chunk_tokens, grid_of
+from memdb.ingest.memory import EncoderMemory, chunk_words, grid_of
 from memdb.ingest.stages import IngestStages
 from memdb.models.caption_vectors import CaptionVectors
 from memdb.models.protocol import VideoModel
@@ -185,20 +185,23 @@ class StreamEncoder:
             chunk = torch.cat([frame.tokens for frame in group])
             context = encode.encode(self._model, memory.init, memory.kv, memory.positions, chunk, start)
         with self.laps("retain"):
-            merged: list[Prototypes | None] = [None] * len(memory.layers)
+            made: Prototypes | None = None
             if isinstance(retain, Template):
-                for layer, kv in enumerate(context.fresh):
-                    came, paid = chunk_tokens(number, group, kv, start), context.heard[layer][-len(chunk) :]
-                    merged[layer] = prototypes(came.k, came.v, paid, came.frame, came.position)
+                words = chunk_words(number, group, start, chunk.device)
+                keys, values = (
+                    torch.stack([getattr(kv, name) for kv in context.fresh]) for name in ("k", "v")
+                )
+                paid = torch.stack([heard[-len(chunk) :] for heard in context.heard])  # (L, C)
+                made = prototypes(keys, values, paid, words[2], words[1])
             grid = grid_of(self._model.shape.frame_tokens)
-            memory.take(number, group, context.fresh, merged, context.heard, start, grid)
-        return self._unit(group, context.fresh, merged, memory.keep_set())
+            memory.take(number, group, context.fresh, made, context.heard, start, grid)
+        return self._unit(group, context.fresh, made, memory.keep_set())
 
     def _unit(
         self,
         group: Sequence[SeenFrame],
         kv: Sequence[LayerKV] | None,
-        merged: Sequence[Prototypes | None] = (),
+        made: Prototypes | None = None,
         keep: KeepSet | None = None,
     ) -> Unit:
         caption = self._caption(group, kv)
@@ -212,8 +215,8 @@ class StreamEncoder:
                 if isinstance(retain, KeepAll):
                     layers = retain.keep(whole)
                 blocks = self._blocks(group)
-                if any(one is not None for one in merged):
-                    blocks = _add_prototypes(group, blocks, layers, merged)
+                if made is not None:
+                    blocks = _add_prototypes(group, blocks, layers, made)
                 packed = pack_unit(self._stages.codec, layers, self.counters.widths, self._model.dtype)
                 keys = self._stages.index.keys(layers)
                 self.counters.widths = {
@@ -330,22 +333,17 @@ def _add_prototypes(
     group: Sequence[SeenFrame],
     blocks: Table,
     layers: Sequence[list[LayerKV | None]],
-    merged: Sequence[Prototypes | None],
+    made: Prototypes,
 ) -> Table:
-    """Prototypes are blocks of one token behind those of the frames, one a frame, in the layers that made them.
+    """Prototypes are blocks of one token behind those of the frames, one a frame.
 
-    Their rows say where the frame stands; where a layer's prototype does, its keep sets say.
+    Their rows say where the frame stands; where each layer's prototype does, its keep sets say.
     """
     rows = blocks.copy()
     rows["kind"], rows["tokens"] = BlockKind.PROTOTYPE, 1
-    for held, one in zip(layers, merged, strict=True):
-        found = {} if one is None else {number: at for at, number in enumerate(one.frame.tolist())}
-        for frame in group:
-            at = found.get(frame.number)
-            part = (
-                None if one is None or at is None else LayerKV(one.k[:, at : at + 1], one.v[:, at : at + 1])
-            )
-            held.append(part)
+    assert made.frame.tolist() == [frame.number for frame in group], "one a frame, in their order"
+    for held, k, v in zip(layers, made.k, made.v, strict=True):
+        held += _split(LayerKV(k, v), [1] * len(group))
     return np.concatenate((blocks, rows))
 
 

@@ -52,8 +52,8 @@ class LayerTokens:
 
     def at(self, places: Tensor) -> LayerTokens:
         """The tokens at these places."""
-        words = (getattr(self, name)[places] for name in _WORDS)
-        return LayerTokens(self.k[:, places], self.v[:, places], *words)
+        words = (getattr(self, name).index_select(0, places) for name in _WORDS)
+        return LayerTokens(self.k.index_select(1, places), self.v.index_select(1, places), *words)
 
     def plus(self, other: LayerTokens) -> LayerTokens:
         """With the tokens of another behind them."""
@@ -61,10 +61,9 @@ class LayerTokens:
         return LayerTokens(torch.cat((self.k, other.k), 1), torch.cat((self.v, other.v), 1), *words)
 
     def view(self, grid: tuple[int, int], importance: Tensor | None) -> LayerView:
-        """As a retainer sees them. grid: rows and columns of a whole frame."""
-        merged = self.patch < 0
-        place = torch.stack((self.patch // grid[1], self.patch % grid[1]), 1)  # (M, 2)
-        place[merged] = -1
+        """As a retainer sees them, of one layer or of several that are stacked. grid: rows and columns of a frame."""
+        patch = self.patch[..., None]  # (..., M, 1)
+        place = torch.cat((patch // grid[1], patch % grid[1]), -1).where(patch >= 0, -1)
         return LayerView(self.k, self.v, self.position, self.frame, place, self.kind, grid, importance)
 
 
@@ -99,47 +98,55 @@ class EncoderMemory:
         unit: int,
         frames: Sequence[SeenFrame],
         fresh: Sequence[LayerKV],
-        prototypes: Sequence[Prototypes | None],
+        prototypes: Prototypes | None,
         heard: Sequence[Tensor],
         start: int,
         grid: tuple[int, int],
     ) -> None:
         """A chunk comes in, and what the retainer does not choose goes.
 
-        fresh: the chunk's keys and values, a layer each. prototypes: of its frames, where the retainer makes them.
+        fresh: the chunk's keys and values, a layer each. prototypes: one of each of its frames, in all layers, where
+        the retainer makes them.
         heard: what the probe paid to memory and chunk, empty without one. start: the stream position of its first
         token. grid: rows and columns of a frame.
         """
         for frame in frames:
             self._frames[frame.number] = Held(frame.start_ns, frame.end_ns, len(frame.tokens))
-        candidates, views = [], []
-        for layer, (own, new, merged) in enumerate(zip(self.layers, fresh, prototypes, strict=True)):
-            came, importance = (
-                own.plus(chunk_tokens(unit, frames, new, start)),
-                heard[layer] if heard else None,
-            )
-            if merged is not None:
-                came, importance = _with_prototypes(came, importance, unit, frames, merged)
-            candidates.append(came)
-            views.append(came.view(grid, importance))
-        chosen = zip(candidates, self._chosen(views), strict=True)
-        self.layers = [came.at(places) for came, places in chosen]
+        words, importance = chunk_words(unit, frames, start, fresh[0].k.device), list(heard)
+        layers = [
+            own.plus(LayerTokens(new.k, new.v, *words)) for own, new in zip(self.layers, fresh, strict=True)
+        ]
+        if prototypes is not None:
+            own_words = _prototype_words(unit, frames, prototypes.frame)
+            for layer in range(len(layers)):
+                layers[layer], importance[layer] = _with_prototypes(
+                    layers[layer], importance[layer], prototypes, own_words, layer
+                )
+        self.layers = self._retained(layers, importance, grid)
         self._let_go()
 
-    def _chosen(self, views: Sequence[LayerView]) -> Sequence[Tensor]:
-        """What stays, a layer each. Layers that hold equally many tokens are decided in one call."""
-        if len({view.tokens for view in views}) == 1:
-            found: Sequence[Tensor] = self._retainer.choose(LayerView.stacked(views)).unbind()
-        else:
-            found = [self._retainer.choose(view) for view in views]
-        for view, places in zip(views, found, strict=True):
-            budget = self._retainer.budget_tokens
-            assert len(places) <= budget, f"a layer keeps {len(places)} tokens, of a budget of {budget}"
-            within = bool(
-                (places.diff() > 0).all() and (places[:1] >= 0).all() and (places < view.tokens).all()
+    def _retained(
+        self, layers: Sequence[LayerTokens], importance: Sequence[Tensor], grid: tuple[int, int]
+    ) -> list[LayerTokens]:
+        """What stays of each layer. Layers that hold equally many tokens are decided in one call."""
+        views: list[LayerView]
+        if len({len(layer.id) for layer in layers}) == 1:
+            whole = LayerTokens(
+                *(torch.stack([getattr(layer, name) for layer in layers]) for name in _FIELDS)
             )
-            assert within, "the places of a layer do not ascend, or lie outside"
-        return found
+            views = [whole.view(grid, torch.stack(list(importance)) if importance else None)]
+        else:
+            heard = importance or [None] * len(layers)
+            views = [layer.view(grid, paid) for layer, paid in zip(layers, heard, strict=True)]
+        chosen: list[Tensor] = []
+        for view in views:
+            places = self._retainer.choose(view)  # (..., kept)
+            budget = self._retainer.budget_tokens
+            assert places.shape[-1] <= budget, f"{places.shape[-1]} tokens are kept, of a budget of {budget}"
+            fits = (places.diff(dim=-1) > 0).all() & ((places >= 0) & (places < view.tokens)).all()
+            assert bool(fits), "the places of a layer do not ascend, or lie outside"
+            chosen += places.unbind() if places.dim() > 1 else [places]
+        return [layer.at(places) for layer, places in zip(layers, chosen, strict=True)]
 
     def forget(self, tombstones: Sequence[Tombstone]) -> None:
         """Let go of the tokens of frames that overlap these spans."""
@@ -150,7 +157,7 @@ class EncoderMemory:
         self._let_go()
 
     def _let_go(self) -> None:
-        held = set(torch.cat([own.frame for own in self.layers]).tolist())
+        held = set(torch.unique(torch.cat([own.frame for own in self.layers])).tolist())
         self._frames = {number: frame for number, frame in self._frames.items() if number in held}
 
     def keep_set(self) -> KeepSet:
@@ -193,38 +200,42 @@ def grid_of(frame_tokens: int) -> tuple[int, int]:
     return (side, side) if side * side == frame_tokens else (1, frame_tokens)
 
 
-def chunk_tokens(unit: int, frames: Sequence[SeenFrame], kv: LayerKV, start: int) -> LayerTokens:
-    """One layer's new tokens: each frame is a block of the unit, its tokens in raster order."""
+def chunk_words(
+    unit: int, frames: Sequence[SeenFrame], start: int, device: torch.device
+) -> tuple[Tensor, ...]:
+    """What a chunk's tokens are, beside keys and values: each frame is a block of the unit, in raster order."""
     sizes = [len(frame.tokens) for frame in frames]
     block = np.repeat(np.arange(len(frames)), sizes)
     patch = np.concatenate([np.arange(size) for size in sizes])
     number = np.repeat([frame.number for frame in frames], sizes)
     kind = np.full(len(block), int(BlockKind.FRAME))
     position = start + np.arange(len(block))
-    words = (token_ids(unit, block, patch), position, number, patch, kind)
-    return LayerTokens(
-        kv.k, kv.v, *(torch.from_numpy(np.asarray(word, np.int64)).to(kv.k.device) for word in words)
-    )
+    words = np.stack((token_ids(unit, block, patch), position, number, patch, kind)).astype(np.int64)
+    return torch.from_numpy(words).to(device).unbind()
+
+
+def _prototype_words(unit: int, frames: Sequence[SeenFrame], frame: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, patches and kinds of prototypes of these frames: blocks of their own behind the unit's frames, one each."""
+    block = {own.number: len(frames) + place for place, own in enumerate(frames)}
+    ids = token_ids(unit, np.array([block[number] for number in frame.tolist()], np.int64), 0)
+    merged, kind = (torch.full_like(frame, fill) for fill in (-1, int(BlockKind.PROTOTYPE)))
+    return torch.from_numpy(ids).to(frame.device), merged, kind
 
 
 def _with_prototypes(
     tokens: LayerTokens,
-    importance: Tensor | None,
-    unit: int,
-    frames: Sequence[SeenFrame],
-    merged: Prototypes,
-) -> tuple[LayerTokens, Tensor | None]:
+    importance: Tensor,
+    made: Prototypes,
+    words: tuple[Tensor, Tensor, Tensor],
+    layer: int,
+) -> tuple[LayerTokens, Tensor]:
     """The candidates with prototypes among them, by position, a token before a prototype that stands where it does.
 
-    They are blocks of their own behind the unit's frames, one a frame. What the probe paid to the tokens of its
-    frame together is the importance of a prototype in the round in which it is made (ours).
+    What the probe paid to the tokens of its frame together is the importance of a prototype in the round in which
+    it is made (ours).
     """
-    block = {frame.number: len(frames) + place for place, frame in enumerate(frames)}
-    ids = token_ids(unit, np.array([block[number] for number in merged.frame.tolist()], np.int64), 0)
-    words = (torch.full_like(merged.frame, fill) for fill in (-1, int(BlockKind.PROTOTYPE)))
-    own = torch.from_numpy(ids).to(merged.frame.device)
-    whole = tokens.plus(LayerTokens(merged.k, merged.v, own, merged.position, merged.frame, *words))
+    ids, merged, kind = words
+    came = LayerTokens(made.k[layer], made.v[layer], ids, made.position[layer], made.frame, merged, kind)
+    whole = tokens.plus(came)
     order = torch.argsort(whole.position, stable=True)
-    if importance is not None:
-        importance = torch.cat((importance, merged.mass))[order]
-    return whole.at(order), importance
+    return whole.at(order), torch.cat((importance, made.mass[layer])).index_select(0, order)

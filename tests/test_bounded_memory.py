@@ -88,13 +88,11 @@ def test_no_layer_ever_holds_more_than_the_budget(
             if name in ("template", "vision_sink")
         ]
         before = [set(layer.id.tolist()) for layer in memory.layers]
-        made_of: list[Any] = [None] * L
+        made_of = None
         if name == "template":
-            at = torch.arange(T)
-            made_of = [
-                prototypes(kv.k, kv.v, paid[-T:], number + at // N, start + at)
-                for kv, paid in zip(fresh, heard, strict=True)
-            ]
+            at, paid = torch.arange(T), torch.stack([one[-T:] for one in heard])
+            k, v = torch.stack([kv.k for kv in fresh]), torch.stack([kv.v for kv in fresh])
+            made_of = prototypes(k, v, paid, number + at // N, start + at)
         memory.take(unit, frames, fresh, made_of, heard, start, (2, 2))
         for layer, own in enumerate(memory.layers):
             ids = own.id.tolist()
