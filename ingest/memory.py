@@ -136,7 +136,7 @@ class EncoderMemory:
             )
             views = [whole.view(grid, torch.stack(list(importance)) if importance else None)]
         else:
-            heard = importance or [None] * len(layers)
+            heard: Sequence[Tensor | None] = importance or [None] * len(layers)
             views = [layer.view(grid, paid) for layer, paid in zip(layers, heard, strict=True)]
         chosen: list[Tensor] = []
         for view in views:
