@@ -21,6 +21,7 @@ from memdb.retain.template import prototypes
 from memdb.schemas.errors import RecipeError
 from memdb.schemas.keep import split_ids
 from memdb.schemas.recipe import Stage
+from memdb.schemas.recording import Tombstone
 from memdb.store import Store
 from tests.memory_cases import (
     BUDGET,
@@ -116,6 +117,41 @@ def test_no_layer_ever_holds_more_than_the_budget(
                     assert token_id & 0xFFFF == patch
         assert all(torch.equal(a.k, b.k) for a, b in zip(memory.init, init, strict=True)), "init tokens stay"
         number, start = number + count, start + T
+
+
+@pytest.mark.parametrize("name", ["tar_van", "vision_sink"])
+def test_layers_of_different_lengths_are_decided_each_for_itself(name: str) -> None:
+    """After a forgetting layers hold different counts: each goes on as a memory of its own would, in bits."""
+    made, L, H, D, N = torch.Generator().manual_seed(3), 3, 2, 4, 4
+    retainer = BOUNDED[name](budget_tokens=20)
+    none = [LayerKV(torch.zeros(H, 0, D), torch.zeros(H, 0, D))] * L
+    whole, apart = EncoderMemory(none, retainer), [EncoderMemory(none[:1], retainer) for _ in range(L)]
+    lengths = set()
+    for unit in range(8):
+        frames = [
+            SeenFrame(number, number * NS, (number + 1) * NS, torch.zeros(N, 1), b"")
+            for number in (2 * unit, 2 * unit + 1)
+        ]
+        fresh = [LayerKV(*torch.randn(2, H, 2 * N, D, generator=made)) for _ in range(L)]
+        heard: list[torch.Tensor] = []
+        if name == "vision_sink":
+            heard = [torch.rand(len(layer.id) + 2 * N, generator=made) for layer in whole.layers]
+        whole.take(unit, frames, fresh, None, heard, unit * 2 * N, (2, 2))
+        for layer, alone in enumerate(apart):
+            own = heard[layer : layer + 1]
+            alone.take(unit, frames, fresh[layer : layer + 1], None, own, unit * 2 * N, (2, 2))
+        if unit in (3, 5):
+            stone = Tombstone(0, 3 * NS, 5 * NS if unit == 3 else 9 * NS, 99, 0)
+            for memory in (whole, *apart):
+                memory.forget([stone])
+        for layer, alone in zip(whole.layers, apart, strict=True):
+            assert torch.equal(layer.id, alone.layers[0].id)
+            assert torch.equal(layer.k, alone.layers[0].k)
+            assert len(layer.id) <= 20
+        lengths.add(len({len(layer.id) for layer in whole.layers}))
+        held = {number for layer in whole.layers for number in layer.frame.tolist()}
+        assert [frame.start_ns // NS for frame in whole.frames] == sorted(held)
+    assert lengths > {1}, "they differed, and came together again"
 
 
 @pytest.mark.parametrize("name", METHODS)
