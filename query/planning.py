@@ -47,7 +47,7 @@ def decide(
     best, ranked = _choose(within.opened, ranked, warnings)
     chosen = _own_kv(session, question, within.opened, best, warnings)
     plan, stages, init, memory = _plan(session, question, within, chosen, costs)
-    if memory is not None:
+    if memory is not None and plan.mode in ("kv", "both"):
         warnings += [f"an older memory was used: {bad}; run memdb verify" for bad in memory.bad]
     return Decided(plan, stages, init, chosen, ranked, memory)
 
