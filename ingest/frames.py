@@ -11,6 +11,7 @@ from torch import Tensor
 
 from memdb.models.protocol import Pixels
 from memdb.schemas.frames import Frame, Image
+from memdb.schemas.units import BlockKind
 
 # Key frames are for people: large enough to recognise a face, small beside the KV of a clip.
 KEYFRAME_LONG_SIDE = 640
@@ -56,6 +57,11 @@ class SeenFrame:
     def embedding(self) -> Tensor:
         """(E,) fp32, of the newest frame in it as it came: what a frame that follows is compared with."""
         return mean_token(self.tokens) if self.latest is None else self.latest
+
+    @property
+    def kind(self) -> BlockKind:
+        """Of the block that it becomes."""
+        return BlockKind.FRAME if self.raster is None else BlockKind.GROUP
 
     def jpeg(self) -> bytes:
         return self.picture if isinstance(self.picture, bytes) else to_jpeg(self.picture)

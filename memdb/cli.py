@@ -285,6 +285,10 @@ def stats(store: str, as_json: bool) -> None:
         for tier, size in row.bytes.items():
             hourly = size / row.duration_s * 3600 if row.duration_s else 0.0
             click.echo(f"  {tier:<10} {size:>15,} bytes  {hourly / 2**20:>10.2f} MiB an hour")
+        if row.written_ratio is not None:
+            click.echo(
+                f"  the ingest wrote {row.written_ratio:.2f} bytes for each byte of its units, states included"
+            )
     for name, size in found.derived_bytes.items():
         click.echo(f"{name:<12} {size:>15,} bytes")
 

@@ -154,7 +154,9 @@ class Client:
                         row = for_live(row, fitted["hybrid"])
                     stages = compose(row)
                     known = next((found for found in store.recordings() if found.name == name), None)
-                    grid = known.spec.grid if known is not None else None  # one a recording, whatever comes later
+                    grid = (
+                        known.spec.grid if known is not None else None
+                    )  # one a recording, whatever comes later
                     grid = grid or model.frame_grid(opened.info.height, opened.info.width)
                     stages.check_frames(model.shape.tokens_of(grid))
                     compose_query(row)

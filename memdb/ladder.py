@@ -51,6 +51,8 @@ def compare(
 ) -> LadderReport:
     """`logits` (T, V) came through the store; the frames that went in are fed again here, uncut."""
     window = int(spec.recipe.encode.params.get("window_tokens", 15_000))  # type: ignore[arg-type]
+    if spec.recipe.has_memory:  # what a memory holds is in view, however far back
+        window = 1 << 30
     windowed = bool(spec.recipe.rebuild.params.get("windowed", False))
     with torch.inference_mode():
         frames = model.visual_tokens(pixels)

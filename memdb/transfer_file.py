@@ -250,6 +250,8 @@ def _slice_bytes(spec: RecordingSpec, codec: str, tokens: int, scale_bytes: int)
 
 def _check_keys(unit: Unit, spec: RecordingSpec) -> None:
     shape = spec.model.shape
+    if any(kept is not None and len(kept.ids) != shape.layers for kept in (unit.keep, unit.held)):
+        raise StoreError(f"its keep set is not of the {shape.layers} layers of the model")
     expected = (shape.layers, len(unit.blocks), shape.kv_heads * shape.head_size)
     if unit.keys is not None and unit.keys.shape != expected:
         raise StoreError(f"its keys are {unit.keys.shape}, not {expected}")

@@ -32,9 +32,13 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "R5",
-        lambda r: r.reduce.method == "ctr" and r.retain.method == "tar_van",
-        "TaR + VaN compares a patch with the same patch of other frames, and CTR leaves another choice of patches of "
-        "each frame: set reduce = 'identity', or retain to a method that needs no grid",
+        lambda r: (
+            r.reduce.method == "ctr"
+            and r.retain.method == "tar_van"
+            and r.retain.params.get("pooling") != "none"
+        ),
+        "TaR + VaN pools over neighbouring patches, and CTR leaves a choice of patches without neighbours: set "
+        "retain.pooling = 'none', or reduce = 'identity'",
     ),
     Rule(
         "R6",
@@ -73,6 +77,29 @@ RULES: tuple[Rule, ...] = (
         lambda r: r.reduce.method == "recurrent" and r.keeps_kv,
         "a recurrent prefix would change the hidden states of stored KV: use caption = 'blocks', which keeps it "
         "out of them",
+    ),
+    Rule(
+        "R8b",
+        lambda r: r.has_memory and r.retain.method == "all",
+        "chunks are encoded against a compressed memory, which nothing here compresses: set retain to a method with "
+        "budget_tokens, or encode = 'window'",
+    ),
+    Rule(
+        "R8c",
+        lambda r: not r.has_memory and r.retain.method != "all",
+        "a bounded memory is what the next chunk is encoded against: set encode = 'chunk', or retain = 'all'",
+    ),
+    Rule(
+        "R10b",
+        lambda r: (r.retrieve.method == "all") != r.has_memory,
+        "retrieve all activates a bounded memory, as it was when the question was asked, and only that may be "
+        "activated of one (R20): set both encode = 'chunk' and retrieve = 'all', or neither",
+    ),
+    Rule(
+        "R2",
+        lambda r: (r.rebuild.method == "original") != r.has_memory,
+        "original positions are those of encode chunk, which sees tokens where they stand in the stream; a window has "
+        "places of its own: set both encode = 'chunk' and rebuild = 'original', or neither",
     ),
     Rule(
         "S1",

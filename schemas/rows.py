@@ -25,6 +25,8 @@ class Part(IntEnum):
     KEYFRAME = 3  # JPEG
     KEYS = 4  # fp16 little-endian (L, blocks, H*D)
     KV = 5  # the payload of slices
+    KEEP = 6  # the keep set of a bounded memory, see memdb/keep_set.py
+    HELD = 7  # which tokens the slices of a unit hold, in the same form
 
 
 # One row a part of a unit. `offset` counts from the start of the unit's body, and is 64-byte aligned.
@@ -139,6 +141,7 @@ class TierBytes:
     keys: int = 0
     captions: int = 0  # texts and vectors
     keyframes: int = 0
+    keep_sets: int = 0  # of bounded memories
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,10 @@ class Places:
         ids = order if at.id == at.order else torch.arange(at.id, at.id + tokens, device=device)
         return cls(order, ids, Next(at.order + tokens, at.id + tokens))
 
+    def to(self, device: torch.device) -> Places:
+        order = self.order.to(device)
+        return Places(order, order if self.ids is self.order else self.ids.to(device), self.end)
+
     def after(self, tokens: int) -> Places:
         """These places behind those of `tokens` tokens of text that stand at 0, 1, ... ."""
         head = torch.arange(tokens, device=self.order.device)
@@ -86,6 +90,13 @@ class Placing(Protocol):
         """
         ...
 
+    def at(self, start: int, positions: Tensor, frame_tokens: int) -> Tensor:
+        """Ids (T,) or (3, T) of tokens at `positions` (T,) in such a run, of frames of `frame_tokens` tokens each.
+
+        The run begins at the position and the id `start`. What was dropped from it changes no other token's ids.
+        """
+        ...
+
     def ceiling(self, window: int) -> int:
         """The largest id that stands for "as far as the window reaches" (LM-Infinite's ceiling)."""
         ...
@@ -101,6 +112,9 @@ class Line:
 
     def streamed(self, start: int, first: int, sizes: Sequence[int]) -> Tensor | None:
         return None
+
+    def at(self, start: int, positions: Tensor, frame_tokens: int) -> Tensor:
+        return positions
 
     def ceiling(self, window: int) -> int:
         return window - 1
@@ -128,7 +142,8 @@ class Grid:
     published with: one past the largest id. Where a film is short both rules give the same ids.
 
     A block that ageing thinned holds the tokens that `Uniform` chose and has their ids; one that was thinned twice
-    has ids that differ from the true ones by less than one of the larger stretches.
+    has ids that differ from the true ones by less than one of the larger stretches. Frames that CTR reduced are given
+    such ids as well, when they are encoded and ever after: where in the frame their tokens stood is not stored.
     """
 
     rows: int
@@ -166,6 +181,13 @@ class Grid:
         raster = self._raster(within, np.repeat(own, own))
         axes = np.stack((np.repeat(t, own), raster // self.columns, raster % self.columns))
         return torch.from_numpy(start + axes)
+
+    def at(self, start: int, positions: Tensor, frame_tokens: int) -> Tensor:
+        behind = positions - start
+        nth, within = behind // frame_tokens, behind % frame_tokens
+        t = nth * self.step.numerator // self.step.denominator
+        raster = (2 * within + 1) * self.tokens // (2 * frame_tokens)
+        return start + torch.stack((t, raster // self.columns, raster % self.columns))
 
     def ceiling(self, window: int) -> int:
         """As far in time as the oldest frame of a full window (ours: the papers have one id a token)."""

@@ -11,6 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+# Up to here angles come from a table (64 MiB at 64 channels); beyond, which only original positions reach, they are
+# computed for the positions at hand. Both are the same numbers.
+TABLE_POSITIONS_MAX = 1 << 17
+
 
 class Rotary:
     """Half-split ("rotate half") RoPE with the checkpoint's own frequencies.
@@ -65,7 +69,9 @@ class Rotary:
         return turn(x, *self.rows(positions, length))
 
     def rows(self, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Cosine and sine (T, R) at `positions` (T,) or (3, T) from the tables; for `turn`, as often as wanted."""
+        """Cosine and sine (T, R) at `positions` (T,) or (3, T), for `turn`, as often as wanted."""
+        if length > TABLE_POSITIONS_MAX:
+            return self.at(positions)
         cos, sin = self.tables(length)
         if positions.ndim == 1:
             return cos[positions], sin[positions]

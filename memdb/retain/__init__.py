@@ -8,9 +8,6 @@ from memdb.retain.template import Template
 from memdb.retain.uniform import Uniform, UniformTokens
 from memdb.retain.vision_sink import VisionSink
 
-RETAINERS: dict[str, type[KeepAll]] = {
-    "all": KeepAll,
-}
 # These choose tokens, a layer for itself, so that a memory never exceeds its budget.
 BOUNDED: dict[str, type[Bounded]] = {
     "recent": Recent,
@@ -19,6 +16,12 @@ BOUNDED: dict[str, type[Bounded]] = {
     "uniform": UniformTokens,
     "vision_sink": VisionSink,
 }
+RETAINERS: dict[str, type[KeepAll] | type[Bounded]] = {
+    "all": KeepAll,
+    **BOUNDED,
+}
+# Of these, the ones that look at the importance of a probe (R18).
+PROBED = frozenset({"template", "vision_sink"})
 # By these ageing thins blocks that are stored already: they choose by place alone, without a look at the values.
 THINNERS: dict[str, type[Uniform]] = {
     "uniform": Uniform,
