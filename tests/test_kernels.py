@@ -18,6 +18,7 @@ from memdb.retain.tar_van_code import code_choice
 from memdb.retain.template import prototypes
 from memdb.schemas.errors import UsageError
 from tests.retain_cases import Film
+from tools import kernel_reduce
 from tools.kernel_list import BOOLS, BYTES, FLOATS, INTS, KERNELS, Spec
 from tools.run_kernel import main, page, value
 
@@ -156,7 +157,44 @@ def vision_sink() -> tuple[Arrays, Arrays]:
     return inputs, {"kept": [0, 1, 5, 6]}
 
 
+def ctr() -> tuple[Arrays, Arrays]:
+    inputs = {
+        "frames": drawn(3, 20, 8),
+        "saliency": drawn(3, 20, seed=1) ** 2,
+        "before": drawn(20, 8, seed=2),
+    }
+    return {**inputs, "tokens": 6}, kernel_reduce.ctr(**inputs, tokens=6)
+
+
+def dpc() -> tuple[Arrays, Arrays]:
+    points = drawn(30, 8)
+    return {"points": points, "clusters": 7}, kernel_reduce.dpc(points, 7)
+
+
+def oqm_pack() -> tuple[Arrays, Arrays]:
+    """Codes 0 to 15 of a channel that rises by its step, two a byte, the even token below."""
+    x = np.arange(16, dtype=np.float32)[:, None].repeat(3, 1)
+    packed = (np.arange(0, 16, 2) + 16 * np.arange(1, 16, 2))[:, None].repeat(3, 1)
+    return {"x": x}, {"packed": packed, "scale": np.ones(3), "minimum": np.zeros(3)}
+
+
+def oqm_unpack() -> tuple[Arrays, Arrays]:
+    inputs, packed = oqm_pack()
+    arrays = {name: np.asarray(value, np.float32) for name, value in packed.items()}
+    return {**arrays, "packed": packed["packed"].astype(np.uint8), "tokens": 16}, inputs
+
+
+def segment() -> tuple[Arrays, Arrays]:
+    features = drawn(12, 4, 8)
+    return {"features": features}, kernel_reduce.segment(features)
+
+
 CASES = {
+    "ctr": ctr,
+    "dpc": dpc,
+    "oqm_pack": oqm_pack,
+    "oqm_unpack": oqm_unpack,
+    "segment": segment,
     "attention_rows": attention_rows,
     "gqa_fold": gqa_fold,
     "guidance_scores": guidance_scores,

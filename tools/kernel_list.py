@@ -27,6 +27,7 @@ from memdb.retain.template import Template, prototypes
 from memdb.retain.view import LayerView
 from memdb.retain.vision_sink import VisionSink
 from memdb.schemas.units import BlockKind
+from tools import kernel_reduce
 
 Array = npt.NDArray[Any]
 FLOATS, INTS, BOOLS, BYTES = "float16/32/64", "int64", "bool", "uint8"
@@ -202,6 +203,8 @@ _KEPT = {"kept": Spec(INTS, "kept")}
 _QK = {"q": Spec(FLOATS, "Hq r D"), "k": Spec(FLOATS, "H T D")}
 _KV = {"k": Spec(FLOATS, "H T D"), "v": Spec(FLOATS, "H T D")}
 
+_RELEASED = {"released": Spec(BOOLS, "", True)}
+
 KERNELS: dict[str, Kernel] = {
     "attention_rows": Kernel(
         "Attention of probe rows over all keys, no mask, and its mean over heads and rows. `scale` is 1/sqrt(D) "
@@ -209,6 +212,35 @@ KERNELS: dict[str, Kernel] = {
         _attention_rows,
         {**_QK, "scale": Spec(FLOATS, "", math.nan)},
         {"rows": Spec("float32", "Hq r T"), "importance": Spec("float32", "T")},
+    ),
+    "ctr": Kernel(
+        "CTR: frames to `tokens` tokens each. `before`: the raw frame before them; `jitter`: added to the density of "
+        "each place, 0 where left out; `released`: the released delta, else the textbook's (StreamingTOM)",
+        kernel_reduce.ctr,
+        {
+            "frames": Spec(FLOATS, "F N E"),
+            "saliency": Spec(FLOATS, "F N"),
+            "before": Spec(FLOATS, "N E", optional=True),
+            "jitter": Spec(FLOATS, "F N", optional=True),
+            "tokens": Spec(INTS, "", 50),
+            "tau": Spec(FLOATS, "", 0.9),
+            "neighbours": Spec(INTS, "", 7),
+            "beta": Spec(FLOATS, "", 0.6),
+            **_RELEASED,
+        },
+        {"tokens": Spec(FLOATS, "F G E"), "raster": Spec(INTS, "F G"), "static": Spec(BOOLS, "F N")},
+    ),
+    "dpc": Kernel(
+        "Density peaks: which points are centres; `jitter` and `released` as in ctr (StreamingTOM)",
+        kernel_reduce.dpc,
+        {
+            "points": Spec(FLOATS, "n E"),
+            "clusters": Spec(INTS, ""),
+            "neighbours": Spec(INTS, "", 7),
+            "jitter": Spec(FLOATS, "n", optional=True),
+            **_RELEASED,
+        },
+        {"centres": Spec(INTS, "clusters")},
     ),
     "gqa_fold": Kernel(
         "Mean over tokens, sum over the heads of a group: its product with a mean key equals that of repeated keys "
@@ -236,6 +268,29 @@ KERNELS: dict[str, Kernel] = {
         },
         {"order": Spec(INTS, "n"), "cosine": Spec("float32", "n"), "chosen": Spec(INTS, "chosen")},
     ),
+    "oqm_pack": Kernel(
+        "Keys or values of a group to codes of 4 or 2 bits, the first token in the lowest, and a scale and a minimum "
+        "a channel, all in the kind of x; codes are 0 where a scale is 0 (StreamingTOM)",
+        kernel_reduce.oqm_pack,
+        {"x": Spec(FLOATS, "... G D"), "bits": Spec(INTS, "", 4)},
+        {
+            "packed": Spec(BYTES, "... bytes D"),
+            "scale": Spec(FLOATS, "... D"),
+            "minimum": Spec(FLOATS, "... D"),
+        },
+    ),
+    "oqm_unpack": Kernel(
+        "Inverse of oqm_pack; `tokens`: of the group (StreamingTOM)",
+        kernel_reduce.oqm_unpack,
+        {
+            "packed": Spec(BYTES, "... bytes D"),
+            "scale": Spec(FLOATS, "... D"),
+            "minimum": Spec(FLOATS, "... D"),
+            "tokens": Spec(INTS, ""),
+            "bits": Spec(INTS, "", 4),
+        },
+        {"x": Spec(FLOATS, "... G D")},
+    ),
     "pages": Kernel(
         "Mean unrotated keys of pages of retained tokens, their scores, the pages that are read (LiveVLM, PaR)",
         _pages,
@@ -261,6 +316,23 @@ KERNELS: dict[str, Kernel] = {
             "position": Spec(INTS, "F"),
             "frame": Spec(INTS, "F"),
             "mass": Spec("float32", "F"),
+        },
+    ),
+    "segment": Kernel(
+        "Semantic segments with merging inside: units, the frames that each stands for (both included), and the "
+        "number of its segment (StreamKV)",
+        kernel_reduce.segment,
+        {
+            "features": Spec(FLOATS, "T N E"),
+            "theta": Spec(FLOATS, "", 0.99),
+            "frames_min": Spec(INTS, "", 4),
+            "frames_max": Spec(INTS, "", 64),
+        },
+        {
+            "units": Spec(FLOATS, "U N E"),
+            "first": Spec(INTS, "U"),
+            "last": Spec(INTS, "U"),
+            "segment": Spec(INTS, "U"),
         },
     ),
     "select_kv_compress": Kernel(
