@@ -91,7 +91,7 @@ class PackedListener:
         """(T,) over the queries of a frame of so many patches; those of other windows pay a patch nothing."""
         T, heads = len(self._packed), int(module.num_heads)
         q, k, _ = self._packed.view(T, 3, heads, -1).permute(1, 2, 0, 3)  # (heads, T, D) each
-        turned = (turn(part, self._cos, self._sin).split(self._lengths, 1) for part in (q, k))
+        turned = (torch.split(turn(part, self._cos, self._sin), self._lengths, 1) for part in (q, k))
         means = [
             column_means(own_q[None], own_k[None], float(module.scaling))[0] * (own_q.shape[1] / patches)
             for own_q, own_k in zip(*turned, strict=True)
