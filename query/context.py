@@ -36,9 +36,8 @@ class Retrieved:
 
     rows: list[Rows] = field(default_factory=list)
     kv: list[LayerKV | None] = field(default_factory=list)
-    positions: list[Ids] | None = (
-        None  # of the tokens in `kv`, a layer each, where they stand at original ones
-    )
+    # Of the tokens in `kv`, a layer each, where they stand at original ones.
+    positions: list[Ids] | None = None
     cache: CacheContext | None = None
     captions: list[tuple[caption_tier.Picked, CaptionAt]] = field(default_factory=list)
     caption_ids: list[int] = field(default_factory=list)  # of all of them, with times and names between
@@ -189,9 +188,8 @@ def rebuild(session: Session, decided: Decided, got: Retrieved, room: int) -> Ca
         context = at_original(session, stages.rebuild, chosen, init, got)
     elif got.kv and chosen is not None:
         if isinstance(stages.rebuild, Consecutive) and (stages.rebuild.time_text_s or got.cache is None):
-            got.cache = (
-                None  # the blocks move: what was rotated for retrieval is not needed beside the new cache
-            )
+            # The blocks move: what was rotated for retrieval is not needed beside the new cache.
+            got.cache = None
             longest = max(0 if kv is None else kv.tokens for kv in got.kv)
             spec = chosen.row.spec
             context = stages.rebuild.rebuild(

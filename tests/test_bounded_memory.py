@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memdb.ingest.frames import SeenFrame
-from memdb.ingest.memory import EncoderMemory
+from memdb.ingest.memory import EncoderMemory, chunk_words
+from memdb.ingest.reduce.ctr import CausalTemporal
 from memdb.memory import remembered
 from memdb.models.window import LayerKV
 from memdb.retain import BOUNDED
@@ -22,6 +23,7 @@ from memdb.schemas.errors import RecipeError
 from memdb.schemas.keep import split_ids
 from memdb.schemas.recipe import Stage
 from memdb.schemas.recording import Tombstone
+from memdb.schemas.units import BlockKind
 from memdb.store import Store
 from tests.memory_cases import (
     BUDGET,
@@ -50,6 +52,49 @@ from tests.model_cases import (
 from tests.store_cases import directory_digest
 
 FRAMES = 14  # four clips of three and one of two
+
+
+# What its tokens are
+
+
+def test_tokens_that_ctr_left_know_the_patches_that_they_stood_at(tmp_path: Path) -> None:
+    """From the reducer through many rounds of a retainer that compares patches; their blocks are groups."""
+    recipe = memory_recipe("tar_van", 40).with_stage("reduce", Stage("ctr", {"tokens": 5}))
+    recipe = recipe.with_stage("retain", recipe.retain.with_params(pooling="none"))
+    stood: dict[int, list[int]] = {}
+    reduce = CausalTemporal.reduce
+
+    def reducing(self: CausalTemporal, *given: Any, numbers: list[int], **more: Any) -> Any:
+        tokens, raster = reduce(self, *given, numbers=numbers, **more)
+        stood.update(zip(numbers, raster.tolist(), strict=True))
+        return tokens, raster
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(CausalTemporal, "reduce", reducing)
+        moments = remembered_film(tmp_path / "s", pictures(FRAMES), recipe)
+    assert sorted(stood) == list(range(FRAMES))
+    assert len({tuple(raster) for raster in stood.values()}) > 1
+    for layer in moments[-1].layers:
+        assert len(layer.id) == 40
+        assert set(layer.kind.tolist()) == {int(BlockKind.GROUP)}
+        token = (layer.id & 0xFFFF).tolist()
+        numbers = layer.frame.tolist()
+        assert layer.patch.tolist() == [stood[number][at] for number, at in zip(numbers, token, strict=True)]
+    with reopened(tmp_path / "s") as db:
+        for mode in ("kv", "recent"):
+            assert db.ask(QUESTION, mode=mode).evidence, mode
+
+
+@pytest.mark.parametrize("raster", [None, torch.tensor([1, 4, 7])])
+def test_what_was_merged_of_several_frames_stands_for_no_patch(raster: torch.Tensor | None) -> None:
+    alone = SeenFrame(4, 0, NS, torch.zeros(3, 1), b"", raster=raster)
+    merged = SeenFrame(5, NS, 4 * NS, torch.zeros(3, 1), b"", raster=raster, count=3)
+    ids, position, number, patch, kind = chunk_words(2, [alone, merged], 10, torch.device("cpu"))
+    assert ids.tolist() == [(2 << 32) | (block << 16) | at for block in range(2) for at in range(3)]
+    assert position.tolist() == [10, 11, 12, 13, 14, 15]
+    assert number.tolist() == [4, 4, 4, 5, 5, 5]
+    assert patch.tolist() == [*([0, 1, 2] if raster is None else [1, 4, 7]), -1, -1, -1]
+    assert set(kind.tolist()) == {int(BlockKind.FRAME if raster is None else BlockKind.GROUP)}
 
 
 # The budget, at every moment

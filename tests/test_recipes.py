@@ -279,6 +279,16 @@ def test_a_broken_rule_is_named_with_its_reason(name: str) -> None:
         compose(BROKEN[name])
 
 
+def test_reduced_frames_may_be_compared_patch_by_patch_where_nothing_is_pooled() -> None:
+    """R5 as far as it must go: every token knows the patch that it stood at, but not its neighbours."""
+    bounded = memory_recipe("tar_van").with_stage("reduce", Stage("ctr"))
+    for pooling in ("0.2,0.4,0.6", "0,0,1"):
+        with pytest.raises(RecipeError, match=r"not legal \(R5\).*retain.pooling = 'none'"):
+            compose(bounded.with_stage("retain", bounded.retain.with_params(pooling=pooling)))
+    compose(bounded.with_stage("retain", bounded.retain.with_params(pooling="none")))
+    compose(bounded.with_stage("retain", Stage("uniform")))
+
+
 def test_merged_frames_are_no_matter_of_the_unit_alone() -> None:
     with pytest.raises(RecipeError, match=r"not legal \(R6\)"):
         check(REKV.with_stage("reduce", Stage("merge")).with_stage("retain", Stage("tar_van")))
