@@ -16,12 +16,14 @@ from memdb.digest import unit_digest
 from memdb.ingest.encoder import StreamEncoder
 from memdb.ingest.frames import ReadyFrame
 from memdb.ingest.stages import compose
-from memdb.models.places import LINE, Grid
+from memdb.models.cache import CacheContext
+from memdb.models.decode import prefill
+from memdb.models.places import LINE, Grid, Next, Places
 from memdb.recipes import REKV
 from memdb.schemas.errors import RecipeError
 from memdb.schemas.recipe import Recipe, Stage
 from tests.memory_cases import CLIP, Moment, memory_recipe, watched_memory
-from tests.model_cases import INIT_PROMPT, NS, QUESTION, pictures, relative, reopened
+from tests.model_cases import INIT_PROMPT, NS, QUESTION, pictures, record_decisions, relative, reopened
 from tests.qwen_cases import COLUMNS, ROWS, N, Seen, ids_by_hand, plain_qwen, qwen, remember
 
 RAW = 21  # frames, the last without its partner
@@ -111,6 +113,31 @@ def test_a_retainer_sees_rows_and_columns_of_the_grid(retain: str, tmp_path: Pat
         place = layer.view((ROWS, COLUMNS), None).patch[whole]
         assert torch.equal(place[:, 0] * COLUMNS + place[:, 1], layer.patch[whole])
     assert any((layer.patch < 0).any() for layer in moments[-1].layers) == (retain == "template")
+
+
+def test_memory_and_captions_are_read_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """[init | memory at its ids | captions | prompt], text behind the largest id of any layer."""
+    said = {"encoder": "input-embeddings", "tokens_max": 3, "clips": 0, "prompt": "What is there?"}
+    recipe = memory_recipe("uniform", 20).with_stage("caption", Stage("blocks", said))
+    recipe = recipe.with_stage("retrieve", Stage("all", {"caption_tokens": 400}))
+    moments, decided, model = remembered(tmp_path / "s", recipe), record_decisions(monkeypatch), qwen()
+    with reopened(tmp_path / "s") as db:
+        answer = db.ask(QUESTION, mode="both")
+        row = db.store.recording("film")
+        captions = [db.store.read_caption(unit) for unit in db.store.units(row.id)]
+    assert {item.tier for item in answer.evidence} == {"kv", "captions"}
+    n, ids = moments[-1].init[0].tokens, ids_by_hand(moments[-1].init[0].tokens, PAIRS, 0, step=4.0)
+    layers = [layer.position for layer in moments[-1].layers]
+    end = Next(max(int(own.max()) for own in layers) + 1, max(int(ids[:, own].max()) for own in layers) + 1)
+    context = CacheContext(
+        model.rotary,
+        moments[-1].init,
+        [layer.kv for layer in moments[-1].layers],
+        places=[Places(own, ids[:, own], end) for own in layers],
+    )
+    assert n + 20 == max(context.lengths)
+    prefill(model, model.embed([token for caption in captions for token in caption.token_ids]), context)
+    assert torch.equal(decided[0], prefill(model, model.embed(model.prompt_ids(QUESTION)), context))
 
 
 @pytest.mark.parametrize("reduce", [Stage("identity"), Stage("ctr", {"tokens": 4})])
