@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, replace
 from itertools import groupby
 
 import numpy as np
@@ -16,14 +16,23 @@ from torch import Tensor
 
 from memdb.codecs.pack import pack_unit
 from memdb.ingest.encode.base import ClipSeen, no_kv
+from memdb.ingest.encode.chunk import Chunk
 from memdb.ingest.encode.window import SlidingWindow
 from memdb.ingest.frames import ReadyFrame, SeenFrame
 from memdb.ingest.held import Held, Timed, is_meant, newest
+from memdb.ingest.memory import EncoderMemory, chunk_words, grid_of
+from memdb.ingest.open_frames import frame_from, frame_row, frame_tensors
+from memdb.ingest.reduce.ctr import CausalTemporal
+from memdb.ingest.reduce.merge_frames import MergeFrames
 from memdb.ingest.stages import IngestStages
 from memdb.models.caption_vectors import CaptionVectors
+from memdb.models.places import LINE
 from memdb.models.protocol import VideoModel
 from memdb.models.window import LayerKV, WindowContext
+from memdb.retain.keep_all import KeepAll
+from memdb.retain.template import Prototypes, Template, prototypes
 from memdb.schemas.errors import CorruptionError
+from memdb.schemas.keep import KeepSet
 from memdb.schemas.recording import Tombstone
 from memdb.schemas.units import BLOCK_DTYPE, BlockKind, Caption, Table, Unit, no_blocks
 from memdb.timing import Laps
@@ -48,7 +57,7 @@ class Counters:
 
 
 class StreamEncoder:
-    """The encoder state of one recording: window, recurrent tokens, open unit, counters.
+    """The encoder state of one recording: window or memory, recurrent tokens, open unit, last raw frame, counters.
 
     `step` takes a batch of frames and gives the units that closed. The same batches give the same bits; where
     batches are cut is the caller's, at fixed frame numbers. `state` and `restore` are exact.
@@ -61,9 +70,17 @@ class StreamEncoder:
         init_ids: Sequence[int],
         vectors: CaptionVectors | None,
         laps: Laps | None = None,
+        *,
+        sample_fps: float = 1.0,
+        grid: tuple[int, int] | None = None,
+        seed: int = 0,
     ) -> None:
+        """`sample_fps`, raw frames a second, and `grid`: the recording's, for models whose ids count them. `seed`:
+        the recording's, for reducers that draw.
+        """
+        self._placing = model.placing(sample_fps, grid)
         self._model, self._stages, self._vectors = model, stages, vectors
-        self._init_ids = tuple(init_ids)
+        self._init_ids, self._seed = tuple(init_ids), seed
         self.laps = laps or Laps()
         self.start_fresh(Counters())
 
@@ -72,32 +89,46 @@ class StreamEncoder:
         self.counters = counters
         self._window: WindowContext | None = None
         if isinstance(self._stages.encode, SlidingWindow):
-            self._window = self._stages.encode.open(self._model, self._init_ids, profile=self._stages.profile)
+            self._window = self._stages.encode.open(
+                self._model, self._init_ids, profile=self._stages.profile, placing=self._placing
+            )
+        self._memory: EncoderMemory | None = None
+        if isinstance(self._stages.encode, Chunk):
+            assert not isinstance(self._stages.retain, KeepAll), "rule R8b sees to it"
+            init = self._stages.encode.open(self._model, self._init_ids)
+            self._memory = EncoderMemory(init, self._stages.retain)
+        if self._window is not None or self._memory is not None:
             counters.position = max(counters.position, len(self._init_ids))
         self._in_window: list[Held] = []  # frames, oldest first
-        self._opened: list[SeenFrame] = []
+        self._opened: list[SeenFrame] = []  # where frames merge, the last is not yet the unit's own
+        self._before: SeenFrame | None = None  # the last frame that was reduced, as it was before
         self._queue: list[Tensor] = []
         self._queued: list[Held] = []  # the clip of each entry of the queue
 
     @property
     def reach_ns(self) -> int:
         """It holds nothing of the stream from before this media time."""
-        starts = [held[0].start_ns for held in (self._in_window, self._queued, self._opened) if held]
+        starts = [held[0].start_ns for held in self._holders if held]
         return min(starts, default=self.counters.until_ns)
 
     def holds(self, tombstones: Sequence[Tombstone]) -> bool:
-        """Whether a span overlaps something that it holds: a frame in the window, a queued clip, an open frame."""
-        held: list[Timed] = [*self._in_window, *self._queued, *self._opened]
-        return any(is_meant(item, tombstones) for item in held)
+        """Whether a span overlaps something that it holds: a frame in window or memory, a queued clip, an open frame,
+        the frame beside which the next one is reduced.
+        """
+        return any(is_meant(item, tombstones) for held in self._holders for item in held)
 
     def forget(self, tombstones: Sequence[Tombstone]) -> list[Unit]:
         """Let go of what overlaps these spans, and of all that was computed beside it: a new epoch begins.
 
         Open frames that do not overlap stay. No unit spans what was between them: returns the units that close.
+        Of a bounded memory the rest stays: it is all that there is of the past, and the store keeps those tokens too.
         """
-        opened = self._opened
+        opened, memory = self._opened, self._memory
         self.counters.epoch += 1
         self.start_fresh(self.counters)
+        if memory is not None:
+            memory.forget(tombstones)
+            self._memory = memory
         runs = [
             list(frames) for gone, frames in groupby(opened, lambda x: is_meant(x, tombstones)) if not gone
         ]
@@ -111,23 +142,92 @@ class StreamEncoder:
         self._took(frames[-1])
         return units
 
+    @property
+    def _reduced_beside(self) -> list[SeenFrame]:
+        return [self._before] if self._before is not None else []
+
+    @property
+    def _holders(self) -> list[Sequence[Timed]]:
+        """Everything of the stream that it holds, each oldest first."""
+        remembered = self._memory.frames if self._memory is not None else []
+        return [self._in_window, remembered, self._queued, self._opened, self._reduced_beside]
+
     def step(self, frames: Sequence[ReadyFrame]) -> list[Unit]:
-        """One batch: see, cut units, encode, caption, pack."""
-        with self.laps("vision"):
-            tokens = self._model.visual_tokens([frame.pixels for frame in frames])  # (F, N, E)
+        """One batch: see, cut units, reduce, encode, caption, pack."""
         closed: list[list[SeenFrame]] = []
-        for frame, seen in zip(frames, tokens, strict=True):
-            done, self._opened = self._stages.unit.extend(
-                self._opened, SeenFrame(frame.number, frame.start_ns, frame.end_ns, seen, frame.picture)
-            )
-            closed += done
+        for seen in self._see(frames):
+            closed += self._extend(seen)
         self._took(frames[-1])
         return self._close(closed)
 
     def finish(self) -> list[Unit]:
         """The unit that is still open when the stream ends."""
-        opened, self._opened = self._opened, []
-        return self._close([opened]) if opened else []
+        closed: list[list[SeenFrame]] = []
+        if self._opened and isinstance(self._stages.reduce, MergeFrames):
+            closed, self._opened = self._stages.unit.extend(self._opened[:-1], self._opened[-1])
+        if self._opened:
+            closed.append(self._opened)
+        self._opened = []
+        return self._close(closed)
+
+    def _see(self, frames: Sequence[ReadyFrame]) -> list[SeenFrame]:
+        """What the model sees as one frame is `frames_together` raw ones; batches are cut at multiples of that, so
+        that only a stream's end, a gap and what is forgotten leave a frame without its partner.
+        """
+        together, pixels = self._model.frames_together, [frame.pixels for frame in frames]
+        seen_as_one = [frames[first : first + together] for first in range(0, len(frames), together)]
+        saliency: list[Tensor | None] = [None] * len(seen_as_one)
+        with self.laps("vision"):
+            if isinstance(self._stages.reduce, CausalTemporal):
+                tokens, looked = self._model.salient_tokens(pixels)  # (F, N, E), (F, N)
+                saliency = list(looked)
+            else:
+                tokens = self._model.visual_tokens(pixels)
+        return [
+            SeenFrame(raw[0].number, raw[0].start_ns, raw[-1].end_ns, seen, raw[0].picture, looked_at)
+            for raw, seen, looked_at in zip(seen_as_one, tokens, saliency, strict=True)
+        ]
+
+    def _extend(self, frame: SeenFrame) -> list[list[SeenFrame]]:
+        """The units that close with this frame. Where frames merge, one goes to its unit when the next is another."""
+        unit, reduce = self._stages.unit, self._stages.reduce
+        if not isinstance(reduce, MergeFrames):
+            closed, self._opened = unit.extend(self._opened, frame)
+            return closed
+        closed = []
+        if self._opened:
+            *before, last = self._opened
+            merged = reduce.merge(self._opened[0].start_ns, last, frame)
+            if merged is not None:
+                self._opened = [*before, merged]
+                return []
+            closed, self._opened = unit.extend(before, last)
+        self._opened = [*self._opened, frame]
+        return closed
+
+    def _reduce(self, groups: Sequence[Sequence[SeenFrame]]) -> Sequence[Sequence[SeenFrame]]:
+        """Stage 2 over the units that close: frames as the language model will take them."""
+        reduce = self._stages.reduce
+        if isinstance(reduce, MergeFrames):  # a mean is kept in fp32 while it grows
+            dtype = self._model.dtype
+            return [[replace(frame, tokens=frame.tokens.to(dtype)) for frame in group] for group in groups]
+        if not isinstance(reduce, CausalTemporal):
+            return groups
+        with self.laps("reduce"):
+            frames = [frame for group in groups for frame in group]
+            tokens, raster = reduce.reduce(
+                torch.stack([frame.tokens for frame in frames]),
+                torch.stack([frame.saliency for frame in frames if frame.saliency is not None]),
+                self._before.tokens if self._before is not None else None,
+                seed=self._seed,
+                numbers=[frame.number for frame in frames],
+            )
+            self._before = replace(frames[-1], picture=b"", saliency=None)
+            reduced = iter(
+                replace(frame, tokens=kept, raster=places)
+                for frame, kept, places in zip(frames, tokens, raster, strict=True)
+            )
+            return [[next(reduced) for _ in group] for group in groups]
 
     def _took(self, last: ReadyFrame) -> None:
         self.counters.frame = last.number + 1
@@ -136,6 +236,9 @@ class StreamEncoder:
     def _close(self, groups: Sequence[Sequence[SeenFrame]]) -> list[Unit]:
         if not groups:
             return []
+        groups = self._reduce(groups)
+        if self._memory is not None:  # each unit is encoded against what the one before it left in memory
+            return [self._remember(group) for group in groups]
         kv = self._encode([frame for group in groups for frame in group])
         units, at = [], 0
         for group in groups:
@@ -155,14 +258,57 @@ class StreamEncoder:
         self._in_window = newest([*self._in_window, *came], window.local[0].tokens)
         return kv
 
-    def _unit(self, group: Sequence[SeenFrame], kv: Sequence[LayerKV] | None) -> Unit:
+    def _remember(self, group: Sequence[SeenFrame]) -> Unit:
+        """Encode a unit against the memory, and let the retainer decide what of both stays."""
+        encode, memory, retain = self._stages.encode, self._memory, self._stages.retain
+        assert memory is not None
+        assert isinstance(encode, Chunk)
+        start, number = self.counters.position, self.counters.unit
+        with self.laps("encode"):
+            chunk = torch.cat([frame.tokens for frame in group])
+            context = encode.encode(
+                self._model,
+                memory.init,
+                memory.kv,
+                memory.positions,
+                chunk,
+                start,
+                frame_tokens=len(group[0].tokens),
+                placing=self._placing,
+            )
+        with self.laps("retain"):
+            made: Prototypes | None = None
+            if isinstance(retain, Template):
+                words = chunk_words(number, group, start, chunk.device)
+                keys, values = (
+                    torch.stack([getattr(kv, name) for kv in context.fresh]) for name in ("k", "v")
+                )
+                paid = torch.stack([heard[-len(chunk) :] for heard in context.heard])  # (L, C)
+                made = prototypes(keys, values, paid, words[2], words[1])
+            grid = grid_of(self._placing, self._model.shape.frame_tokens)
+            memory.take(number, group, context.fresh, made, context.heard, start, grid)
+        return self._unit(group, context.fresh, made, memory.keep_set())
+
+    def _unit(
+        self,
+        group: Sequence[SeenFrame],
+        kv: Sequence[LayerKV] | None,
+        made: Prototypes | None = None,
+        keep: KeepSet | None = None,
+    ) -> Unit:
         caption = self._caption(group, kv)
         blocks, packed, keys = no_blocks(), None, None
         if kv is not None and self._stages.codec is not None:
             with self.laps("pack"):
                 sizes = [len(frame.tokens) for frame in group]
-                layers = self._stages.retain.keep([_split(layer, sizes) for layer in kv])
+                whole, retain = [_split(layer, sizes) for layer in kv], self._stages.retain
+                # A bounded memory's blocks are stored as they came: what of them stays, keep sets say.
+                layers: list[list[LayerKV | None]] = [list(row) for row in whole]
+                if isinstance(retain, KeepAll):
+                    layers = retain.keep(whole)
                 blocks = self._blocks(group)
+                if made is not None:
+                    blocks = _add_prototypes(group, blocks, layers, made)
                 packed = pack_unit(self._stages.codec, layers, self.counters.widths, self._model.dtype)
                 keys = self._stages.index.keys(layers)
                 self.counters.widths = {
@@ -178,6 +324,7 @@ class StreamEncoder:
             keys=keys,
             caption=caption,
             keyframe=group[0].jpeg(),
+            keep=keep,
         )
         self.counters.unit += 1
         return unit
@@ -185,7 +332,7 @@ class StreamEncoder:
     def _blocks(self, group: Sequence[SeenFrame]) -> Table:
         blocks = np.zeros(len(group), BLOCK_DTYPE)
         for row, frame in zip(blocks, group, strict=True):
-            row["kind"], row["tokens"] = BlockKind.FRAME, len(frame.tokens)
+            row["kind"], row["tokens"] = frame.kind, len(frame.tokens)
             row["start_ns"], row["end_ns"] = frame.start_ns, frame.end_ns
             row["position"] = self.counters.position
             self.counters.position += len(frame.tokens)
@@ -197,8 +344,10 @@ class StreamEncoder:
             return None
         with self.laps("caption"):
             tokens = torch.cat([frame.tokens for frame in group])
-            init = self._window.init if self._window is not None and self._window.init else no_kv(model)
-            clip = ClipSeen(tokens, kv, init, self._init_ids, self._queue)
+            held = self._memory or self._window
+            init = held.init if held is not None and held.init else no_kv(model)
+            sizes = [len(frame.tokens) for frame in group]
+            clip = ClipSeen(tokens, kv, init, self._init_ids, self._queue, sizes, self._placing)
             said = stages.captioner.say(model, clip, stages.recurrent, profile=stages.profile)
             if said is None:
                 return None
@@ -217,20 +366,31 @@ class StreamEncoder:
         if window is not None and window.local:
             tensors["window.k"] = torch.stack([kv.k for kv in window.local])  # (L, H, w, D)
             tensors["window.v"] = torch.stack([kv.v for kv in window.local])
+            if window.ids is not None:
+                tensors["window.ids"] = window.ids  # (3, w), as they were given
+                tensors["window.frames"] = torch.tensor(window.frames)
+        if self._memory is not None:
+            tensors |= dict(self._memory.tensors())
         for index, kept in enumerate(self._queue):
             tensors[f"queue.{index}"] = kept
         for index, frame in enumerate(self._opened):
-            tensors[f"open.{index}"] = frame.tokens
+            tensors |= frame_tensors(f"open.{index}", frame)
+        if self._before is not None:
+            tensors |= frame_tensors("before", self._before)
         meta = {
             "counters": asdict(self.counters),
             "seen": window.seen if window is not None else 0,
             "window": [astuple(held) for held in self._in_window],
+            "memory": self._memory.frame_rows() if self._memory is not None else [],
             "queue": [astuple(held) for held in self._queued],
-            "open": [[frame.number, frame.start_ns, frame.end_ns] for frame in self._opened],
+            "open": [frame_row(frame) for frame in self._opened],
+            "before": [frame_row(frame) for frame in self._reduced_beside],
         }
         tensors["meta"] = _bytes_tensor(json.dumps(meta).encode())
-        if self._opened:
+        if self._opened:  # of what may open a unit
             tensors["jpeg"] = _bytes_tensor(self._opened[0].jpeg())
+        if len(self._opened) > 1 and isinstance(self._stages.reduce, MergeFrames):
+            tensors["jpeg.last"] = _bytes_tensor(self._opened[-1].jpeg())
         saved: bytes = save_tensors({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
         return saved
 
@@ -247,14 +407,24 @@ class StreamEncoder:
                 pairs = zip(tensors["window.k"].to(device), tensors["window.v"].to(device), strict=True)
                 self._window.local = [LayerKV(k, v) for k, v in pairs]
                 self._window.seen = int(meta["seen"])
+                if self._placing != LINE:
+                    self._window.ids = tensors["window.ids"]
+                    self._window.frames = int(tensors["window.frames"])
+            if self._memory is not None:
+                self._memory.restore(tensors, meta["memory"], device)
             self._in_window = _held(meta["window"])
             self._queued = _held(meta["queue"])
             self._queue = [tensors[f"queue.{index}"].to(device) for index in range(len(self._queued))]
             jpeg = bytes(tensors["jpeg"].numpy()) if "jpeg" in tensors else b""
+            tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
             self._opened = [
-                SeenFrame(int(number), int(start), int(end), tensors[f"open.{index}"].to(device), jpeg)
-                for index, (number, start, end) in enumerate(meta["open"])
+                frame_from(f"open.{index}", row, tensors, jpeg) for index, row in enumerate(meta["open"])
             ]
+            if "jpeg.last" in tensors:
+                last = bytes(tensors["jpeg.last"].cpu().numpy())
+                self._opened[-1] = replace(self._opened[-1], picture=last)
+            for row in meta.get("before", ()):  # none in states of older versions
+                self._before = frame_from("before", row, tensors, b"")
         except (SafetensorError, KeyError, ValueError, TypeError, IndexError) as error:
             raise CorruptionError(f"the saved encoder state cannot be read: {error}", file="state") from error
 
@@ -263,8 +433,28 @@ class StreamEncoder:
         """About what `state` takes, without making it."""
         local = self._window.local if self._window is not None else []
         parts = [*(kv.k for kv in local), *(kv.v for kv in local), *self._queue]
-        parts += [frame.tokens for frame in self._opened]
+        parts += [part for _, part in self._memory.tensors()] if self._memory is not None else []
+        for frame in (*self._opened, *self._reduced_beside):
+            parts += frame_tensors("", frame).values()
         return 4096 + sum(part.numel() * part.element_size() for part in parts)
+
+
+def _add_prototypes(
+    group: Sequence[SeenFrame],
+    blocks: Table,
+    layers: Sequence[list[LayerKV | None]],
+    made: Prototypes,
+) -> Table:
+    """Prototypes are blocks of one token behind those of the frames, one a frame.
+
+    Their rows say where the frame stands; where each layer's prototype does, its keep sets say.
+    """
+    rows = blocks.copy()
+    rows["kind"], rows["tokens"] = BlockKind.PROTOTYPE, 1
+    assert made.frame.tolist() == [frame.number for frame in group], "one a frame, in their order"
+    for held, k, v in zip(layers, made.k, made.v, strict=True):
+        held += _split(LayerKV(k, v), [1] * len(group))
+    return np.concatenate((blocks, rows))
 
 
 def _split(kv: LayerKV, sizes: Sequence[int]) -> list[LayerKV]:

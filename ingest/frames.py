@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from memdb.models.protocol import Pixels
 from memdb.schemas.frames import Frame, Image
+from memdb.schemas.units import BlockKind
 
 # Key frames are for people: large enough to recognise a face, small beside the KV of a clip.
 KEYFRAME_LONG_SIDE = 640
@@ -30,16 +32,67 @@ class ReadyFrame:
 
 @dataclass(frozen=True, eq=False)
 class SeenFrame:
-    """A frame as the language model takes it, (N, E), with its JPEG if it opens a unit."""
+    """A frame as the language model takes it, (N, E), with its JPEG if it opens a unit; or several merged into one.
+
+    Where the model sees several raw frames as one, number and picture are the first one's and the span is theirs
+    together, with what lies between. Where the last one lacks its partner it is alone in its span.
+
+    saliency (N,): what the vision tower looks at, where a reducer asks for it. raster (G,): at which of the N places
+    its tokens stood, None where none was taken away. count: frames that were merged. latest (E,): embedding of the
+    newest of them as it came; None for a frame that is alone. likeness: cosine with the frame before it in its unit.
+    """
 
     number: int
     start_ns: int
     end_ns: int
     tokens: Tensor
     picture: Image | bytes
+    saliency: Tensor | None = None
+    raster: Tensor | None = None
+    count: int = 1
+    latest: Tensor | None = None
+    likeness: float = 0.0
+
+    @property
+    def embedding(self) -> Tensor:
+        """(E,) fp32, of the newest frame in it as it came: what a frame that follows is compared with."""
+        return mean_token(self.tokens) if self.latest is None else self.latest
+
+    @property
+    def kind(self) -> BlockKind:
+        """Of the block that it becomes."""
+        return BlockKind.FRAME if self.raster is None else BlockKind.GROUP
 
     def jpeg(self) -> bytes:
         return self.picture if isinstance(self.picture, bytes) else to_jpeg(self.picture)
+
+
+def mean_token(tokens: Tensor) -> Tensor:
+    """The embedding of a frame: the mean of its tokens, (N, E) -> (E,) fp32."""
+    return tokens.float().mean(0)
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    """Of two embeddings (E,); in fp64, so that equal ones give 1. What has no length is like nothing."""
+    one, other = a.double(), b.double()
+    lengths = one.norm() * other.norm()
+    return min(1.0, float(one @ other / lengths)) if float(lengths) else 0.0
+
+
+def joined(first: SeenFrame, second: SeenFrame, share: float) -> SeenFrame:
+    """Two neighbours as one frame over both spans: `share` of the second one's tokens and saliency, in fp32."""
+    tokens = torch.lerp(first.tokens.float(), second.tokens.float(), share).to(first.tokens.dtype)
+    saliency = None
+    if first.saliency is not None and second.saliency is not None:
+        saliency = torch.lerp(first.saliency, second.saliency, share)
+    return replace(
+        first,
+        end_ns=second.end_ns,
+        tokens=tokens,
+        saliency=saliency,
+        count=first.count + second.count,
+        latest=second.embedding,
+    )
 
 
 def thumbnail(frame: Frame) -> Image:

@@ -62,10 +62,19 @@ def ingest(
     """
     live = source.info.live
     laps = Laps(torch.cuda.synchronize if model.device.type == "cuda" else None)
-    size = stages.encode.chunk_frames
+    size = stages.encode.chunk_frames * model.frames_together
     with store.writer(spec, now_ns=source.info.started_at_ns if live else None) as writer:
         with turn:
-            encoder = StreamEncoder(model, stages, spec.init_ids, vectors, laps)
+            encoder = StreamEncoder(
+                model,
+                stages,
+                spec.init_ids,
+                vectors,
+                laps,
+                sample_fps=spec.sample_fps,
+                grid=spec.grid,
+                seed=spec.seed,
+            )
             resumed = resume(store, writer, encoder, new_epoch, live=live)
         gap = (
             reconnected(store, writer, encoder.counters.taken_ns)
@@ -77,7 +86,7 @@ def ingest(
         decoded = later(source.frames(), gap.end_ns) if gap is not None else source.frames()
         items = sample_with_gaps(decoded, spec.sample_fps, after_ns=counters.taken_ns, number=counters.frame)
         ready = Stream(
-            (_ready(item, model, run.forgotten()) for item in items),
+            (_ready(item, model, run.forgotten(), spec.grid) for item in items),
             ahead=2 * size,
             name="memdb-decode",
             stop=stop,
@@ -132,10 +141,12 @@ def ingest(
         return report
 
 
-def _ready(item: Frame | Gap, model: VideoModel, tombstones: int = 0) -> ReadyFrame | Gap:
+def _ready(
+    item: Frame | Gap, model: VideoModel, tombstones: int = 0, grid: tuple[int, int] | None = None
+) -> ReadyFrame | Gap:
     if isinstance(item, Gap):
         return item
-    pixels, picture = model.prepare(item.image), thumbnail(item)
+    pixels, picture = model.prepare(item.image, grid), thumbnail(item)
     return ReadyFrame(item.number, item.start_ns, item.end_ns, pixels, picture, tombstones)
 
 

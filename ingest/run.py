@@ -83,6 +83,7 @@ class Run:
         self._new_epoch: Epoch | None = None  # begun by the encoder, not yet handed over
         self._since_state_bytes = 0
         self._replayed = self._written = self._written_bytes = 0
+        self._counted_bytes = 0  # of units, that a state tells of
 
     def encode(self, batch: Sequence[ReadyFrame]) -> Commit:
         units = self._take_note()
@@ -199,7 +200,14 @@ class Run:
         with FileLock(commit_lock(self._store.path, recording_id), wait=True):
             if not state.holds_forgotten(self._writer.tombstones()):
                 files = self._store.state(recording_id)
-                files.save(state.unit, state.payload, reach_ns=state.reach_ns, tombstones=state.tombstones)
+                files.save(
+                    state.unit,
+                    state.payload,
+                    reach_ns=state.reach_ns,
+                    tombstones=state.tombstones,
+                    units_bytes=self._writer.units_bytes - self._counted_bytes,
+                )
+                self._counted_bytes = self._writer.units_bytes
 
     def report(self, resumed: int | None, warnings: Sequence[str], media_end_ns: int | None) -> IngestReport:
         """`media_end_ns`: where the source ended, if it did."""

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from memdb.catalog import Catalog
+from memdb.database import CATALOG
 from memdb.digest import check_digest, digests_of
+from memdb.memory import remembered
 from memdb.policy import CODECS, Age
 from memdb.rewrite import Changed
 from memdb.schemas.errors import CodecError, CorruptionError
-from memdb.schemas.rows import RecordingRow, UnitRow
+from memdb.schemas.keep import KeepSet
+from memdb.schemas.rows import ALL_PPM, RecordingRow, UnitRow
 from memdb.schemas.times import NS_PER_S
 from memdb.schemas.units import Unit
 from memdb.sealed import empty_husk, read_unit
@@ -23,6 +27,7 @@ from memdb.store import Store
 from memdb.survey import Due
 
 _WIDTHS = ("raw", "fp16", "bf16", *CODECS)  # of codecs, the widest first
+GATHERED_PPM = ALL_PPM - 1  # says that of a unit only those tokens are left that its memory held
 LATE_NS = 86_400 * NS_PER_S  # ageing may come so much too late: files are written anew as a whole
 # Whoever began a recording before memdb was written had a clock that was wrong.
 _FIRST_NS = 1_735_689_600_000_000_000  # 2025-01-01
@@ -42,6 +47,12 @@ class Ager:
     def __init__(self, store: Store, recording: RecordingRow, ages: tuple[Age, ...], now_ns: int) -> None:
         self._store, self._row, self._now_ns = store, recording, now_ns
         began_ns = wall_clock_ns(recording)
+        if recording.spec.recipe.has_memory:
+            # Keep sets name tokens by their place in a block: nothing but what they name thins those.
+            ages = tuple(
+                replace(age, retainer="", keep_ppm=GATHERED_PPM if age.memory_only else ALL_PPM)
+                for age in ages
+            )
         reached = [Step(age, now_ns - age.after_ns - began_ns) for age in ages]
         self._steps = [step for step in reached if step.until_ns > recording.start_ns]
         self._own_codec = recording.spec.recipe.codec
@@ -120,14 +131,25 @@ class Ager:
         return None if unit is None else Changed(unit, "" if codec == self._own_codec else codec, kept_ppm)
 
     def _step(self, unit: Unit, age: Age, codec: str, kept_ppm: int) -> tuple[Unit, str, int]:
-        from memdb.age_kv import converted, thinned  # torch
+        from memdb.age_kv import converted, gathered, thinned  # torch
 
         if age.codec and _wider(codec, age.codec):
             unit, codec = converted(unit, self._row.spec, codec, age.codec), age.codec
-        if age.keep_ppm < kept_ppm:
+        if age.keep_ppm < kept_ppm and age.memory_only:
+            unit, kept_ppm = gathered(unit, self._row.spec, codec, self._memory), GATHERED_PPM
+        elif age.keep_ppm < kept_ppm:
             unit = thinned(unit, self._row.spec, codec, age.retainer, kept_ppm, age.keep_ppm)
             kept_ppm = age.keep_ppm
         return unit, codec, kept_ppm
+
+    @cached_property
+    def _memory(self) -> KeepSet:
+        """What the memory holds now: a token that is not in it never comes back. Raises CorruptionError."""
+        found = remembered(self._store, self._store.recording_by_id(self._row.id))
+        if found.keep is None or found.bad:
+            why = found.bad[0] if found.bad else f"{self._row.name} tells of no memory"
+            raise CorruptionError(f"{why}: nothing is gathered by it", file=CATALOG)
+        return found.keep
 
     def _read(self, row: UnitRow) -> Unit:
         unit = read_unit(self._store.segments_path, self._row, row)

@@ -16,8 +16,9 @@ from memdb.codecs.pack import lay_out, pack_unit, unpack_slices
 from memdb.models.window import LayerKV
 from memdb.retain import THINNERS
 from memdb.schemas.errors import CodecError
+from memdb.schemas.keep import Ids, KeepSet, split_ids, token_ids
 from memdb.schemas.rows import RecordingSpec
-from memdb.schemas.units import Bytes, PackedKV, Table, Unit
+from memdb.schemas.units import SLICE_DTYPE, Bytes, PackedKV, Table, Unit
 
 _CPU = torch.device("cpu")
 Places = npt.NDArray[np.intp]
@@ -74,6 +75,49 @@ def thinned(unit: Unit, spec: RecordingSpec, codec: str, retainer: str, from_ppm
     blocks["tokens"] = [kept_tokens(int(tokens), from_ppm, to_ppm) for tokens in blocks["tokens"]]
     kv = lay_out(raws, slices, planes.element_bytes(codec, spec.dtype))
     return replace(unit, blocks=blocks, kv=kv)
+
+
+def gathered(unit: Unit, spec: RecordingSpec, codec: str, keep: KeepSet) -> Unit:
+    """A unit of which each layer keeps the tokens that a keep set names. Blocks keep their rows, and tokens their ids.
+
+    What is stored of the tokens is gathered as it is, and `held` says which those are. Of a block that no layer holds
+    any more the row has 0 tokens. Raises CodecError.
+    """
+    assert unit.kv is not None
+    shape, own, dtype = spec.model.shape, codecs.codec(codec), _dtype(spec)
+    rows, raws = [], []
+    held: dict[int, list[Ids]] = {layer: [] for layer in range(shape.layers)}
+    for row in unit.kv.slices:
+        layer, block, tokens = int(row["layer"]), int(row["block"]), int(row["tokens"])
+        there = _held_of(unit, layer, block, tokens)
+        left = np.flatnonzero(np.isin(there, keep.ids[layer]))
+        if not len(left):
+            continue
+        raw = torch.from_numpy(_raw(unit.kv, row, own, spec)[None].copy())
+        size = shape.kv_heads, tokens, shape.head_size
+        packed = own.select(raw, dtype, int(row["scale_bytes"]), *size, torch.from_numpy(left))
+        kept = row.copy()
+        kept["tokens"] = len(left)
+        rows.append(kept)
+        raws.append(packed.numpy()[0])
+        held[layer].append(there[left])
+    ids = tuple(np.concatenate([np.zeros(0, np.int64), *own_ids]) for own_ids in held.values())
+    blocks = unit.blocks.copy()
+    blocks["tokens"][~np.isin(np.arange(len(blocks)), [int(row["block"]) for row in rows])] = 0
+    if not rows:
+        return replace(unit, blocks=blocks, kv=None, keys=None, held=None)
+    kv = lay_out(raws, np.array(rows, SLICE_DTYPE), planes.element_bytes(codec, spec.dtype))
+    none = tuple(np.zeros(len(own_ids), np.int64) for own_ids in ids)  # where they stand, the keep sets say
+    return replace(unit, blocks=blocks, kv=kv, held=KeepSet(ids, none))
+
+
+def _held_of(unit: Unit, layer: int, block: int, tokens: int) -> Ids:
+    """The ids of the tokens of one slice, in its order."""
+    if unit.held is None:
+        return token_ids(unit.number, block, np.arange(tokens))
+    own = unit.held.ids[layer]
+    found: Ids = own[split_ids(own)[1] == block]
+    return found
 
 
 def kept_tokens(tokens: int, from_ppm: int, to_ppm: int) -> int:

@@ -30,6 +30,8 @@ _BYTES_COLUMN = {
     Part.KEYFRAME: "keyframes_bytes",
     Part.KEYS: "keys_bytes",
     Part.KV: "kv_bytes",
+    Part.KEEP: "keep_sets_bytes",
+    Part.HELD: "keep_sets_bytes",
 }
 # Kinds of record with a table of their own: the table, and its columns after recording and number.
 EVENTS: dict[Kind, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
@@ -87,6 +89,7 @@ class RecordingState:
     replaced: int = 0
     generation: int = 0
     kv_from_unit: int = 0
+    keep_sets_bytes: int = 0
 
 
 def apply(catalog: Catalog, recording_id: str, segment: SegmentRow, records: Sequence[Record]) -> None:

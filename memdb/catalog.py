@@ -29,6 +29,7 @@ from memdb.schemas.fingerprint import ModelIdentity
 from memdb.schemas.format import FORMAT_VERSION
 from memdb.schemas.recording import Epoch, Gap, Tombstone
 from memdb.schemas.rows import (
+    ALL_PPM,
     NOT_WHAT_IT_SAYS,
     RecordingRow,
     RecordingSpec,
@@ -177,6 +178,12 @@ class Catalog:
         rows = self.database.execute(where, (recording.id, recording.kv_from_unit))
         return [cast(int, number) for (number,) in rows]
 
+    def gathered_units(self, recording: RecordingRow) -> dict[int, int]:
+        """Number to revision of the units of which ageing left some tokens only."""
+        where = "SELECT number, revision FROM units WHERE recording = ? AND number >= ? AND kept_ppm < ?"
+        rows = self.database.execute(where, (recording.id, recording.kv_from_unit, ALL_PPM))
+        return {cast(int, number): cast(int, revision) for number, revision in rows}
+
     def first_unit(self, recording: RecordingRow, reached: Callable[[UnitRow], bool]) -> int:
         """The first number from which on `reached` holds; the count of units where it never does."""
         numbers = range(recording.units)
@@ -280,7 +287,11 @@ class Catalog:
             # An end counts as long as nothing came after it.
             end_ns=end[2] if end and end[3] == state.units else None,
             tier_bytes=TierBytes(
-                state.kv_bytes, state.keys_bytes, state.captions_bytes, state.keyframes_bytes
+                state.kv_bytes,
+                state.keys_bytes,
+                state.captions_bytes,
+                state.keyframes_bytes,
+                state.keep_sets_bytes,
             ),
             tombstones=stones,
             generation=state.generation,

@@ -68,7 +68,8 @@ def _model(command: F) -> F:
         click.option("--dtype", help="float32, bfloat16 or float16."),
         click.option("--device", help="cpu, cuda, cuda:0; a GPU where there is one."),
         click.option(
-            "--model", help="embedded, random:SEED, a folder or a Hub id; the store remembers its own."
+            "--model",
+            help="embedded, random:SEED, random-qwen:SEED, a folder or a Hub id; the store remembers its own.",
         ),
     ):
         command = option(command)
@@ -93,7 +94,7 @@ for _command in (cli_keep.forget, cli_keep.compact, cli_keep.policy, *cli_copy.C
 @click.option(
     "--profile", type=click.Choice(PROFILES), help="Follow the paper or its code where they differ."
 )
-@click.option("--codec", help="raw, fp16, bf16, int8 or int4; by default the recipe's.")
+@click.option("--codec", help="raw, fp16, bf16, int8, int4, oqm or oqm2; by default the recipe's.")
 @click.option("--set", "settings", multiple=True, metavar="STAGE.PARAM=VALUE", help="Change the recipe.")
 @click.option("--sample-fps", type=float, default=0.5, show_default=True, help="Frames a second to look at.")
 @click.option("--fps", type=float, help="Frames a second of an image folder (1 unless said).")
@@ -284,6 +285,10 @@ def stats(store: str, as_json: bool) -> None:
         for tier, size in row.bytes.items():
             hourly = size / row.duration_s * 3600 if row.duration_s else 0.0
             click.echo(f"  {tier:<10} {size:>15,} bytes  {hourly / 2**20:>10.2f} MiB an hour")
+        if row.written_ratio is not None:
+            click.echo(
+                f"  the ingest wrote {row.written_ratio:.2f} bytes for each byte of its units, states included"
+            )
     for name, size in found.derived_bytes.items():
         click.echo(f"{name:<12} {size:>15,} bytes")
 

@@ -60,8 +60,8 @@ def connect(
 ) -> Client:
     """Open the store in the directory `path`; make it first where there is none, unless `create` is False.
 
-    model: embedded, random:SEED, a folder or a Hub id; by default the one that the store remembers, else
-    embedded. device and dtype as torch names them (float32, bfloat16, float16). key_index: exact, faiss,
+    model: embedded, random:SEED, random-qwen:SEED, a folder or a Hub id; by default the one that the store remembers,
+    else embedded. device and dtype as torch names them (float32, bfloat16, float16). key_index: exact, faiss,
     faiss-flat or faiss-gpu, which all give the same blocks; by default faiss where it is installed.
     Raises NotAStore, FormatVersionError.
     """
@@ -120,7 +120,7 @@ class Client:
         are looked at. fps: of folders and iterators without times. started_at: ISO 8601, the wall clock at
         media time 0. track: a video track by number, from 0 on, where the best is not meant. reconnect_s: how long a
         live source that was lost is tried again; 0 for not at all, inf for ever. seed: kept with the recording as
-        part of its encoding; no recipe here draws yet. stop: set it to end after the batch in hand, with Interrupted.
+        part of its encoding: reduce = ctr draws from it. stop: set it to end after the batch in hand, with Interrupted.
 
         Raises RecipeError, BudgetError, SourceError, ModelMismatch, EncodingMismatch, SourceMismatch,
         LockedError, StoreError.
@@ -153,12 +153,19 @@ class Client:
                     if opened.info.live:
                         row = for_live(row, fitted["hybrid"])
                     stages = compose(row)
+                    known = next((found for found in store.recordings() if found.name == name), None)
+                    grid = (
+                        known.spec.grid if known is not None else None
+                    )  # one a recording, whatever comes later
+                    grid = grid or model.frame_grid(opened.info.height, opened.info.width)
+                    stages.check_frames(model.shape.tokens_of(grid))
                     compose_query(row)
                     vectors = self._vectors(stages.captioner.encoder) if row.keeps_captions else None
                 store.bind_model(model.identity)
-                known = next((found for found in store.recordings() if found.name == name), None)
                 started_ns = started_at_ns(given_ns, known, opened)
-                spec = self._spec_of(row, name, opened.info, sample_fps, seed, started_ns, model, vectors)
+                spec = self._spec_of(
+                    row, name, opened.info, sample_fps, seed, started_ns, model, vectors, grid
+                )
                 done = self._done(store, spec)
                 if done is not None:
                     return done
@@ -195,6 +202,7 @@ class Client:
         started_at_ns: int | None,
         model: VideoModel,
         vectors: CaptionVectors | None,
+        grid: tuple[int, int] | None,
     ) -> RecordingSpec:
         from memdb.schemas.fingerprint import encoding_fingerprint
         from memdb.schemas.rows import RecordingSpec
@@ -220,8 +228,10 @@ class Client:
                 sample_fps=sample_fps,
                 seed=seed,
                 dtype=dtype,
+                grid=grid,
             ),
             caption_encoder=vectors.name if vectors is not None else "",
+            grid=grid,
         )
 
     def _done(self, store: Store, spec: RecordingSpec) -> IngestReport | None:
@@ -487,7 +497,8 @@ class Client:
             engine = self._asking()
             row = self.store.recording(recording)
             model = self._loaded()
-            pixels = [model.prepare(frame.image) for frame in sample(opened.frames(), row.spec.sample_fps)]
+            frames = sample(opened.frames(), row.spec.sample_fps)
+            pixels = [model.prepare(frame.image, row.spec.grid) for frame in frames]
             ids, logits, blocks = engine.question_logits(recording, question)
             return compare(model, row.spec, pixels, ids, logits, blocks)
 

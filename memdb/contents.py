@@ -10,11 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from memdb import keep_set
 from memdb.codecs.layout import aligned
 from memdb.codecs.planes import element_bytes, unpack
 from memdb.digest import TierDigests, digests_of, raw_digest_of, unit_digest
 from memdb.records import ALIGNMENT_BYTES, Buffer, Kind, Record, canonical_ascii, encode
 from memdb.schemas.errors import CodecError, CorruptionError, StoreError
+from memdb.schemas.keep import KeepSet, split_ids
 from memdb.schemas.rows import PROLOGUE_BYTES, Part, PartSpan, RecordingSpec, UnitRow
 from memdb.schemas.units import BLOCK_DTYPE, SLICE_DTYPE, Bytes, Caption, PackedKV, Table, Unit
 
@@ -88,13 +90,18 @@ def without_blocks(unit: Unit, gone: npt.NDArray[np.bool_], element_bytes: int) 
     blocks["tokens"][gone] = 0
     if not gone.any() or unit.kv is None:
         return replace(unit, blocks=blocks)
-    if not blocks["tokens"].any():
-        return replace(unit, blocks=blocks, kv=None, keys=None)
+    if not blocks["tokens"].any():  # what was remembered then is told by the unit before
+        return replace(unit, blocks=blocks, kv=None, keys=None, keep=None, held=None)
+    keep, held = (
+        kept.without_blocks(unit.number, np.flatnonzero(gone)) if kept is not None else None
+        for kept in (unit.keep, unit.held)
+    )
     keys = None
     if unit.keys is not None:
         keys = unit.keys.copy()
         keys[:, gone] = 0
-    return replace(unit, blocks=blocks, kv=_kept_slices(unit.kv, ~gone, element_bytes), keys=keys)
+    kv = _kept_slices(unit.kv, ~gone, element_bytes)
+    return replace(unit, blocks=blocks, kv=kv, keys=keys, keep=keep, held=held)
 
 
 def _kept_slices(kv: PackedKV, kept: npt.NDArray[np.bool_], element_bytes: int) -> PackedKV:
@@ -125,6 +132,21 @@ def check_unit(unit: Unit) -> None:
         )
     if unit.kv is not None:
         _check_packed(unit.number, unit.kv, len(unit.blocks))
+    for kept in (unit.keep, unit.held):
+        if kept is not None:
+            _check_keep(unit, kept)
+
+
+def _check_keep(unit: Unit, keep: KeepSet) -> None:
+    """A keep set tells of blocks of its own unit and of earlier ones, and of its own no token that is not there."""
+    for ids, positions in zip(keep.ids, keep.positions, strict=True):
+        numbers, blocks, tokens = split_ids(ids)
+        own = numbers == unit.number
+        wrong = len(ids) != len(positions) or bool((np.diff(ids) <= 0).any()) or bool((ids < 0).any())
+        if wrong or bool((numbers > unit.number).any()) or (own & (blocks >= len(unit.blocks))).any():
+            raise StoreError(f"unit {unit.number}: its keep set tells of tokens that cannot be")
+        if (tokens[own] >= unit.blocks["tokens"][blocks[own]]).any():
+            raise StoreError(f"unit {unit.number}: its keep set tells of tokens that its blocks do not have")
 
 
 def _check_packed(number: int, kv: PackedKV, block_count: int) -> None:
@@ -160,6 +182,10 @@ def _parts_of(unit: Unit) -> list[tuple[Part, Buffer]]:
         parts.append((Part.KEYFRAME, unit.keyframe))
     if unit.keys is not None:
         parts.append((Part.KEYS, np.ascontiguousarray(unit.keys, "<f2").tobytes()))
+    if unit.keep is not None:
+        parts.append((Part.KEEP, keep_set.encode(unit.keep)))
+    if unit.held is not None:
+        parts.append((Part.HELD, keep_set.encode(unit.held)))
     if unit.kv is not None:
         parts.append((Part.KV, np.ascontiguousarray(unit.kv.payload).data))
     return parts
@@ -181,6 +207,14 @@ def keys_from(row: UnitRow, data: bytes) -> npt.NDArray[np.float16]:
         raise _damaged(row, "its representative keys have no known form")
     shape = (row.layers, row.block_count, len(data) // rows_bytes if rows_bytes else 0)
     return np.frombuffer(data, "<f2").reshape(shape).astype(np.float16, copy=False)
+
+
+def keep_from(row: UnitRow, data: bytes) -> KeepSet:
+    """The keep set of a unit from the bytes of its part. Raises CorruptionError."""
+    try:
+        return keep_set.decode(data)
+    except CodecError as error:
+        raise _damaged(row, f"its keep set has no known form: {error}") from None
 
 
 def stored_element_bytes(spec: RecordingSpec, row: UnitRow) -> int:
@@ -229,6 +263,8 @@ def unit_from(row: UnitRow, body: bytes, element_bytes: int) -> Unit:
         keys_from(row, parts[Part.KEYS]) if Part.KEYS in parts else None,
         caption,
         parts.get(Part.KEYFRAME),
+        keep_from(row, parts[Part.KEEP]) if Part.KEEP in parts else None,
+        keep_from(row, parts[Part.HELD]) if Part.HELD in parts else None,
     )
 
 

@@ -1,9 +1,9 @@
 """The content of a unit as a digest: what was kept, not how it lies on disk.
 
 In it: number, span, epoch; blocks with kinds, tokens, spans and positions; slices before compression; scale
-widths; representative keys; the caption's text, tokens and vector; the key frame. Not in it: offsets, stored
-lengths, compressed bytes, times of creation, commit ids. So a resumed ingest ends with the digest of an
-uninterrupted one, however its units were grouped into commits and whatever compressed them.
+widths; representative keys; the keep set of a bounded memory; the caption's text, tokens and vector; the key
+frame. Not in it: offsets, stored lengths, compressed bytes, times of creation, commit ids. So a resumed ingest ends
+with the digest of an uninterrupted one, however its units were grouped into commits and whatever compressed them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
+from memdb import keep_set
 from memdb.schemas.errors import CorruptionError
 from memdb.schemas.rows import UnitRow
 from memdb.schemas.units import BLOCK_DTYPE, SLICE_DTYPE, Bytes, Unit
@@ -55,6 +56,10 @@ def digests_of(unit: Unit) -> TierDigests:
     kv += [np.ascontiguousarray(slices[name]).astype("<i8").tobytes() for name in _SLICE_CONTENT]
     if unit.keys is not None:
         kv += [np.array(unit.keys.shape, "<i8").tobytes(), np.ascontiguousarray(unit.keys, "<f2").tobytes()]
+    if unit.keep is not None:
+        kv += [b"keep", keep_set.content(unit.keep)]
+    if unit.held is not None:
+        kv += [b"held", keep_set.content(unit.held)]
     captions = [b"captions", head]
     if unit.caption is not None:
         captions += [

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from memdb.models.places import place
 from memdb.models.protocol import Pixels, VideoModel
 from memdb.models.uncut import uncut_states
 from memdb.schemas.rows import RecordingSpec
@@ -43,20 +45,34 @@ def compare(
     model: VideoModel,
     spec: RecordingSpec,
     pixels: Sequence[Pixels],
-    ids: Sequence[int],
+    prompt_ids: Sequence[int],
     logits: Tensor,
     blocks: int,
 ) -> LadderReport:
     """`logits` (T, V) came through the store; the frames that went in are fed again here, uncut."""
     window = int(spec.recipe.encode.params.get("window_tokens", 15_000))  # type: ignore[arg-type]
+    if spec.recipe.has_memory:  # what a memory holds is in view, however far back
+        window = 1 << 30
     windowed = bool(spec.recipe.rebuild.params.get("windowed", False))
     with torch.inference_mode():
         frames = model.visual_tokens(pixels)
-        init, prompt = model.embed(spec.init_ids), model.embed(ids)
+        init, prompt = model.embed(spec.init_ids), model.embed(prompt_ids)
         whole = torch.cat((init, frames.flatten(0, 1), prompt))
+        placing = model.placing(spec.sample_fps, spec.grid)
+        sizes = np.array([len(init), *[frames.shape[1]] * len(frames), len(prompt)])
+        visual = np.array([False, *[True] * len(frames), False])
+        ids = place(placing, 0, sizes, visual, model.device).ids
         # Without `windowed` the question sees everything, whatever the window of encoding was.
         wide = 0 if windowed else len(prompt)
-        states = uncut_states(model, whole, init_tokens=len(init), window=window, unwindowed_tail=wide)
+        states = uncut_states(
+            model,
+            whole,
+            init_tokens=len(init),
+            window=window,
+            unwindowed_tail=wide,
+            ids=ids,
+            placing=placing,
+        )
         truth = model.logits(states[-len(prompt) :])
     return LadderReport(
         recipe=spec.recipe.name,

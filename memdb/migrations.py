@@ -101,4 +101,9 @@ _REVISIONS = Migration(
     ),
 )
 
-MIGRATIONS: list[Migration] = [_TABLES, _REVISIONS]
+_MEMORIES = Migration(
+    "keep sets of bounded memories",
+    columns=(Added("recordings", "keep_sets_bytes", "INTEGER NOT NULL DEFAULT 0", "0"),),
+)
+
+MIGRATIONS: list[Migration] = [_TABLES, _REVISIONS, _MEMORIES]

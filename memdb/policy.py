@@ -10,6 +10,9 @@
     retainer = "uniform"
     keep = 0.5                      # of the tokens of each block
     [[age]]
+    after = "90 d"
+    keep = "memory"                 # of what a bounded memory stored, the tokens that it holds now
+    [[age]]
     after = "365 d"
     keep = "captions"               # captions and key frames only
 
@@ -44,6 +47,7 @@ WHEN_FULL = (REFUSE, FORGET_OLDEST)
 CODECS = ("int8", "int4")  # that ageing turns KV into, the wider first
 RETAINERS = ("uniform",)
 CAPTIONS = "captions"
+MEMORY = "memory"
 AGES_MAX = 16
 STORE_BYTES_MIN = 16 << 20  # the catalog and its WAL alone take some of that
 _STORE_BYTES_MAX = 1 << 60
@@ -69,6 +73,7 @@ class Age:
     retainer: str = ""
     keep_ppm: int = ALL_PPM  # of the tokens of each block, in millionths
     captions_only: bool = False
+    memory_only: bool = False  # of recordings with a bounded memory; others stay as they are
 
     def as_table(self) -> dict[str, object]:
         table: dict[str, object] = {"after": self.after_ns // NS_PER_S}
@@ -76,6 +81,8 @@ class Age:
             table["codec"] = self.codec
         if self.retainer:
             table |= {"retainer": self.retainer, "keep": self.keep_ppm / ALL_PPM}
+        if self.memory_only:
+            table |= {"keep": MEMORY}
         return table | ({"keep": CAPTIONS} if self.captions_only else {})
 
 
@@ -145,8 +152,12 @@ def _age(table: Mapping[str, object], number: int) -> Age:
         if codec is not None or retainer is not None:
             raise UsageError(f'{where}: keep = "captions" leaves no KV: take its codec and retainer away')
         return Age(after_ns, captions_only=True)
+    if keep == MEMORY and retainer is not None:
+        raise UsageError(f'{where}: keep = "memory" leaves what the memory holds: take its retainer away')
     if codec is not None and codec not in CODECS:
         raise UsageError(f"{where}: codec = {codec!r}: write one of {_quoted(CODECS)}")
+    if keep == MEMORY:
+        return Age(after_ns, str(codec or ""), memory_only=True)
     if retainer is not None and retainer not in RETAINERS:
         raise UsageError(f"{where}: retainer = {retainer!r}: write {_quoted(RETAINERS)}")
     if (retainer is None) != (keep is None):
@@ -161,7 +172,7 @@ def _age(table: Mapping[str, object], number: int) -> Age:
 
 
 def _check_order(ages: tuple[Age, ...]) -> None:
-    codec, keep_ppm, before = "", ALL_PPM, 0
+    codec, keep_ppm, before, gathered = "", ALL_PPM, 0, False
     for number, age in enumerate(ages, 1):
         where = f"age {number}"
         if number > 1 and age.after_ns <= before:
@@ -174,7 +185,10 @@ def _check_order(ages: tuple[Age, ...]) -> None:
             raise UsageError(
                 f"{where}: keep = {age.keep_ppm / ALL_PPM:g} frees nothing: write a smaller share"
             )
+        if age.memory_only and gathered:
+            raise UsageError(f'{where}: keep = "memory" a second time frees nothing: leave one of them')
         codec, keep_ppm, before = age.codec or codec, min(keep_ppm, age.keep_ppm), age.after_ns
+        gathered = gathered or age.memory_only
 
 
 def _known(table: Mapping[str, object], keys: tuple[str, ...], where: str) -> None:

@@ -11,7 +11,8 @@ import os
 import re
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import xxhash
@@ -24,11 +25,14 @@ from memdb.schemas.recording import Tombstone
 logger = logging.getLogger(__name__)
 
 _MAGIC = b"memdbSTA"
-_FORMAT = 4  # and not 3, of which a flipped bit would make an older one
+_FORMAT = 11  # of no older one by a flipped bit
+_UNCOUNTED = 4  # the format before bytes were counted: it is read still
 _OLDER = (1, 2)
-# magic, format, length of the fingerprint, unit number, length of the payload, reach, tombstones seen, recording;
-# then the fingerprint (ASCII), xxh3_128 over all of this and the payload, and the payload.
-_HEAD = struct.Struct("<8sIIQQqQ16s")
+# magic, format, length of the fingerprint, unit number, length of the payload, reach, tombstones seen, recording,
+# bytes of states and of units written; then the fingerprint (ASCII), xxh3_128 over all of this and the payload, and
+# the payload.
+_HEAD = struct.Struct("<8sIIQQqQ16sQQ")
+_UNCOUNTED_HEAD = struct.Struct("<8sIIQQqQ16s")
 _HASH_BYTES = 16
 _KEEP = 2
 _FINGERPRINT_BYTES_MAX = 1024
@@ -37,6 +41,19 @@ _NAME = re.compile(r"([0-9a-f]{32})-([0-9]{10})\.state")
 
 class OlderState(CorruptionError):
     """A state that an older memdb saved: nobody uses it, and it is no damage."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What an ingest wrote up to a state: bytes of units as they were encoded, and of states, that one included."""
+
+    units_bytes: int = 0
+    states_bytes: int = 0
+
+    @property
+    def ratio(self) -> float | None:
+        """Bytes written over bytes of units. None where nothing is known."""
+        return (self.units_bytes + self.states_bytes) / self.units_bytes if self.units_bytes else None
 
 
 @dataclass(frozen=True)
@@ -49,6 +66,7 @@ class SavedState:
     reach_ns: int  # it holds nothing of the stream from before this media time
     tombstones: int  # how many spans had been forgotten when it was taken: it holds nothing of them
     payload: bytes
+    written: Written = Written()
 
     def holds_forgotten(self, tombstones: Sequence[Tombstone]) -> bool:
         """Whether it reaches into a span that was forgotten since, or lies before one: a replay would see it again."""
@@ -64,15 +82,26 @@ class StateFiles:
         self._recording_id = recording_id
         self._encoding_fingerprint = encoding_fingerprint
 
-    def save(self, unit_number: int, payload: bytes, *, reach_ns: int = 0, tombstones: int = 0) -> None:
+    def save(
+        self,
+        unit_number: int,
+        payload: bytes,
+        *,
+        reach_ns: int = 0,
+        tombstones: int = 0,
+        units_bytes: int = 0,
+    ) -> None:
         """Keep the state that belongs to a unit number. On the disk when this returns. Raises StoreError, StoreFull.
 
-        `reach_ns`, `tombstones`: see SavedState; by default it may hold something of everything.
+        `reach_ns`, `tombstones`: see SavedState; by default it may hold something of everything. `units_bytes`: of
+        the units that were written since the state before.
         """
         path = self._folder / f"{self._recording_id}-{unit_number:010d}.state"
         found = SavedState(
             self._recording_id, unit_number, self._encoding_fingerprint, reach_ns, tombstones, payload
         )
+        before, size = self.written(), len(_head(found)) + len(payload)
+        found = replace(found, written=Written(before.units_bytes + units_bytes, before.states_bytes + size))
         require(self._folder, len(payload), reserve_bytes=UPKEEP_RESERVE_BYTES, what="an encoder state")
         try:
             write_whole(
@@ -82,6 +111,15 @@ class StateFiles:
                 unlink(old)
         except OSError as error:
             raise refused(error, f"cannot save the state {path.name}") from error
+
+    def written(self) -> Written:
+        """What was written up to the newest state, as its head says: for figures only, so that nothing else is read."""
+        for path in self.files():
+            with suppress(OSError, struct.error), open(path, "rb") as stream:
+                _, version, *_, units_bytes, states_bytes = _HEAD.unpack(stream.read(_HEAD.size))
+                if version == _FORMAT:
+                    return Written(units_bytes, states_bytes)
+        return Written()
 
     def load_latest(
         self, encoding_fingerprint: str, at_most_unit: int, tombstones: Sequence[Tombstone] = ()
@@ -152,13 +190,16 @@ def read_state(path: Path) -> SavedState:
     try:
         with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), "rb") as stream:
             size_bytes = os.fstat(stream.fileno()).st_size
-            head = stream.read(_HEAD.size)
-            if len(head) != _HEAD.size:
+            head, layout = stream.read(_UNCOUNTED_HEAD.size), _UNCOUNTED_HEAD
+            if len(head) == layout.size and layout.unpack(head)[1] not in (_UNCOUNTED, *_OLDER):
+                head, layout = head + stream.read(_HEAD.size - layout.size), _HEAD
+            if len(head) != layout.size:
                 raise CorruptionError(f"{file} is no whole state", file=file)
-            magic, version, name_bytes, unit, payload_bytes, reach_ns, tombstones, owner = _HEAD.unpack(head)
+            fields = layout.unpack(head)
+            magic, version, name_bytes, unit, payload_bytes, reach_ns, tombstones, owner = fields[:8]
             if magic == _MAGIC and version in _OLDER:
                 raise OlderState(f"{file} is of an older format and is not used", file=file)
-            whole_bytes = _HEAD.size + name_bytes + _HASH_BYTES + payload_bytes
+            whole_bytes = layout.size + name_bytes + _HASH_BYTES + payload_bytes
             if magic != _MAGIC or name_bytes > _FINGERPRINT_BYTES_MAX or whole_bytes != size_bytes:
                 raise CorruptionError(f"{file} is no whole state", file=file)
             name, digest, payload = stream.read(name_bytes), stream.read(_HASH_BYTES), stream.read()
@@ -166,11 +207,12 @@ def read_state(path: Path) -> SavedState:
         raise CorruptionError(f"{file} cannot be read: {error.strerror}", file=file) from None
     if _digest(head + name, payload) != digest:
         raise CorruptionError(f"{file} is damaged", file=file)
-    if version != _FORMAT:
+    if version not in (_FORMAT, _UNCOUNTED):
         raise CorruptionError(f"{file} has the unknown format {version}", file=file)
     if (owner.hex(), unit) != (recording_of(path), unit_of(path)):
         raise CorruptionError(f"{file} is the state of unit {unit} of recording {owner.hex()}", file=file)
-    return SavedState(owner.hex(), unit, name.decode("ascii", "replace"), reach_ns, tombstones, payload)
+    encoding = name.decode("ascii", "replace")
+    return SavedState(owner.hex(), unit, encoding, reach_ns, tombstones, payload, Written(*fields[8:]))
 
 
 def _head(state: SavedState) -> bytes:
@@ -184,6 +226,8 @@ def _head(state: SavedState) -> bytes:
         state.reach_ns,
         state.tombstones,
         bytes.fromhex(state.recording_id),
+        state.written.units_bytes,
+        state.written.states_bytes,
     )
     return head + name + _digest(head + name, state.payload)
 

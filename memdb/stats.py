@@ -22,12 +22,15 @@ class RecordingStats:
     duration_s: float  # media time from the first unit to the watermark
     watermark_s: float
     recipe: str
-    # By tier: kv, keys, captions, keyframes, overhead (padding, footers), state, and dead: what was forgotten or
-    # written anew and lies there until memdb compact.
+    # By tier: kv, keys, captions, keyframes, keep_sets, overhead (padding, footers), state, and dead: what was
+    # forgotten or written anew and lies there until memdb compact.
     bytes: dict[str, int]
     started_at_ns: int | None  # wall clock
     finished: bool
     gaps: int
+    # Bytes that the ingest wrote, encoder states included, over those of its units as they were encoded, up to the
+    # newest state; None where there is none.
+    written_ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ def stats(store: Store) -> StoreStats:
                 segment_bytes.get(row.id, 0),
                 state_bytes.get(row.id, 0),
                 store.catalog.dead_bytes(row.id),
+                store.state(row.id).written().ratio,
             )
             for row in store.recordings()
         ],
@@ -70,9 +74,11 @@ def stats(store: Store) -> StoreStats:
     )
 
 
-def _recording(row: RecordingRow, segment_bytes: int, state_bytes: int, dead_bytes: int) -> RecordingStats:
+def _recording(
+    row: RecordingRow, segment_bytes: int, state_bytes: int, dead_bytes: int, written_ratio: float | None
+) -> RecordingStats:
     tiers = row.tier_bytes
-    held = tiers.kv + tiers.keys + tiers.captions + tiers.keyframes + dead_bytes
+    held = tiers.kv + tiers.keys + tiers.captions + tiers.keyframes + tiers.keep_sets + dead_bytes
     return RecordingStats(
         name=row.name,
         units=row.units,
@@ -84,6 +90,7 @@ def _recording(row: RecordingRow, segment_bytes: int, state_bytes: int, dead_byt
             "keys": tiers.keys,
             "captions": tiers.captions,
             "keyframes": tiers.keyframes,
+            "keep_sets": tiers.keep_sets,
             "overhead": segment_bytes - held,
             "state": state_bytes,
             "dead": dead_bytes,
@@ -91,6 +98,7 @@ def _recording(row: RecordingRow, segment_bytes: int, state_bytes: int, dead_byt
         started_at_ns=row.spec.started_at_ns,
         finished=row.finished,
         gaps=len(row.gaps),
+        written_ratio=written_ratio,
     )
 
 

@@ -26,7 +26,7 @@ import xxhash
 
 from memdb.applying import STREAM, drop_empty
 from memdb.catalog import Catalog
-from memdb.contents import caption_from, digests_from, keys_from, stored_element_bytes
+from memdb.contents import caption_from, digests_from, keep_from, keys_from, stored_element_bytes
 from memdb.database import CATALOG
 from memdb.digest import TIERS, check_digest, recording_hash
 from memdb.files import unlink
@@ -46,6 +46,7 @@ from memdb.schemas.errors import (
     UsageError,
 )
 from memdb.schemas.fingerprint import ModelIdentity
+from memdb.schemas.keep import KeepSet
 from memdb.schemas.recording import check_name
 from memdb.schemas.rows import Part, RecordingRow, RecordingSpec
 from memdb.schemas.rows import UnitRow as UnitRow
@@ -234,6 +235,20 @@ class Store:
         """(L, blocks, H*D) representative keys of a unit, verified. Raises CorruptionError."""
         row, data = self._part(row, Part.KEYS)
         return None if data is None else keys_from(row, data)
+
+    def read_keep(self, row: UnitRow) -> KeepSet | None:
+        """What a bounded memory held after a unit, verified; None where that is not told. Raises CorruptionError."""
+        row, data = self._part(row, Part.KEEP)
+        return None if data is None else keep_from(row, data)
+
+    def read_held(self, row: UnitRow) -> KeepSet | None:
+        """Which of their tokens a unit's slices hold, verified; None for all of them. Raises CorruptionError."""
+        row, data = self._part(row, Part.HELD)
+        return None if data is None else keep_from(row, data)
+
+    def gathered_units(self, recording: RecordingRow) -> dict[int, int]:
+        """Number to revision of the units of which ageing left some tokens only."""
+        return self._catalog.gathered_units(recording)
 
     def _part(self, row: UnitRow, part: Part) -> tuple[UnitRow, bytes | None]:
         """A part of a unit, and the unit's row: as it is now where its file is gone and it was moved since."""

@@ -31,6 +31,7 @@ _TYPES: dict[str, dict[str, tuple[type, ...]]] = {
         "replaced": (int,),
         "generation": (int,),
         "kv_from_unit": (int,),
+        "keep_sets_bytes": (int,),
     },
     "segments": {
         "recording": (str,),

@@ -19,7 +19,7 @@ import numpy as np
 
 from memdb import codecs
 from memdb.applying import EVENTS, TOMBSTONES_MAX, meta_names, role_of, spec_of, unit_row
-from memdb.codecs.layout import affine_layout, plain_layout
+from memdb.codecs.layout import affine_layout, oqm_layout, plain_layout
 from memdb.codecs.planes import element_bytes
 from memdb.contents import check_unit, stored_element_bytes, unit_from
 from memdb.digest import check_digest, digests_of
@@ -35,7 +35,14 @@ BODY_BYTES_MAX = 1 << 34
 TOKENS_MAX = 1 << 20  # of a block
 _REVISIONS_MAX = 1 << 31
 _DTYPES = ("float32", "bfloat16", "float16")
-_SCALES = {"int8": (8, (2, 4)), "int4": (4, (2, 4))}  # codec to bits and widths of a scale
+# codec to its layout and bits
+_SCALED = {
+    "int8": (affine_layout, 8),
+    "int4": (affine_layout, 4),
+    "oqm": (oqm_layout, 4),
+    "oqm2": (oqm_layout, 2),
+}
+_SCALE_BYTES = (2, 4)
 
 
 @dataclass(frozen=True)
@@ -234,15 +241,17 @@ def _check_row(row: UnitRow, spec: RecordingSpec) -> None:
 def _slice_bytes(spec: RecordingSpec, codec: str, tokens: int, scale_bytes: int) -> int:
     """What a slice takes before compression: see memdb/codecs/layout.py. -1 for what no codec makes."""
     H, D = spec.model.shape.kv_heads, spec.model.shape.head_size
-    if codec in _SCALES:
-        bits, widths = _SCALES[codec]
-        return affine_layout(bits, scale_bytes, H, tokens, D).slice_bytes if scale_bytes in widths else -1
+    if codec in _SCALED:
+        layout, bits = _SCALED[codec]
+        return layout(bits, scale_bytes, H, tokens, D).slice_bytes if scale_bytes in _SCALE_BYTES else -1
     size = element_bytes(codec, spec.dtype)
     return plain_layout(size, H, tokens, D).slice_bytes if size and scale_bytes == 0 else -1
 
 
 def _check_keys(unit: Unit, spec: RecordingSpec) -> None:
     shape = spec.model.shape
+    if any(kept is not None and len(kept.ids) != shape.layers for kept in (unit.keep, unit.held)):
+        raise StoreError(f"its keep set is not of the {shape.layers} layers of the model")
     expected = (shape.layers, len(unit.blocks), shape.kv_heads * shape.head_size)
     if unit.keys is not None and unit.keys.shape != expected:
         raise StoreError(f"its keys are {unit.keys.shape}, not {expected}")

@@ -63,6 +63,7 @@ class RecordingWriter:
         self._lock = threading.RLock()
         self._scale_widths = _last_scale_widths(catalog, recording)
         self._tombstones = len(recording.tombstones)  # that this writer has taken note of
+        self.units_bytes = 0  # of the records of units that this writer committed
 
     @property
     def next_unit(self) -> int:
@@ -226,6 +227,7 @@ class RecordingWriter:
             self._segment.append(buffers)
             self._segment.sync("a unit's bytes, before it is committed")
             self._row = self._catalog.apply(self._row.id, self._segment.row(records[-1]), records)
+            self.units_bytes += sum(record.length for record in records if record.kind is Kind.UNIT)
         except BaseException as error:
             if refused:
                 raise

@@ -10,16 +10,23 @@ import torch
 
 from memdb.index.mean_key import fold
 from memdb.models.cache import CacheContext, RetrievalContext
+from memdb.models.places import LINE, Places, place_frames
 from memdb.models.window import LayerKV
 from memdb.query import captions as caption_tier
+from memdb.query.memory import Memory, memory_of, newest_of
 from memdb.query.planning import Decided
 from memdb.query.rebuild.consecutive import Consecutive
+from memdb.query.rebuild.original import Original
 from memdb.query.rebuild.text import CaptionAt, caption_ids
+from memdb.query.retrieve.all import ActivateAll
 from memdb.query.retrieve.topk import BlockTopK, Rows, newest
 from memdb.query.scope import Opened
 from memdb.query.session import Session
+from memdb.query.stages import QueryStages
 from memdb.query.stored import Readings
 from memdb.schemas.errors import CorruptionError
+from memdb.schemas.keep import Ids
+from memdb.schemas.units import BlockKind
 from memdb.timing import Laps
 
 
@@ -29,6 +36,8 @@ class Retrieved:
 
     rows: list[Rows] = field(default_factory=list)
     kv: list[LayerKV | None] = field(default_factory=list)
+    # Of the tokens in `kv`, a layer each, where they stand at original ones.
+    positions: list[Ids] | None = None
     cache: CacheContext | None = None
     captions: list[tuple[caption_tier.Picked, CaptionAt]] = field(default_factory=list)
     caption_ids: list[int] = field(default_factory=list)  # of all of them, with times and names between
@@ -90,6 +99,13 @@ def retrieve(
     """Blocks layer by layer: the newest ones, or those that the question's own queries choose."""
     plan, stages, model, kv = decided.plan, decided.stages, session.model, chosen.kv
     blocks, method = plan.sizes.blocks, stages.retrieve
+    if isinstance(method, ActivateAll):
+        memory = decided.memory
+        if plan.mode == "recent":
+            memory = newest_of(session.store, chosen, model.shape.layers, blocks)
+        assert memory is not None, "whoever plans has it"
+        activate(session, memory, chosen, got, readings)
+        return
     assert isinstance(method, BlockTopK), "rule R1 sees to it"
 
     def fetch(layer: int, rows: Rows) -> LayerKV | None:
@@ -115,21 +131,67 @@ def retrieve(
             rows = np.zeros(0, np.int64)
         return fetch(layer, rows)
 
-    context = RetrievalContext(model.rotary, decided.init, fetch_best, window=stages.window_tokens)
+    spec = chosen.row.spec
+    placing = model.placing(spec.sample_fps, spec.grid)
+
+    def seat(layer: int, start: int) -> Places:
+        return place_frames(placing, start, kv.tokens(got.rows[layer]).tolist(), model.device)
+
+    context = RetrievalContext(
+        model.rotary,
+        decided.init,
+        fetch_best,
+        window=stages.window_tokens,
+        seat=None if placing == LINE else seat,
+        placing=placing,
+    )
     with kv.reader.pinned(), torch.inference_mode():
         model.forward(model.embed(model.encode_text(text)), context)
     got.cache = context
 
 
+def activate(session: Session, memory: Memory, opened: Opened, got: Retrieved, readings: Readings) -> None:
+    """A memory token by token, layer by layer, each token with its position."""
+    model, kv = session.model, opened.kv
+    got.positions = []
+    with kv.reader.pinned(), kv.knowing([own.rows for own in memory.layers], readings):
+        for layer, own in enumerate(memory.layers):
+            found, rows = kv.read(layer, own.rows, model.device, model.dtype, readings, own.sizes)
+            own = own if rows is own.rows else own.of(rows)
+            places, positions = own.in_order()
+            if found is not None:
+                at = torch.from_numpy(places).to(found.k.device)
+                found = LayerKV(found.k[:, at], found.v[:, at])
+            got.rows.append(rows)
+            got.kv.append(found)
+            got.positions.append(positions)
+
+
+def at_original(
+    session: Session, method: Original, opened: Opened, init: Sequence[LayerKV], got: Retrieved
+) -> CacheContext:
+    """[init | tokens of a memory where they stood in the stream]."""
+    assert got.positions is not None
+    spec, blocks = opened.row.spec, opened.kv.table.blocks
+    frames = blocks["tokens"][blocks["kind"] != BlockKind.PROTOTYPE]  # all of the same size
+    placing = session.model.placing(spec.sample_fps, spec.grid)
+    frame_tokens = int(frames[0]) if len(frames) else 1
+    return method.rebuild(session.model, init, got.kv, got.positions, frame_tokens, placing)
+
+
 def rebuild(session: Session, decided: Decided, got: Retrieved, room: int) -> CacheContext:
     """[init | blocks in time order, with times | captions in time order, with times], in at most `room` tokens."""
     stages, init, chosen = decided.stages, decided.init, decided.chosen
-    if got.kv and chosen is not None:
+    if got.kv and got.positions is not None:
+        assert isinstance(stages.rebuild, Original), "rule R2 sees to it"
+        assert chosen is not None, "whoever activated it had it"
+        context = at_original(session, stages.rebuild, chosen, init, got)
+    elif got.kv and chosen is not None:
         if isinstance(stages.rebuild, Consecutive) and (stages.rebuild.time_text_s or got.cache is None):
-            got.cache = (
-                None  # the blocks move: what was rotated for retrieval is not needed beside the new cache
-            )
+            # The blocks move: what was rotated for retrieval is not needed beside the new cache.
+            got.cache = None
             longest = max(0 if kv is None else kv.tokens for kv in got.kv)
+            spec = chosen.row.spec
             context = stages.rebuild.rebuild(
                 session.model,
                 init,
@@ -138,6 +200,7 @@ def rebuild(session: Session, decided: Decided, got: Retrieved, room: int) -> Ca
                 got.kv,
                 stages.window_tokens,
                 stamp_tokens_max=max(0, room - init[0].tokens - longest - len(got.caption_ids)),
+                placing=session.model.placing(spec.sample_fps, spec.grid),
             )
         else:
             assert got.cache is not None
@@ -150,15 +213,26 @@ def rebuild(session: Session, decided: Decided, got: Retrieved, room: int) -> Ca
     return context
 
 
-def everything(session: Session, opened: Opened, init: Sequence[LayerKV], window: int | None) -> CacheContext:
-    """The context with all blocks of a recording in every layer and no time text: for the equality ladder.
-
-    Raises CorruptionError where a slice is not whole.
+def everything(session: Session, opened: Opened, init: list[LayerKV], stages: QueryStages) -> CacheContext:
+    """The context with all blocks of a recording in every layer and no time text, or all of a memory: for the
+    equality ladder. Raises CorruptionError where a slice is not whole.
     """
-    readings, model = Readings(), session.model
+    readings, model, window = Readings(), session.model, stages.window_tokens
+    if isinstance(stages.retrieve, ActivateAll):
+        memory, got = memory_of(session.store, opened), Retrieved()
+        activate(session, memory, opened, got, readings)
+        if readings.bad or memory.bad:
+            raise CorruptionError([*readings.warnings(), *memory.bad][0])
+        assert isinstance(stages.rebuild, Original), "rule R2 sees to it"
+        return at_original(session, stages.rebuild, opened, init, got)
     rows = np.flatnonzero(opened.blocks)
     layers = range(model.shape.layers)
     found = [opened.kv.read(layer, rows, model.device, model.dtype, readings)[0] for layer in layers]
     if readings.bad:
         raise CorruptionError(readings.warnings()[0])
-    return CacheContext(model.rotary, init, found, window=window)
+    spec, places = opened.row.spec, None
+    placing = model.placing(spec.sample_fps, spec.grid)
+    if placing != LINE:
+        sizes = opened.kv.tokens(rows).tolist()
+        places = [place_frames(placing, init[0].tokens, sizes, model.device)] * len(found)
+    return CacheContext(model.rotary, init, found, window=window, places=places, placing=placing)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from memdb.paths import cache_dir, write_atomically
-from memdb.schemas.plan import Predicted, Sizes
+from memdb.schemas.plan import MemorySize, Predicted, Sizes
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,9 @@ class Holdings:
     kv_token_bytes: int = 0  # keys and values of one token over all layers, at the dtype of the question
     init_tokens: int = 0
     context_tokens_max: int = 1 << 62  # of the model
+    memory: MemorySize | None = (
+        None  # of a recording that activates all of it; the blocks are for mode recent then
+    )
     is_span: bool = False  # only what lies in a span that was named: that nothing does is an answer, too
 
 
@@ -84,9 +87,13 @@ def predict(mode: str, sizes: Sizes, asked: Asked, held: Holdings, costs: Costs)
     """What `mode` at `sizes` would take: pure arithmetic over the measured figures."""
     uses_kv = mode in ("kv", "both", "recent")
     uses_captions = mode in ("captions", "both")
+    memory = held.memory if mode in ("kv", "both") else None
     blocks = min(sizes.blocks, held.blocks) if uses_kv else 0
     captions = min(sizes.caption_tokens, held.caption_tokens) if uses_captions else 0
     kv_tokens = blocks * held.block_tokens
+    read_bytes = blocks * held.layers * held.slice_bytes
+    if memory is not None:
+        blocks, kv_tokens, read_bytes = memory.blocks, float(memory.tokens), float(memory.read_bytes)
     stamp_tokens = blocks * asked.stamp_tokens_block
     context = held.init_tokens + kv_tokens
     stages: dict[str, float] = {}
@@ -94,7 +101,7 @@ def predict(mode: str, sizes: Sizes, asked: Asked, held: Holdings, costs: Costs)
         stages["captions"] = costs.embed + costs.captions
     if uses_kv:
         fetch = held.layers * (costs.read_base + costs.read_block * blocks + costs.unpack_token * kv_tokens)
-        if mode != "recent":
+        if mode != "recent" and memory is None:
             fetch += held.layers * costs.search_layer + costs.forward(asked.question_tokens, context)
         stages["retrieve"] = fetch
     texts = stamp_tokens + captions
@@ -110,7 +117,7 @@ def predict(mode: str, sizes: Sizes, asked: Asked, held: Holdings, costs: Costs)
     return Predicted(
         stages_ms={stage: costs.corrected(stage, ms) for stage, ms in stages.items()},
         gpu_bytes=total_tokens * held.kv_token_bytes,
-        read_bytes=math.ceil(blocks * held.layers * held.slice_bytes),
+        read_bytes=math.ceil(read_bytes),
         context_tokens=total_tokens,
     )
 

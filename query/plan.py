@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 from memdb.query.cost import Asked, Costs, Holdings, predict
 from memdb.schemas.errors import NoPlanFits, QuestionError
@@ -96,6 +97,8 @@ def _missing(mode: str, full: Sizes, held: Holdings) -> str:
         return ""  # any mode can say so
     if mode in ("kv", "both", "recent") and not held.blocks:
         return "no KV is stored up to this moment"
+    if mode in ("kv", "both") and held.memory is not None and not held.memory.tokens:
+        return "nothing is left of the memory of this moment"
     if mode in ("captions", "both") and not held.captions:
         return "no captions are stored up to this moment"
     if mode in ("captions", "both") and not full.caption_tokens:
@@ -108,12 +111,17 @@ def _limited(mode: str, full: Sizes, asked: Asked, held: Holdings, room: int) ->
 
     Never less than the smallest sizes, which may then be too large: the prediction says so.
     """
+    memory = held.memory if mode in ("kv", "both") else None
     blocks = min(full.blocks, held.blocks) if mode != "captions" else 0
     captions = min(full.caption_tokens, held.caption_tokens) if mode in ("captions", "both") else 0
     whole = Sizes(blocks, captions, full.answer_tokens)
     free = max(0, room - held.init_tokens - asked.prompt_tokens)
     answer = min(full.answer_tokens, max(ANSWER_TOKENS_MIN, free // 4))
     free = max(0, free - answer)
+    if memory is not None:  # all of it, or another mode: what is left is for captions
+        least = _scaled(whole, 0.0, held)
+        captions = min(captions, max(0, free - memory.tokens))
+        return Sizes(memory.blocks, max(captions, least.caption_tokens), answer)
     block_tokens = max(1.0, held.block_tokens + asked.stamp_tokens_block)
     wanted = blocks * block_tokens + captions
     if wanted > free:
@@ -129,7 +137,10 @@ def _candidates(
     for scales in (SHRINK, SHRINK_FURTHER):
         for candidate in usable:
             for scale in scales:
-                yield candidate, _scaled(first[candidate], scale, held), scale
+                sizes = _scaled(first[candidate], scale, held)
+                if held.memory is not None and candidate in ("kv", "both"):
+                    sizes = replace(sizes, blocks=held.memory.blocks)
+                yield candidate, sizes, scale
 
 
 def _scaled(sizes: Sizes, scale: float, held: Holdings) -> Sizes:

@@ -9,8 +9,10 @@ from memdb.models.window import LayerKV
 from memdb.query import captions as caption_tier
 from memdb.query import scope
 from memdb.query.cost import Asked, Costs
+from memdb.query.memory import Memory, memory_of
 from memdb.query.plan import plan as make_plan
-from memdb.query.retrieve.topk import BlockTopK
+from memdb.query.retrieve.all import ActivateAll
+from memdb.query.retrieve.mmr import CaptionMMR
 from memdb.query.scope import Opened
 from memdb.query.session import Session
 from memdb.query.stages import QueryStages, compose
@@ -30,6 +32,7 @@ class Decided:
     init: list[LayerKV]
     chosen: Opened | None
     ranked: list[caption_tier.Ranked] | None
+    memory: Memory | None = None  # of the chosen recording, where all of it is activated
 
 
 def decide(
@@ -43,8 +46,10 @@ def decide(
     """Choose the recording, then plan. Raises ModelMismatch, QuestionError, NoPlanFits."""
     best, ranked = _choose(within.opened, ranked, warnings)
     chosen = _own_kv(session, question, within.opened, best, warnings)
-    plan, stages, init = _plan(session, question, within, chosen, costs)
-    return Decided(plan, stages, init, chosen, ranked)
+    plan, stages, init, memory = _plan(session, question, within, chosen, costs)
+    if memory is not None and plan.mode in ("kv", "both"):
+        warnings += [f"an older memory was used: {bad}; run memdb verify" for bad in memory.bad]
+    return Decided(plan, stages, init, chosen, ranked, memory)
 
 
 def plan_what_is_left(
@@ -55,12 +60,14 @@ def plan_what_is_left(
     if mode == "kv" and decided.chosen is None:
         return None
     try:
-        plan, stages, init = _plan(session, replace(question, mode=mode), within, decided.chosen, costs)
+        plan, stages, init, memory = _plan(
+            session, replace(question, mode=mode), within, decided.chosen, costs
+        )
     except (NoPlanFits, QuestionError):
         return None
     why = f"nothing that mode {decided.plan.mode} needs could be read"
     return Decided(
-        replace(plan, reasons=(why, *within.reasons)), stages, init, decided.chosen, decided.ranked
+        replace(plan, reasons=(why, *within.reasons)), stages, init, decided.chosen, decided.ranked, memory
     )
 
 
@@ -116,7 +123,7 @@ def _own_kv(
 
 def _plan(
     session: Session, question: Question, within: Within, chosen: Opened | None, costs: Costs
-) -> tuple[Plan, QueryStages, list[LayerKV]]:
+) -> tuple[Plan, QueryStages, list[LayerKV], Memory | None]:
     opened = within.opened
     spec = (chosen or opened[0]).row.spec
     stages = compose(spec.recipe)
@@ -127,6 +134,10 @@ def _plan(
     head_tokens = session.head_tokens(opened)
     shape, element_bytes = session.model.shape, session.model.dtype.itemsize
     held = scope.holdings(chosen, opened, shape, element_bytes, init[0].tokens, head_tokens)
+    memory = None
+    if chosen is not None and isinstance(stages.retrieve, ActivateAll):
+        memory = memory_of(session.store, chosen)
+        held = replace(held, memory=memory.size(chosen))
     held = replace(held, is_span=within.is_span)
     kind, why = session.kind(within.text)
     ids = session.model.encode_text(question.text)
@@ -139,7 +150,7 @@ def _plan(
     # The recording whose KV is read need not be one that has captions: rekv beside rlivs.
     spoken = [compose(one.row.spec.recipe).retrieve for one in opened if len(one.usable_captions)]
     full = Sizes(
-        blocks=retrieve.blocks if isinstance(retrieve, BlockTopK) else 0,
+        blocks=0 if isinstance(retrieve, CaptionMMR) else retrieve.blocks,
         caption_tokens=max((each.caption_tokens for each in spoken), default=0),
         answer_tokens=stages.answer.tokens_max,
     )
@@ -154,7 +165,7 @@ def _plan(
         budget=question.budget,
         recordings=tuple(one.row.name for one in opened),
     )
-    return replace(plan, reasons=plan.reasons + within.reasons), stages, init
+    return replace(plan, reasons=plan.reasons + within.reasons), stages, init, memory
 
 
 def _stamp_tokens(session: Session, stages: QueryStages, chosen: Opened | None) -> float:

@@ -16,7 +16,7 @@ from memdb.schemas.errors import QuestionError
 from memdb.schemas.fingerprint import ModelShape
 from memdb.schemas.question import Question
 from memdb.schemas.rows import RecordingRow
-from memdb.schemas.units import Table
+from memdb.schemas.units import BlockKind, Table
 from memdb.store import Store
 
 
@@ -28,6 +28,7 @@ class Opened:
     kv: StoredKV
     blocks: npt.NDArray[np.bool_]  # mask of the key table's blocks
     captions: npt.NDArray[np.bool_]  # mask of its captions
+    at_ns: int | None = None  # the moment as of which it may be used; None for now
 
     @property
     def watermark_ns(self) -> int:
@@ -74,7 +75,7 @@ def open_scope(kv: StoredKV, at_ns: int | None) -> Opened:
         end_ns = kv.row.end_ns if kv.row.end_ns is not None else np.iinfo(np.int64).max
         there[0] &= np.minimum(blocks["end_ns"], end_ns) <= at_ns
         there[1] &= np.minimum(captions["end_ns"], end_ns) <= at_ns
-    return Opened(kv.row, kv, *there)
+    return Opened(kv.row, kv, there[0], there[1], at_ns)
 
 
 def holdings(
@@ -92,6 +93,9 @@ def holdings(
     tokens = np.concatenate([opened.usable_captions["tokens"].astype(np.int64) for opened in captions])
     tokens = tokens[tokens > 0] + head_tokens
     own = kv.usable_blocks if kv is not None else None
+    if kv is not None and own is not None and kv.row.spec.recipe.has_memory:
+        # Mode recent reads nothing but frames; the memory is counted apart.
+        own = own[own["kind"] != BlockKind.PROTOTYPE]
     return Holdings(
         blocks=0 if own is None else len(own),
         layers=model.layers,

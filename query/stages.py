@@ -8,8 +8,10 @@ from functools import lru_cache
 from memdb.query.answer import ANSWERERS, Greedy
 from memdb.query.rebuild import REBUILDERS
 from memdb.query.rebuild.consecutive import Consecutive
+from memdb.query.rebuild.original import Original
 from memdb.query.rebuild.text import TextOnly
 from memdb.query.retrieve import RETRIEVERS
+from memdb.query.retrieve.all import ActivateAll
 from memdb.query.retrieve.mmr import CaptionMMR
 from memdb.query.retrieve.topk import BlockTopK
 from memdb.schemas.params import build
@@ -18,8 +20,8 @@ from memdb.schemas.recipe import Recipe, canonical
 
 @dataclass(frozen=True)
 class QueryStages:
-    retrieve: BlockTopK | CaptionMMR
-    rebuild: Consecutive | TextOnly
+    retrieve: BlockTopK | CaptionMMR | ActivateAll
+    rebuild: Consecutive | TextOnly | Original
     answer: Greedy
     window_tokens: int | None  # the view over a long context, where the recipe keeps the window at rebuild
 

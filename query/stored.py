@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +17,8 @@ from memdb.pieces import MISSING, Pieces, PieceTable, piece_keys
 from memdb.query.retrieve.topk import Rows
 from memdb.query.unpack import Unpacker
 from memdb.reader import SliceReader
+from memdb.schemas.errors import CorruptionError
+from memdb.schemas.keep import KeepSet
 from memdb.schemas.rows import RecordingRow
 from memdb.schemas.times import format_time, to_s
 from memdb.schemas.units import Table
@@ -64,18 +66,36 @@ class StoredKV:
         self._group: tuple[range, SliceBatch] | None = None
         self._keyed: Table | None = None  # the table of blocks whose keys these are
         self._keys = np.zeros(0, np.int64)
+        self._store = store
+        self._held: dict[int, tuple[int, KeepSet]] = {}  # by unit, of a revision of it
 
     def read(
-        self, layer: int, rows: Rows, device: torch.device, dtype: torch.dtype, readings: Readings
+        self,
+        layer: int,
+        rows: Rows,
+        device: torch.device,
+        dtype: torch.dtype,
+        readings: Readings,
+        sizes: npt.NDArray[np.int64] | None = None,
     ) -> tuple[LayerKV | None, Rows]:
         """Keys and values of one layer's blocks, joined in time order (H, tokens, D), and the rows that were whole.
 
-        Every slice is verified. What is damaged is left out and noted in `readings`.
+        Every slice is verified. What is damaged is left out and noted in `readings`; so is, where `sizes` (rows,) are
+        given, a block of which another number of tokens is stored: a compaction gathered it since it was looked up.
         """
         if not len(rows):
             return None, rows
         batch, first = self._batch(layer, rows, readings)
         whole = batch.whole[first : first + len(rows)]
+        if sizes is not None:
+            known = np.array([kind.tokens for kind in batch.pieces.names.kinds] or [0])
+            stored = known[batch.pieces.table["kind"][first : first + len(rows)]]
+            other = whole & (stored != sizes)
+            if other.any():
+                readings.bad.append(
+                    f"{self.row.name}, layer {layer}: {int(other.sum())} blocks were gathered just now"
+                )
+                whole = whole & ~other
         found = self._unpacker.join(batch, whole, device, dtype, first)
         return found, rows if whole.all() else rows[whole]
 
@@ -96,6 +116,8 @@ class StoredKV:
     def _see_tokens(self, batch: SliceBatch, rows: Rows) -> None:
         """Ageing may have thinned blocks since their key pages were written: what was read says what they hold."""
         table, kinds = batch.pieces.table, batch.pieces.names.kinds
+        if self.row.spec.recipe.has_memory:  # nothing thins its blocks; what is gathered of them, `held` says
+            return
         there = table["file"] != MISSING
         tokens = np.array([kind.tokens for kind in kinds], np.uint32)
         self.table.blocks["tokens"][rows[there]] = tokens[table["kind"][there]]
@@ -140,6 +162,20 @@ class StoredKV:
             return self._pieces.find(layers[0], self._keys[rows[0]])
         layer = np.repeat(np.asarray(layers, np.int64), [len(own) for own in rows])
         return self._pieces.find(layer, self._keys[np.concatenate(rows)])
+
+    def held(self) -> dict[int, KeepSet]:
+        """Of the units of which ageing left some tokens only, which. A damaged part is of no token."""
+        found: dict[int, tuple[int, KeepSet]] = {}
+        for number, revision in self._store.gathered_units(self.row).items():
+            known = self._held.get(number)
+            if known is None or known[0] != revision:
+                with suppress(CorruptionError):
+                    kept = self._store.read_held(self._store.unit(self.row.id, number))
+                    known = None if kept is None else (revision, kept)
+            if known is not None:
+                found[number] = known
+        self._held = found
+        return {number: kept for number, (_, kept) in found.items()}
 
     def tokens(self, rows: Rows) -> npt.NDArray[np.int64]:
         """Tokens of each block, (len(rows),)."""

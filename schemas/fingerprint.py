@@ -18,8 +18,12 @@ class ModelShape:
     kv_heads: int  # H
     head_size: int  # D
     embedding_size: int  # E
-    frame_tokens: int  # N
+    frame_tokens: int  # N; the most that a frame has, where a recording has a grid of its own
     context_tokens_max: int  # positions the model was trained on
+
+    def tokens_of(self, grid: tuple[int, int] | None) -> int:
+        """Tokens of a frame of a recording whose grid this is, None where the model has but one."""
+        return self.frame_tokens if grid is None else grid[0] * grid[1]
 
     def kv_bytes(self, tokens: int, element_bytes: int) -> int:
         """Bytes of the keys and values of `tokens` tokens over all layers."""
@@ -33,7 +37,7 @@ class ModelShape:
 class ModelIdentity:
     """The model of a store: how to load it again, and the fingerprint that must then come out."""
 
-    spec: str  # what the user named: embedded, a Hub id, a folder, random:SEED
+    spec: str  # what the user named: embedded, a Hub id, a folder, random:SEED, random-qwen:SEED
     fingerprint: str  # hex; weights, tokenizer, processor, RoPE, frame preprocessing
     shape: ModelShape
 
@@ -43,12 +47,20 @@ def digest_of(data: Mapping[str, object]) -> str:
 
 
 def encoding_fingerprint(
-    recipe: Recipe, *, model: str, init_ids: tuple[int, ...], sample_fps: float, seed: int, dtype: str
+    recipe: Recipe,
+    *,
+    model: str,
+    init_ids: tuple[int, ...],
+    sample_fps: float,
+    seed: int,
+    dtype: str,
+    grid: tuple[int, int] | None = None,
 ) -> str:
     """What must be equal for two stretches of KV to stand in one context.
 
-    The model, stages 1 to 5 with every parameter, the init prompt, the sample rate, the seed and the dtype of
-    encoding. The storage codec is no part of it unless the encoder reads back what was stored.
+    The model, stages 1 to 5 with every parameter, the init prompt, the sample rate, the seed, the dtype of encoding
+    and the grid of a frame's tokens, where the model fits it to the film. The storage codec is no part of it unless
+    the encoder reads back what was stored.
     """
     stages = {name: _plain(recipe.stage(name).as_json()) for name in ENCODING_STAGES}
     return digest_of(
@@ -60,6 +72,7 @@ def encoding_fingerprint(
             "sample_fps": float(sample_fps),
             "seed": seed,
             "dtype": dtype,
+            **({"grid": list(grid)} if grid is not None else {}),
         }
     )
 

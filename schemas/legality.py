@@ -1,4 +1,9 @@
-"""Which stages may stand together (methods.md 3.3), checked when a recipe is composed."""
+"""Which stages may stand together (methods.md 3.3), checked when a recipe is composed.
+
+Two rules no recipe can break, because of how every recipe runs: representative keys are computed from keys at compute
+precision, before a codec sees them (R12); and a quantisation group is a block, which closes with its unit and is padded
+where it does not fill its last byte (R16).
+"""
 
 from __future__ import annotations
 
@@ -26,7 +31,23 @@ RULES: tuple[Rule, ...] = (
         "or retrieve to mmr",
     ),
     Rule(
+        "R5",
+        lambda r: (
+            r.reduce.method == "ctr"
+            and r.retain.method == "tar_van"
+            and r.retain.params.get("pooling") != "none"
+        ),
+        "TaR + VaN pools over neighbouring patches, and CTR leaves a choice of patches without neighbours: set "
+        "retain.pooling = 'none', or reduce = 'identity'",
+    ),
+    Rule(
         "R6",
+        lambda r: _merges(r) and r.retain.method == "tar_van",
+        "a merged frame has no single time, and TaR + VaN asks for one: set reduce = 'identity' and unit = 'block', or "
+        "retain to another method",
+    ),
+    Rule(
+        "S4",
         lambda r: r.encode.method == "none" and r.keeps_kv,
         "a codec is named, but stage encode gives no KV to write: set encode = 'window', or write = 'none'",
     ),
@@ -58,6 +79,29 @@ RULES: tuple[Rule, ...] = (
         "out of them",
     ),
     Rule(
+        "R8b",
+        lambda r: r.has_memory and r.retain.method == "all",
+        "chunks are encoded against a compressed memory, which nothing here compresses: set retain to a method with "
+        "budget_tokens, or encode = 'window'",
+    ),
+    Rule(
+        "R8c",
+        lambda r: not r.has_memory and r.retain.method != "all",
+        "a bounded memory is what the next chunk is encoded against: set encode = 'chunk', or retain = 'all'",
+    ),
+    Rule(
+        "R10b",
+        lambda r: (r.retrieve.method == "all") != r.has_memory,
+        "retrieve all activates a bounded memory, as it was when the question was asked, and only that may be "
+        "activated of one (R20): set both encode = 'chunk' and retrieve = 'all', or neither",
+    ),
+    Rule(
+        "R2",
+        lambda r: (r.rebuild.method == "original") != r.has_memory,
+        "original positions are those of encode chunk, which sees tokens where they stand in the stream; a window has "
+        "places of its own: set both encode = 'chunk' and rebuild = 'original', or neither",
+    ),
+    Rule(
         "S1",
         lambda r: not r.keeps_kv and not r.keeps_captions,
         "the recipe keeps neither captions nor KV: nothing could be asked of it",
@@ -73,6 +117,10 @@ RULES: tuple[Rule, ...] = (
         "rebuild text belongs to recipes without KV, consecutive to those with: change one of the two",
     ),
 )
+
+
+def _merges(recipe: Recipe) -> bool:
+    return recipe.reduce.method == "merge" or recipe.unit.method == "segment"
 
 
 def check(recipe: Recipe) -> None:

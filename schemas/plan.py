@@ -20,6 +20,15 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class MemorySize:
+    """A bounded memory as a whole: it is read in full or not at all. Blocks and tokens of the layer with the most."""
+
+    blocks: int
+    tokens: int
+    read_bytes: int
+
+
+@dataclass(frozen=True)
 class Predicted:
     """What a plan is predicted to use: milliseconds by stage (p50), and the other budgets."""
 

@@ -62,6 +62,11 @@ class Recipe:
         return self.caption.method != "none"
 
     @property
+    def has_memory(self) -> bool:
+        """Whether chunks are encoded against a bounded memory, so that keep sets say what is held."""
+        return self.encode.method == "chunk"
+
+    @property
     def codec(self) -> str:
         return self.write.method
 

@@ -25,6 +25,8 @@ class Part(IntEnum):
     KEYFRAME = 3  # JPEG
     KEYS = 4  # fp16 little-endian (L, blocks, H*D)
     KV = 5  # the payload of slices
+    KEEP = 6  # the keep set of a bounded memory, see memdb/keep_set.py
+    HELD = 7  # which tokens the slices of a unit hold, in the same form
 
 
 # One row a part of a unit. `offset` counts from the start of the unit's body, and is 64-byte aligned.
@@ -34,6 +36,7 @@ _PARTS = frozenset(map(int, Part))
 
 ALL_PPM = 1_000_000
 DIGEST_BYTES = 16
+GRID_MAX = 1 << 12  # rows or columns of a frame's tokens: beyond, a record is no such thing
 LAYERS_MAX = 1 << 16  # and blocks of a unit: SLICE_DTYPE has room for no more
 _CATALOG = "catalog.sqlite"
 # What reading the JSON of a spec or a model raises, where it is no such thing.
@@ -66,6 +69,9 @@ class RecordingSpec:
     init_ids: tuple[int, ...]
     encoding_fingerprint: str
     caption_encoder: str  # name of the encoder of caption vectors, "" without captions
+    grid: tuple[int, int] | None = (
+        None  # rows and columns of a frame's tokens, where the model fits them to the film
+    )
 
     def as_json(self) -> dict[str, object]:
         return {
@@ -87,6 +93,7 @@ class RecordingSpec:
             "init_ids": list(self.init_ids),
             "encoding_fingerprint": self.encoding_fingerprint,
             "caption_encoder": self.caption_encoder,
+            **({"grid": list(self.grid)} if self.grid is not None else {}),
         }
 
     @classmethod
@@ -122,6 +129,7 @@ class RecordingSpec:
             init_ids=tuple(_integer(token) for token in init_ids),
             encoding_fingerprint=str(data["encoding_fingerprint"]),
             caption_encoder=str(data["caption_encoder"]),
+            grid=_grid(data.get("grid")),
         )
 
 
@@ -133,6 +141,7 @@ class TierBytes:
     keys: int = 0
     captions: int = 0  # texts and vectors
     keyframes: int = 0
+    keep_sets: int = 0  # of bounded memories
 
 
 @dataclass(frozen=True)
@@ -295,6 +304,17 @@ def model_from_json(data: Mapping[str, object]) -> ModelIdentity:
         raise TypeError("a model's shape must be a table")
     sizes = {name: _integer(shape[name]) for name in ModelShape.__dataclass_fields__}
     return ModelIdentity(str(data["spec"]), str(data["fingerprint"]), ModelShape(**sizes))
+
+
+def _grid(data: object) -> tuple[int, int] | None:
+    if data is None:
+        return None
+    if not isinstance(data, list) or len(data) != 2:
+        raise TypeError("grid must be rows and columns")
+    rows, columns = map(_integer, data)
+    if not (1 <= rows <= GRID_MAX and 1 <= columns <= GRID_MAX):
+        raise ValueError(f"a grid of {rows} x {columns} tokens is none")
+    return rows, columns
 
 
 def _integer(value: object) -> int:

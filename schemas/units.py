@@ -8,6 +8,8 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
+from memdb.schemas.keep import KeepSet
+
 
 class BlockKind(IntEnum):
     """What a block's tokens are. The numbers are part of the format: never renumber."""
@@ -79,13 +81,19 @@ class Unit:
     keys: npt.NDArray[np.float16] | None  # (L, blocks, H*D) representative keys
     caption: Caption | None
     keyframe: bytes | None  # JPEG
+    keep: KeepSet | None = None  # what a bounded memory holds after this unit
+    held: KeepSet | None = (
+        None  # which of their tokens its slices hold, where ageing gathered those; None: all
+    )
 
     @property
     def payload_bytes(self) -> int:
         """Bytes of the big parts, for back-pressure and for the pace of saved states."""
         kv = self.kv.payload.nbytes if self.kv else 0
         keys = self.keys.nbytes if self.keys is not None else 0
-        return kv + keys + len(self.keyframe or b"")
+        # More than tokens at random take, see memdb/keep_set.py.
+        kept = 256 + 8 * sum(self.keep.tokens) if self.keep else 0
+        return kv + keys + kept + len(self.keyframe or b"")
 
 
 def no_blocks() -> Table:

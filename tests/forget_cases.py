@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from memdb.client import connect
 from memdb.codecs.planes import element_bytes
@@ -26,7 +27,6 @@ from memdb.ingest.sources import open_source
 from memdb.ingest.stages import compose
 from memdb.models.caption_vectors import caption_vectors
 from memdb.models.protocol import VideoModel
-from memdb.recipes import recipe as named
 from memdb.schemas.errors import Interrupted
 from memdb.schemas.rows import RecordingRow
 from memdb.schemas.units import Unit
@@ -36,7 +36,7 @@ from tests.run_cases import (
     CHUNK,
     CODEC,
     NAME,
-    SETTINGS,
+    found_recipe,
     ingested,
     small_film,
     small_model,
@@ -65,7 +65,7 @@ def made_bench(folder: Path) -> Bench:
 
 
 def new_encoder(bench: Bench, recipe: str, counters: Counters | None = None) -> StreamEncoder:
-    row = named(recipe, codec=CODEC[recipe], settings=SETTINGS[recipe])
+    row = found_recipe(recipe)
     stages = compose(row)
     init = bench.model.init_ids(str(row.encode.params["init_prompt"]))
     name = stages.captioner.encoder
@@ -178,6 +178,11 @@ def expected(bench: Bench, recipe: str, at: int, span: Span, *, touched: bool) -
     begins, encoder, opened = len(units), first, []
     if touched:
         encoder = new_encoder(bench, recipe, replace(first.counters, epoch=1))
+        if first._memory is not None:  # of a bounded memory what does not overlap goes over
+            encoder._memory = first._memory
+            gone = torch.tensor([frame.number for frame in bench.frames if overlap(frame, span)])
+            for number, layer in enumerate(first._memory.layers):
+                first._memory.layers[number] = layer.at((~torch.isin(layer.frame, gone)).nonzero()[:, 0])
         opened = bench.frames[whole - len(first._opened) : whole]
     units = without(bench, recipe, units, span)
     for batch in [opened, *batches(bench)[at // CHUNK :]]:

@@ -27,7 +27,8 @@ from memdb.models.caption_vectors import InputEmbeddings
 from memdb.models.decode import prefill
 from memdb.models.load import load_model
 from memdb.models.protocol import VideoModel
-from memdb.models.random_llava import random_llava, read_config
+from memdb.models.random_llava import random_llava
+from memdb.models.random_weights import read_config
 from memdb.models.window import LayerKV
 from memdb.query import engine
 from memdb.query.retrieve.topk import BlockTopK
@@ -231,16 +232,18 @@ class PlainModel:
         *,
         given: Sequence[tuple[Tensor, Tensor]] | None = None,
         heard: list[tuple[Tensor, Tensor, Tensor]] | None = None,
+        reach: int = 0,
     ) -> Tensor:
         """Logits (T, V) in fp64, token by token from the formulas.
 
         `seen(layer, x)` names the tokens that token x attends to and how far away each of them stands: its query
         is turned by that distance and meets the unturned key. `given`: per layer keys and values (H, G, D) that
         take the places 0..G - 1 whatever was computed there. `heard` gets (q, k, v) of every layer, unturned.
+        `reach`: the largest distance, where it is more than the tokens are.
         """
         language, x = self.exact.model.language_model, embeddings.double()  # x (T, E)
         group, D = self.heads // self.kv_heads, self.head_size
-        cos, sin = self.angles(torch.arange(len(x) + 1))
+        cos, sin = self.angles(torch.arange(max(len(x), reach) + 1))
         for number, layer in enumerate(language.layers):
             own = layer.self_attn
             normed = layer.input_layernorm(x)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from memdb.models.attention import sink_attention
 from memdb.models.cache import AttentionProbe, CacheContext, RetrievalContext
+from memdb.models.places import Places
 from memdb.models.rotary import Rotary
 from memdb.models.window import LayerKV, WindowContext
 
@@ -279,6 +280,10 @@ def test_of_a_published_frame_91_to_103_queries_read_init_tokens_twice(code: boo
 # Answering
 
 
+def line(places: list[int], end: int) -> Places:
+    return Places.line(torch.tensor(places), end)
+
+
 @FEW
 @given(
     n=st.integers(0, 3),
@@ -332,10 +337,8 @@ def test_tokens_at_given_places_see_what_stands_before_them() -> None:
         LayerKV(*(stream.layers[layer][part][:, block_tokens[layer]] for part in (1, 2)))
         for layer in range(LAYERS)
     ]
-    context = CacheContext(
-        rotary(), init, blocks, places=[torch.tensor(p) for p in block_places], next_places=ends
-    )
-    context.place_next([(torch.tensor(p), end) for p, end in zip(text_places, ends, strict=True)])
+    context = CacheContext(rotary(), init, blocks, places=list(map(line, block_places, ends)))
+    context.place_next(list(map(line, text_places, ends)))
     text = stream.feed(context, 20, 23)
     after = stream.feed(context, 23, 25)  # follows at the end, where nothing is said
     for layer in range(LAYERS):
@@ -432,3 +435,40 @@ def test_scores_of_init_tokens_keep_16_bits_in_half_precision(dtype: torch.dtype
     out = sink_attention(q, k, v, 1.0, mask, scores, sink_v)[0, 0, :4]
     truth = scores[0, 0].double().softmax(-1)
     assert float((out.double() - truth).abs().max()) < 3e-3
+
+
+# Positions that grow with the stream
+
+
+def test_far_positions_turn_as_the_table_does_without_one() -> None:
+    """Beyond the table's end angles are computed for the positions at hand: the same bits."""
+    from memdb.models.rotary import TABLE_POSITIONS_MAX, Rotary
+
+    made = torch.Generator().manual_seed(0)
+    rotary, wide = (Rotary(1e6 ** -(torch.arange(0, 64, 2) / 64)) for _ in range(2))
+    x = torch.randn(2, 9, 64, generator=made)
+    positions = torch.randint(0, TABLE_POSITIONS_MAX + 5_000, (9,), generator=made)
+    top = TABLE_POSITIONS_MAX + 5_000
+    found = rotary.rotate_at(x, positions, top)
+    assert len(rotary._cos) == 0, "no table was made"
+    cos, sin = wide.tables(top)
+    left, right = x.chunk(2, -1)
+    truth = x * cos[positions] + torch.cat((-right, left), -1) * sin[positions]
+    assert torch.equal(found, truth)
+
+
+@pytest.mark.parametrize("shift", [1_000, 3_528_000])
+def test_x1_logits_do_not_depend_on_where_the_stream_stands(shift: int) -> None:
+    """Query and key turned by the same more, up to ten hours of a 7B at half a frame a second: the same product."""
+    from memdb.models.rotary import Rotary
+
+    made = torch.Generator().manual_seed(1)
+    rotary = Rotary(1e6 ** -(torch.arange(0, 128, 2) / 128))
+    q, k = torch.randn(1, 50, 128, generator=made), torch.randn(1, 50, 128, generator=made)
+    places = torch.randint(0, 5_000, (2, 50), generator=made)
+    logits = [
+        rotary.rotate_at(q, places[0] + by, 5_000 + by)[0]
+        @ rotary.rotate_at(k, places[1] + by, 5_000 + by)[0].T
+        for by in (0, shift)
+    ]
+    assert float((logits[0] - logits[1]).abs().max() / logits[0].abs().max()) < 1e-5

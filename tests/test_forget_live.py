@@ -15,6 +15,7 @@ import torch
 
 from memdb.client import connect
 from memdb.forget import OPEN_END_NS
+from memdb.ingest.encode.chunk import Chunk
 from memdb.ingest.encode.window import SlidingWindow
 from memdb.ingest.encoder import StreamEncoder
 from memdb.ingest.frames import ReadyFrame
@@ -117,8 +118,19 @@ class KeptBytes:
                 self._keys.append((start, end, raw(kv[-1].k[0, at - 1])))  # the last layer's, (D,)
             return kv
 
+        chunk = Chunk.encode
+
+        def listening_to_chunks(own: Chunk, model: Any, *rest: Any, **more: Any) -> Any:
+            context = chunk(own, model, *rest, **more)
+            k, tokens = context.fresh[-1].k, model.shape.frame_tokens
+            for at in range(tokens, k.shape[1] + 1, tokens):
+                start, end, _ = self._tokens[len(self._keys)]
+                self._keys.append((start, end, raw(k[0, at - 1])))
+            return context
+
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(SlidingWindow, "encode", listening)
+            patch.setattr(Chunk, "encode", listening_to_chunks)
             units = self._encoder.step(batch)
         came = [part for part in self._encoder._queue if not any(part is old for old in queue)]
         for unit, part in zip(units[len(units) - len(came) :], came, strict=True):

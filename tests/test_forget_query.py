@@ -33,7 +33,7 @@ from memdb.sealed import SealedSegment, read_unit
 from memdb.store import Store
 from tests.run_cases import (
     NAME,
-    RECIPES,
+    RANKED,
     SETTINGS,
     ingested,
     opened,
@@ -67,7 +67,7 @@ class House:
 def house(tmp_path_factory: pytest.TempPathFactory) -> House:
     folder = tmp_path_factory.mktemp("forgetting")
     model, film = small_model(small_spec(folder)), small_film(folder / "film.mp4", SECONDS)
-    stores = {recipe: folder / f"{recipe}.memdb" for recipe in RECIPES}
+    stores = {recipe: folder / f"{recipe}.memdb" for recipe in RANKED}
     for recipe, store in stores.items():
         made(store, model, film, recipe)
     return House(model, film, stores)
@@ -151,7 +151,7 @@ def truth_kv(store: Path, layer: int, rows: Any) -> torch.Tensor:
 # A question before, a forget by another, the same question after
 
 
-@pytest.mark.parametrize(("recipe", "mode"), [(recipe, mode) for recipe in RECIPES for mode in MODES[recipe]])
+@pytest.mark.parametrize(("recipe", "mode"), [(recipe, mode) for recipe in RANKED for mode in MODES[recipe]])
 def test_a_connection_that_is_open_answers_from_what_is_left(
     house: House, recipe: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,7 +278,7 @@ def test_a_process_that_forgets_by_the_command(house: House, tmp_path: Path) -> 
 # Everything, or the recording itself
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", RANKED)
 def test_a_recording_of_which_nothing_is_left_says_so(house: House, recipe: str, tmp_path: Path) -> None:
     store = house.copy(recipe, tmp_path)
     with opened(store, house.model, create=False) as client:
@@ -299,7 +299,7 @@ def test_a_recording_of_which_nothing_is_left_says_so(house: House, recipe: str,
         assert {item.recording for item in new.ask(QUESTION).evidence} == {"yard"}
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", RANKED)
 def test_captions_stay_where_only_the_kv_ends(house: House, recipe: str, tmp_path: Path) -> None:
     """`kv_from_unit`: units below have no KV any more. A question for it says so, or takes the captions."""
     store = house.copy(recipe, tmp_path)
@@ -328,7 +328,7 @@ def end_kv(store: Path) -> None:
     catalog.close()
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", RANKED)
 def test_a_name_begun_again_is_another_recording_for_an_open_connection(
     house: House, recipe: str, tmp_path: Path
 ) -> None:
@@ -356,7 +356,7 @@ def test_a_name_begun_again_is_another_recording_for_an_open_connection(
 # A question that is running
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", RANKED)
 @pytest.mark.parametrize("moment", ["decide", "bring_back", "rebuild", "report"])
 def test_a_question_that_runs_meanwhile_ends_and_the_next_sees_nothing(
     house: House, recipe: str, moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -390,7 +390,7 @@ def test_a_question_that_runs_meanwhile_ends_and_the_next_sees_nothing(
 
 def test_the_store_holds_what_the_tests_above_believe(house: House, tmp_path: Path) -> None:
     """Units after the forget, from the disk, are those of before without what overlaps."""
-    for recipe in RECIPES:
+    for recipe in RANKED:
         store = house.copy(recipe, tmp_path / recipe)
         with Store.open(store) as found:
             recording = found.recording(NAME)

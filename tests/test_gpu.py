@@ -53,10 +53,11 @@ def test_a_codec_gives_the_same_bytes_on_cpu_and_gpu(name: str, dtype: torch.dty
     assert all(torch.equal(a, b.cpu()) for a, b in zip(here, there, strict=True))
 
 
+@pytest.mark.parametrize("model", ["random:0", "random-qwen:0"])
 @pytest.mark.parametrize("window", [1 << 20, 130])
-def test_the_ladder_holds_on_a_gpu(tmp_path: Path, window: int, exact_fp32: None) -> None:
+def test_the_ladder_holds_on_a_gpu(tmp_path: Path, window: int, model: str, exact_fp32: None) -> None:
     settings = [f"encode.window_tokens={window}", "encode.chunk_frames=5", "rebuild.time_text_s=0"]
-    with connect(tmp_path / "s", model="random:0", device="cuda", dtype="float32") as db:
+    with connect(tmp_path / "s", model=model, device="cuda", dtype="float32") as db:
         db.ingest(frames(), fps=1, recording="r", recipe="rekv", codec="raw", settings=settings, sample_fps=1)
     with connect(tmp_path / "s", device="cuda", dtype="float32", create=False) as db:
         report = db.compare_uncut(frames(), "r", "What is it?", fps=1)

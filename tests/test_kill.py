@@ -30,7 +30,7 @@ from tests.run_cases import (
 )
 
 SECONDS = 120  # frames, of which a unit takes one (rekv) or three
-MOMENTS = {"rekv": (0.02, 0.3, 0.6), "rlivs": (0.05, 0.75), "hybrid": (0.2, 0.5)}
+MOMENTS = {"rekv": (0.02, 0.3, 0.6), "rlivs": (0.05, 0.75), "hybrid": (0.2, 0.5), "bounded": (0.4,)}
 SOAK = tuple((part + 0.2) / 14.5 for part in range(14))  # of three recipes: 42 kills
 
 

@@ -15,13 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memdb.models.random_llava import (
-    PARAMETERS_MAX,
-    random_config,
-    random_llava,
-    read_config,
-    save_random_llava,
-)
+from memdb.models.random_llava import random_config, random_llava, save_random_llava
+from memdb.models.random_weights import PARAMETERS_MAX, read_config
 from memdb.models.tokenizer import SPECIAL_TOKENS, WORDS, WORDS_FIRST, build_tokenizer
 from memdb.schemas.errors import ModelNotFound, UnsupportedModel, UsageError
 

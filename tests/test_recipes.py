@@ -28,6 +28,7 @@ from memdb.schemas.fingerprint import encoding_fingerprint
 from memdb.schemas.legality import RULES, check
 from memdb.schemas.params import build
 from memdb.schemas.recipe import ENCODING_STAGES, PROFILES, STAGES, Recipe, Stage
+from tests.memory_cases import METHODS, memory_recipe
 from tests.question_cases import SMALL, House
 
 REGISTRIES: dict[str, Mapping[str, type[Any]]] = {
@@ -64,10 +65,15 @@ def test_every_parameter_of_a_recipe_is_one_of_its_method(name: str) -> None:
         assert set(row.params) <= known, stage
 
 
+# Their recipes come with the encoders and retainers of the same papers.
+WAITING = {"unit": {"block", "segment"}, "reduce": {"merge", "ctr"}}
+
+
 def test_every_registered_method_is_in_some_recipe() -> None:
     for stage, registry in REGISTRIES.items():
-        used = {row.stage(stage).method for row in RECIPES.values()}
-        assert used == set(registry), stage
+        rows = [*RECIPES.values(), *map(memory_recipe, METHODS)]  # of bounded memories none has a name yet
+        used = {row.stage(stage).method for row in rows}
+        assert used | WAITING.get(stage, set()) == set(registry), stage
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -125,7 +131,7 @@ def test_a_stage_can_be_set_as_a_whole_and_later_settings_win() -> None:
         ("retrieve.blocks=[4]", "not a number"),
         ("retrieve.relevance=nan", "is no share"),
         ("unit=page", "no method 'page'"),
-        ("write=int3", "choose one of raw, fp16, bf16, int8, int4, none"),
+        ("write=int3", "choose one of raw, fp16, bf16, int8, int4, oqm, oqm2, none"),
         ("write.level=3", r"write\.int4 has no parameter 'level'"),
         ("index.heads=3", r"index\.mean_key has no parameter 'heads'"),
     ],
@@ -236,14 +242,21 @@ def test_a_codec_needs_something_to_store() -> None:
 
 # Legality: each rule by one recipe that breaks it and no rule before it
 
+MEMORY = memory_recipe()
 BROKEN: dict[str, Recipe] = {
     "R1": HYBRID.with_stage("write", Stage("none")),
-    "R6": REKV.with_stage("encode", Stage("none")),
+    "R5": REKV.with_stage("reduce", Stage("ctr")).with_stage("retain", Stage("tar_van")),
+    "R6": REKV.with_stage("unit", Stage("segment")).with_stage("retain", Stage("tar_van")),
+    "S4": REKV.with_stage("encode", Stage("none")),
     "R10": RLIVS.with_stage("encode", Stage("window")),
     "R14": REKV.with_stage("retrieve", Stage("mmr")),
     "R15": RLIVS.with_stage("caption", Stage("blocks")),
     "R18": HYBRID.with_stage("reduce", Stage("recurrent")),
     "R8": HYBRID.with_stage("reduce", Stage("recurrent")).with_stage("caption", Stage("clip")),
+    "R8b": MEMORY.with_stage("retain", Stage("all")),
+    "R8c": REKV.with_stage("retain", Stage("recent")),
+    "R10b": MEMORY.with_stage("retrieve", Stage("topk")),
+    "R2": MEMORY.with_stage("rebuild", Stage("consecutive")),
     "S1": RLIVS.with_stage("caption", Stage("none"))
     .with_stage("reduce", Stage("identity"))
     .with_stage("retrieve", Stage("none")),
@@ -264,6 +277,66 @@ def test_a_broken_rule_is_named_with_its_reason(name: str) -> None:
     assert f"is not legal ({name}): {rule.message}" in str(caught.value)
     with pytest.raises(RecipeError):
         compose(BROKEN[name])
+
+
+def test_reduced_frames_may_be_compared_patch_by_patch_where_nothing_is_pooled() -> None:
+    """R5 as far as it must go: every token knows the patch that it stood at, but not its neighbours."""
+    bounded = memory_recipe("tar_van").with_stage("reduce", Stage("ctr"))
+    for pooling in ("0.2,0.4,0.6", "0,0,1"):
+        with pytest.raises(RecipeError, match=r"not legal \(R5\).*retain.pooling = 'none'"):
+            compose(bounded.with_stage("retain", bounded.retain.with_params(pooling=pooling)))
+    compose(bounded.with_stage("retain", bounded.retain.with_params(pooling="none")))
+    compose(bounded.with_stage("retain", Stage("uniform")))
+
+
+def test_merged_frames_are_no_matter_of_the_unit_alone() -> None:
+    with pytest.raises(RecipeError, match=r"not legal \(R6\)"):
+        check(REKV.with_stage("reduce", Stage("merge")).with_stage("retain", Stage("tar_van")))
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("unit.frames_max=3", "below unit.frames_min = 4"),
+        ("unit.frames_min=0", "too small"),
+        ("unit.theta=-2", "too small"),
+        ("unit.unit_s_max=-1", "too small"),
+        ("unit.size=1", "no parameter 'size'"),
+    ],
+)
+def test_segments_that_cannot_be_are_refused(setting: str, says: str) -> None:
+    with pytest.raises(RecipeError, match=says):
+        compose(recipe("rekv", settings=("unit=segment", setting)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["unit=block", "unit.first_frames=0"], "too small"),
+        (["unit=block", "unit.frames=0"], "too small"),
+        (["reduce=merge", "reduce.delta=-2"], "too small"),
+        (["reduce=merge", "reduce.delta=nan"], "too small"),
+        (["reduce=merge", "reduce.unit_s_max=-1"], "too small"),
+        (["reduce=ctr", "reduce.beta=0"], "no share"),
+        (["reduce=ctr", "reduce.dpc=mine"], "choose one of textbook, released"),
+    ],
+)
+def test_reductions_that_cannot_be_are_refused(settings: list[str], says: str) -> None:
+    with pytest.raises(RecipeError, match=says):
+        compose(recipe("rekv", settings=tuple(settings)))
+
+
+def test_more_tokens_than_a_frame_has_are_refused_before_anything_is_written(
+    house: House, tmp_path: Path
+) -> None:
+    settings = (*SMALL["rekv"], "reduce=ctr", "reduce.tokens=999")
+    with (
+        connect(tmp_path / "new.memdb") as client,
+        pytest.raises(RecipeError, match="a frame of this model has"),
+    ):
+        client.ingest(house.film, recording="film", recipe="rekv", settings=settings)
+    with connect(tmp_path / "new.memdb") as client:
+        assert client.recordings() == []
 
 
 def test_an_index_that_there_is_not_is_refused() -> None:
@@ -335,7 +408,7 @@ class Pairs:
 def test_a_method_is_a_class_and_one_line_in_a_dict(
     house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(RecipeError, match="choose one of clip, frame"):
+    with pytest.raises(RecipeError, match="choose one of block, clip, frame, segment"):
         compose(recipe("rekv", settings=("unit=pairs",)))
     monkeypatch.setitem(UNITS, "pairs", Pairs)
     monkeypatch.setitem(RECIPES, "paired", REKV.with_stage("unit", Stage("pairs")))

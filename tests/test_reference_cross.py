@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import memdb
 from memdb import codecs, recipes
-from memdb.codecs.layout import SliceLayout, affine_layout, plain_layout
+from memdb.codecs.layout import SliceLayout, affine_layout, oqm_layout, plain_layout
 from memdb.index.key_search import search_keys
 from memdb.index.mean_key import MeanKey, fold
 from memdb.ingest.encoder import Counters, StreamEncoder
@@ -220,6 +220,8 @@ def layout_of(codec: str, T: int, H: int, size: int, scale_bytes: int) -> SliceL
     """The closed form: two parts of plain values, or codes, scales and minima along channels and tokens."""
     if codec.startswith("int"):
         return affine_layout(int(codec[3:]), scale_bytes, H, T, size)
+    if codec.startswith("oqm"):
+        return oqm_layout(int(codec[3:] or 4), scale_bytes, H, T, size)
     return plain_layout({"raw": 4, "fp16": 2, "bf16": 2}[codec], H, T, size)
 
 
@@ -250,8 +252,8 @@ def test_x7_bytes_are_those_of_the_closed_form(recipe: str, codec: str, tmp_path
         assert [int(raw) for raw in slices["raw_bytes"]] == [layout.slice_bytes for layout in layouts]
         aligned = sum(-(-int(stored) // 64) * 64 for stored in slices["stored_bytes"])
         assert own["kv"] == aligned
-        if codec.startswith("int"):
-            assert own["kv"] == frames * L * affine_layout(int(codec[3:]), 2, H, N, size).slice_bytes
+        if codec.startswith(("int", "oqm")):
+            assert own["kv"] == frames * L * layout_of(codec, N, H, size, 2).slice_bytes
             assert (slices["stored_bytes"] == slices["raw_bytes"]).all()
         else:
             payload = wrapped().shape.kv_bytes(frames * N, 4 if codec == "raw" else 2)

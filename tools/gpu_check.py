@@ -1,6 +1,6 @@
 """The whole path at full size on a GPU, with random weights: speed, bytes and the ladder, never accuracy.
 
-    python -m tools.gpu_check [--size 7b] [--frames 192]
+    python -m tools.gpu_check [--model random] [--size 7b] [--frames 192]
 
 It needs neither lancedb, FAISS, PyAV nor a film: frames come from memory. Prints one line a figure.
 """
@@ -20,24 +20,26 @@ import torch
 from memdb.client import connect
 from memdb.schemas.frames import Image
 
-MODEL = "random:0:{config}"
+MODEL = "{family}:0:{config}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--model", default="random", choices=["random", "random-qwen"])
     parser.add_argument("--size", default="7b")
     parser.add_argument("--frames", type=int, default=192)
     parser.add_argument("--ladder-frames", type=int, default=24)
     args = parser.parse_args()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    print(f"{device}, torch {torch.__version__}, size {args.size}, {args.frames} frames")
+    print(f"{device}, torch {torch.__version__}, {args.model} {args.size}, {args.frames} frames")
     with tempfile.TemporaryDirectory(prefix="memdb-gpu-") as folder:
         config = Path(folder) / "config.json"
         config.write_text(json.dumps({"size": args.size}))
-        speed(Path(folder), MODEL.format(config=config), args.frames)
-        ladder(Path(folder), MODEL.format(config=config), args.ladder_frames)
+        spec = MODEL.format(family=args.model, config=config)
+        speed(Path(folder), spec, args.frames)
+        ladder(Path(folder), spec, args.ladder_frames)
     return 0
 
 

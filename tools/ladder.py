@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("--model", default="embedded", help="embedded, random:SEED, a folder or a Hub id")
     parser.add_argument("--film", required=True)
     parser.add_argument("--recipe", default="rekv", help="rekv, hybrid or a FILE.toml")
-    parser.add_argument("--codec", default="raw", help="raw, fp16, bf16, int8 or int4")
+    parser.add_argument("--codec", default="raw", help="raw, fp16, bf16, int8, int4, oqm or oqm2")
     parser.add_argument("--sample-fps", type=float, default=1.0)
     parser.add_argument("--chunks", type=int, nargs="+", default=list(CHUNKS), help="frames fed at a time")
     parser.add_argument("--window-tokens", type=int, help="the short window; by default a third of the film")

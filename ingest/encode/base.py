@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from memdb.ingest.reduce.recurrent import Recurrent
+from memdb.models.places import LINE, Placing
 from memdb.models.protocol import VideoModel
 from memdb.models.window import LayerKV
 
@@ -19,7 +20,8 @@ class ClipSeen:
     """A closed unit at the moment of its caption.
 
     tokens (T, E): its visual tokens. kv: per layer its keys and values at compute precision, None without KV.
-    init: per layer those of the init prompt. queue: recurrent tokens of past clips, oldest first.
+    init: per layer those of the init prompt. queue: recurrent tokens of past clips, oldest first. frames: how many
+    tokens each frame of the clip has; on a line (see places) nobody asks.
     """
 
     tokens: Tensor
@@ -27,6 +29,8 @@ class ClipSeen:
     init: Sequence[LayerKV]
     init_ids: Sequence[int]
     queue: Sequence[Tensor]
+    frames: Sequence[int] = ()
+    placing: Placing = LINE
 
 
 @dataclass(frozen=True, eq=False)

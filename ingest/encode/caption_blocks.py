@@ -1,7 +1,8 @@
 """A caption over a clip's KV, which is there already: no visual token is prefilled for it (ours).
 
 The context is [init | the clip's blocks, consecutive | recurrent tokens | prompt]. What is stored as KV was
-computed before and does not depend on any caption.
+computed before and does not depend on any caption. Recurrent tokens stand as text does: where they were in their
+frames is lost, as in the paper.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from memdb.ingest.encode.base import ClipSeen, Said
 from memdb.ingest.reduce.recurrent import Recurrent
 from memdb.models.cache import CacheContext
 from memdb.models.decode import greedy, prefill
+from memdb.models.places import LINE, place_frames
 from memdb.models.protocol import VideoModel
 from memdb.schemas.params import at_least
 
@@ -38,9 +40,12 @@ class CaptionOverBlocks:
 
     def say(self, model: VideoModel, clip: ClipSeen, recurrent: Recurrent | None, *, profile: str) -> Said:
         assert clip.kv is not None, "rule R15 sees to it"
-        context = CacheContext(model.rotary, clip.init, clip.kv)
+        start = clip.init[0].tokens
+        places = None
+        if clip.placing != LINE:
+            places = [place_frames(clip.placing, start, clip.frames, model.device)] * model.shape.layers
+        context = CacheContext(model.rotary, clip.init, clip.kv, places=places)
         if recurrent is not None:
-            start = clip.init[0].tokens
             context.probe = recurrent.probe(model.shape.layers, start, start + len(clip.tokens))
         prompt = model.embed(model.prompt_ids(self.prompt))
         scores = prefill(model, torch.cat([*clip.queue, prompt]), context)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from memdb.ingest.encode.base import ClipSeen, Said, no_kv
 from memdb.ingest.reduce.recurrent import Recurrent
 from memdb.models.cache import CacheContext
 from memdb.models.decode import greedy, prefill
+from memdb.models.places import LINE, place
 from memdb.models.protocol import VideoModel
 from memdb.schemas.params import at_least
 
@@ -46,7 +48,14 @@ class CaptionOverClip:
             context.probe = recurrent.probe(
                 model.shape.layers, start - early, start - early + len(clip.tokens)
             )
-        whole = [head, *memory, clip.tokens, newline, model.embed(model.prompt_ids(self.prompt))]
+        prompt = model.embed(model.prompt_ids(self.prompt))
+        if clip.placing != LINE:
+            # Recurrent tokens stand as text does: where they were in their frames is lost, as in the paper.
+            sizes = np.array([start, *clip.frames, len(newline) + len(prompt)])
+            visual = np.array([False, *[True] * len(clip.frames), False])
+            places = place(clip.placing, 0, sizes, visual, model.device)
+            context.place_next([places] * model.shape.layers)
+        whole = [head, *memory, clip.tokens, newline, prompt]
         scores = prefill(model, torch.cat(whole), context)
         ids = tuple(greedy(model, scores, context, self.tokens_max))
         return Said(ids, model.decode_text(ids).strip(), context.probe.mean() if context.probe else None)

@@ -12,7 +12,10 @@ from memdb.schemas.params import at_least
 
 @dataclass(frozen=True)
 class NoKV:
-    """Nothing but captions is kept. `chunk_frames`: frames that go through the vision tower together."""
+    """Nothing but captions is kept. `chunk_frames`: frames that go through the vision tower together.
+
+    As in SlidingWindow, a frame is what the model sees as one.
+    """
 
     chunk_frames: int = 16
     init_prompt: str = ""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from memdb.models.decode import run_init
+from memdb.models.places import LINE, Grid, Placing
 from memdb.models.protocol import VideoModel
 from memdb.models.window import LayerKV, WindowContext
 from memdb.schemas.params import at_least
@@ -16,8 +17,9 @@ from memdb.schemas.params import at_least
 
 @dataclass(frozen=True)
 class SlidingWindow:
-    """`window_tokens`: W, how far back a token sees. `chunk_frames`: frames that are encoded in one forward;
-    it changes speed, and results by rounding only. `init_prompt`: the system text that stands before it all.
+    """`window_tokens`: W, how far back a token sees. `chunk_frames`: frames that are encoded in one forward, a
+    frame being what the model sees as one (of Qwen2.5-VL two raw frames); it changes speed, and results by rounding
+    only. `init_prompt`: the system text that stands before it all.
     """
 
     window_tokens: int = 15_000
@@ -28,13 +30,20 @@ class SlidingWindow:
         at_least("encode.window_tokens", self.window_tokens, 1)
         at_least("encode.chunk_frames", self.chunk_frames, 1)
 
-    def open(self, model: VideoModel, init_ids: Sequence[int], *, profile: str) -> WindowContext:
+    def open(
+        self, model: VideoModel, init_ids: Sequence[int], *, profile: str, placing: Placing = LINE
+    ) -> WindowContext:
         """A fresh window that begins with the init prompt."""
-        walk = model.shape.frame_tokens  # the released code walks frame by frame; elsewhere more is faster
+        # The released code walks frame by frame; elsewhere more is faster.
+        walk = placing.tokens if isinstance(placing, Grid) else model.shape.frame_tokens
         if profile != "code":
             walk *= max(1, 1024 // walk)
         context = WindowContext(
-            model.rotary, self.window_tokens, walk_tokens=walk, counts_init_twice=profile == "code"
+            model.rotary,
+            self.window_tokens,
+            walk_tokens=walk,
+            counts_init_twice=profile == "code",
+            placing=placing,
         )
         run_init(model, init_ids, context)
         return context
@@ -44,7 +53,9 @@ class SlidingWindow:
         parts: list[list[LayerKV]] = []
         with torch.inference_mode():
             for start in range(0, len(frames), self.chunk_frames):
-                model.forward(torch.cat(list(frames[start : start + self.chunk_frames])), context)
+                chunk = frames[start : start + self.chunk_frames]
+                context.expect_frames([len(frame) for frame in chunk])
+                model.forward(torch.cat(list(chunk)), context)
                 parts.append(context.fresh)
         if len(parts) == 1:
             return parts[0]

@@ -2,6 +2,11 @@
 
 Position-free keys have outlier channels, so a scale per channel keeps them apart from the rest: 3 to 5 times
 less error than a scale per token at the same number of bits (measured).
+
+oqm and oqm2: keys and values both per channel over the group, in 4 or 2 bits (StreamingTOM, arXiv 2510.18269).
+The group is the block. Where it differs from the released code: codes are taken against scale and minimum as they
+are stored, a constant channel has scale 0 (its floor of 1e-8 is 0 in fp16, and the codes are undefined), and a
+group that does not fill its last byte is padded.
 """
 
 from __future__ import annotations
@@ -12,11 +17,12 @@ import torch
 from torch import Tensor
 
 from memdb.codecs.base import get, put
-from memdb.codecs.layout import SliceLayout, affine_layout
+from memdb.codecs.layout import SliceLayout, affine_layout, oqm_layout
 from memdb.codecs.plain import out_of_range
 from memdb.schemas.errors import CodecError
 
 _FP16_MAX = 65504.0
+CHANNEL, TOKEN = 2, 3  # dimensions of (n, H, T, D): the one over which a range is taken
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,7 @@ class Affine:
 
     name: str
     bits: int
+    values_over: int = TOKEN  # what shares a scale in V: the channels of a token, or the tokens of a channel
 
     @property
     def levels(self) -> int:
@@ -39,19 +46,20 @@ class Affine:
         return 2 if 2 * largest < _FP16_MAX else 4
 
     def layout(self, dtype: torch.dtype, scale_bytes: int, H: int, T: int, D: int) -> SliceLayout:
-        return affine_layout(self.bits, scale_bytes, H, T, D)
+        layout = affine_layout if self.values_over == TOKEN else oqm_layout
+        return layout(self.bits, scale_bytes, H, T, D)
 
     def pack(self, k: Tensor, v: Tensor, scale_bytes: int) -> Tensor:
         n, H, T, D = k.shape
         layout = self.layout(k.dtype, scale_bytes, H, T, D)
         width = _width(scale_bytes)
         packed = torch.zeros(n, layout.slice_bytes, dtype=torch.uint8, device=k.device)
-        for part, values, over, along in ((0, k, 2, 2), (3, v, 3, 3)):
+        for part, values, over in ((0, k, CHANNEL), (3, v, self.values_over)):
             codes, scale, low = self._quantise(values.float(), over, width)
             # What is not finite, and a range that overflows, both show here: no need to look at every value.
             if not bool((scale.isfinite() & low.isfinite()).all()):
                 raise CodecError(out_of_range(self.name, bool(values.isfinite().all())))
-            put(packed, layout, part, self._join(codes, along))
+            put(packed, layout, part, self._join(codes, over))
             put(packed, layout, part + 1, scale)
             put(packed, layout, part + 2, low)
         return packed
@@ -60,28 +68,40 @@ class Affine:
         self, packed: Tensor, dtype: torch.dtype, scale_bytes: int, H: int, T: int, D: int, out: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         layout = self.layout(dtype, scale_bytes, H, T, D)
-        width, per_byte = _width(scale_bytes), 8 // self.bits
-        k_codes = self._split(get(packed, layout, 0, torch.uint8, H, -(-T // per_byte), D), 2, T)
-        v_codes = self._split(get(packed, layout, 3, torch.uint8, H, T, -(-D // per_byte)), 3, D)
-        k = _restore(k_codes, get(packed, layout, 1, width, H, 1, D), get(packed, layout, 2, width, H, 1, D))
-        v = _restore(v_codes, get(packed, layout, 4, width, H, T, 1), get(packed, layout, 5, width, H, T, 1))
+        width = _width(scale_bytes)
+        k, v = (
+            _restore(
+                self._codes(packed, layout, part, over, H, T, D),
+                get(packed, layout, part + 1, width, *_ranges(over, H, T, D)),
+                get(packed, layout, part + 2, width, *_ranges(over, H, T, D)),
+            )
+            for part, over in ((0, CHANNEL), (3, self.values_over))
+        )
         return k.to(out), v.to(out)
 
     def select(
         self, packed: Tensor, dtype: torch.dtype, scale_bytes: int, H: int, T: int, D: int, kept: Tensor
     ) -> Tensor:
         layout, smaller = (self.layout(dtype, scale_bytes, H, tokens, D) for tokens in (T, len(kept)))
-        width, per_byte = _width(scale_bytes), 8 // self.bits
+        width = _width(scale_bytes)
         out = torch.zeros(len(packed), smaller.slice_bytes, dtype=torch.uint8, device=packed.device)
-        k_codes = self._split(get(packed, layout, 0, torch.uint8, H, -(-T // per_byte), D), 2, T)
-        put(out, smaller, 0, self._join(k_codes.index_select(2, kept), 2))
-        for part in (1, 2):  # of a channel of K: one for all its tokens
-            put(out, smaller, part, get(packed, layout, part, width, H, 1, D))
-        v_codes = get(packed, layout, 3, torch.uint8, H, T, -(-D // per_byte))
-        put(out, smaller, 3, v_codes.index_select(2, kept))
-        for part in (4, 5):
-            put(out, smaller, part, get(packed, layout, part, width, H, T, 1).index_select(2, kept))
+        for part, over in ((0, CHANNEL), (3, self.values_over)):
+            codes = self._codes(packed, layout, part, over, H, T, D)
+            put(out, smaller, part, self._join(codes.index_select(2, kept), over))
+            for extra in (part + 1, part + 2):
+                ranges = get(packed, layout, extra, width, *_ranges(over, H, T, D))
+                # of a channel: one for all its tokens
+                put(out, smaller, extra, ranges if over == CHANNEL else ranges.index_select(2, kept))
         return out
+
+    def _codes(
+        self, packed: Tensor, layout: SliceLayout, part: int, over: int, H: int, T: int, D: int
+    ) -> Tensor:
+        """(n, H, T, D) uint8 of one part."""
+        shape, per_byte = [H, T, D], 8 // self.bits
+        size = shape[over - 1]
+        shape[over - 1] = -(-size // per_byte)
+        return self._split(get(packed, layout, part, torch.uint8, *shape), over, size)
 
     def _quantise(self, values: Tensor, over: int, width: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """values (n, H, T, D) fp32 -> codes uint8, scale and minimum with dimension `over` of size 1."""
@@ -92,21 +112,29 @@ class Affine:
         return torch.where(scale > 0, codes, 0.0).to(torch.uint8), scale, low
 
     def _join(self, codes: Tensor, along: int) -> Tensor:
-        """Two 4-bit codes a byte along a dimension, the even one in the low nibble; odd ends padded with 0."""
-        if self.bits == 8:
-            return codes
-        if codes.shape[along] % 2:
+        """As many codes a byte along a dimension as there is room for, the first in the lowest bits; the end is
+        padded with 0."""
+        per_byte = 8 // self.bits
+        if missing := -codes.shape[along] % per_byte:
             pad = list(codes.shape)
-            pad[along] = 1
+            pad[along] = missing
             codes = torch.cat((codes, codes.new_zeros(pad)), along)
-        pairs = codes.reshape(*codes.shape[:along], -1, 2, *codes.shape[along + 1 :])
-        return pairs.select(along + 1, 0) | (pairs.select(along + 1, 1) << 4)
+        whole = codes.reshape(*codes.shape[:along], -1, per_byte, *codes.shape[along + 1 :])
+        joined = whole.select(along + 1, 0)
+        for place in range(1, per_byte):
+            joined = joined | (whole.select(along + 1, place) << (place * self.bits))
+        return joined
 
     def _split(self, joined: Tensor, along: int, size: int) -> Tensor:
         if self.bits == 8:
             return joined
-        pairs = torch.stack((joined & 15, joined >> 4), along + 1)
-        return pairs.flatten(along, along + 1).narrow(along, 0, size)
+        places = [(joined >> shift) & self.levels for shift in range(0, 8, self.bits)]
+        return torch.stack(places, along + 1).flatten(along, along + 1).narrow(along, 0, size)
+
+
+def _ranges(over: int, H: int, T: int, D: int) -> tuple[int, int, int]:
+    """The shape of the scales and minima, (H, 1, D) or (H, T, 1)."""
+    return (H, 1, D) if over == CHANNEL else (H, T, 1)
 
 
 def _restore(codes: Tensor, scale: Tensor, low: Tensor) -> Tensor:

@@ -47,3 +47,9 @@ def affine_layout(bits: int, scale_bytes: int, H: int, T: int, D: int) -> SliceL
     v_codes = H * T * -(-D // per_byte)
     channels, tokens = H * D * scale_bytes, H * T * scale_bytes
     return SliceLayout((k_codes, channels, channels, v_codes, tokens, tokens))
+
+
+def oqm_layout(bits: int, scale_bytes: int, H: int, T: int, D: int) -> SliceLayout:
+    """K and V: codes packed along T, a scale and a minimum per channel."""
+    codes, channels = H * -(-T // (8 // bits)) * D, H * D * scale_bytes
+    return SliceLayout((codes, channels, channels, codes, channels, channels))

@@ -1,7 +1,7 @@
 """The context of answering: a cache rebuilt from blocks, which may differ from layer to layer, and then grows.
 
-Every token has a place of its own in each layer; who sees whom is decided by place alone, so blocks that differ
-per layer, text that is put between blocks, and a window over a long context are one mechanism.
+Every token has a place of its own in each layer; who sees whom is decided by its order alone, so blocks that
+differ per layer, text that is put between blocks, and a window over a long context are one mechanism.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from memdb.models.attention import ceiling_scores, sink_attention, softmax_attention
+from memdb.models.places import LINE, Next, Places, Placing
 from memdb.models.rotary import Rotary
 from memdb.models.window import LayerKV
 
@@ -21,24 +22,26 @@ from memdb.models.window import LayerKV
 class Placed:
     """One layer's cache: rotated keys and values (H, capacity, D), places (capacity,), of which `used` count.
 
-    Places never repeat; `next_place` is one past the highest. Room is added by doubling.
+    `place` is the order of the tokens and never repeats; by what they were turned need not be kept. `next` is
+    the next place (see Next). Room is added by doubling.
     """
 
     k: Tensor
     v: Tensor
     place: Tensor
     used: int
-    next_place: int
+    next: Next
 
-    def add(self, k: Tensor, v: Tensor, place: Tensor, next_place: int) -> None:
+    def add(self, k: Tensor, v: Tensor, places: Places) -> None:
         T = k.shape[1]
         if self.used + T > self.k.shape[1]:
             self._grow(max(256, T, self.k.shape[1]))
         self.k[:, self.used : self.used + T] = k
         self.v[:, self.used : self.used + T] = v
-        self.place[self.used : self.used + T] = place
+        self.place[self.used : self.used + T] = places.order
         self.used += T
-        self.next_place = max(self.next_place, next_place)
+        end = places.end
+        self.next = Next(max(self.next.order, end.order), max(self.next.id, end.id))
 
     def _grow(self, room: int) -> None:
         H, _, D = self.k.shape
@@ -94,38 +97,35 @@ class CacheContext:
         blocks: Sequence[LayerKV | None],
         *,
         window: int | None = None,
-        places: Sequence[Tensor] | None = None,
-        next_places: Sequence[int] | None = None,
+        places: Sequence[Places] | None = None,
+        placing: Placing = LINE,
     ) -> None:
-        """`places` (per layer, one integer a block token) leave room between blocks; without, consecutive."""
+        """`places`: per layer, of its block tokens, room between blocks included; without, consecutive as text is."""
         self.rotary = rotary
         self.window = window
+        self.placing = placing
         self.init = list(init)
         self.probe: AttentionProbe | None = None
         self.layers: list[Placed] = []
-        self._incoming: list[tuple[Tensor, int]] | None = None
+        self._incoming: list[Places] | None = None
         for layer, (head, tail) in enumerate(zip(init, blocks, strict=True)):
             whole = head if tail is None else head.plus(tail)
-            if places is None or next_places is None:
-                self._hold(whole)
-            else:
-                at = torch.arange(head.tokens, device=whole.k.device)
-                self._hold(whole, torch.cat((at, places[layer].to(at))), next_places[layer])
+            self._hold(whole, None if places is None else places[layer].after(head.tokens))
 
-    def _hold(self, whole: LayerKV, place: Tensor | None = None, next_place: int | None = None) -> None:
+    def _hold(self, whole: LayerKV, places: Places | None = None) -> None:
         """Rotate one layer's tokens to their places, consecutive ones unless said, and keep them."""
-        if place is None or next_place is None:
-            place, next_place = torch.arange(whole.tokens, device=whole.k.device), whole.tokens
-        k = self.rotary.rotate_at(whole.k, place, next_place) if whole.tokens else whole.k
-        self.layers.append(Placed(k, whole.v, place, whole.tokens, next_place))
+        if places is None:
+            places = Places.text(Next(0, 0), whole.tokens, whole.k.device)
+        k = self.rotary.rotate_at(whole.k, places.ids, places.end.id) if whole.tokens else whole.k
+        self.layers.append(Placed(k, whole.v, places.order, whole.tokens, places.end))
 
     @property
     def lengths(self) -> list[int]:
         """Tokens in the cache, layer by layer."""
         return [layer.used for layer in self.layers]
 
-    def place_next(self, places: Sequence[tuple[Tensor, int]]) -> None:
-        """Put the tokens of the coming forward at given places: per layer (T,) and one past the highest."""
+    def place_next(self, places: Sequence[Places]) -> None:
+        """Put the tokens of the coming forward at given places, a layer each."""
         self._incoming = list(places)
 
     def begin(self, tokens: int) -> None:
@@ -138,24 +138,23 @@ class CacheContext:
         held = self.layers[layer]
         T = q.shape[1]
         if self._incoming is not None:
-            place, top = self._incoming[layer]
+            places = self._incoming[layer]
         else:
-            top = held.next_place + T
-            place = torch.arange(held.next_place, top, device=q.device)
-        q_near = self.rotary.rotate_at(q, place, top)
-        held.add(self.rotary.rotate_at(k, place, top), v, place, top)
+            places = Places.text(held.next, T, q.device)
+        q_near = self.rotary.rotate_at(q, places.ids, places.end.id)
+        held.add(self.rotary.rotate_at(k, places.ids, places.end.id), v, places)
         keys = held.k[:, : held.used]
         if self.probe is not None:
             self.probe.observe(layer, q_near[:, -1], keys, held.place[: held.used], scale)
-        if self.window is not None and top > self.window:
-            return self._windowed(layer, q, q_near, place, scale)
+        if self.window is not None and places.end.order > self.window:
+            return self._windowed(layer, q, q_near, places, scale)
         mask = None
         if T > 1 or self._incoming is not None:
-            mask = held.place[None, : held.used] <= place[:, None]
+            mask = held.place[None, : held.used] <= places.order[:, None]
         return softmax_attention(q_near, keys, held.v[:, : held.used], scale, mask)
 
-    def _windowed(self, layer: int, q: Tensor, q_near: Tensor, place: Tensor, scale: float) -> Tensor:
-        held, init, W = self.layers[layer], self.init[layer], self.window
+    def _windowed(self, layer: int, q: Tensor, q_near: Tensor, places: Places, scale: float) -> Tensor:
+        held, init, W, place = self.layers[layer], self.init[layer], self.window, places.order
         assert W is not None
         n = init.tokens
         distance = place[:, None] - held.place[None, n : held.used]
@@ -164,7 +163,8 @@ class CacheContext:
         if not n:
             return softmax_attention(q_near, k, v, scale, mask)
         near = place[:, None] - held.place[None, :n] < W
-        q_far = self.rotary.rotate_at(q, torch.full_like(place, W - 1), W)
+        ceiling = self.placing.ceiling(W)
+        q_far = self.rotary.rotate_at(q, places.ids.clamp(max=ceiling), ceiling + 1)
         scores = ceiling_scores(q_near, near, q_far, self.rotary.rest(init.k), held.k[:, :n])
         return sink_attention(q_near, k, v, scale, mask, scores, init.v)
 
@@ -175,6 +175,8 @@ class RetrievalContext(CacheContext):
     `fetch(layer, q)` gets that layer's unrotated queries (Hq, T, D) and returns its blocks' keys and values, or
     None. Deeper layers see what shallower ones brought in (ReKV, arXiv 2503.00540, stage 7). The question
     leaves none of its own keys behind: after the forward this is the cache [init | retrieved].
+    `seat(layer, start)` gives the places of what a layer fetched, behind `start` init tokens; on a line it may be
+    left out.
     """
 
     def __init__(
@@ -184,8 +186,11 @@ class RetrievalContext(CacheContext):
         fetch: Callable[[int, Tensor], LayerKV | None],
         *,
         window: int | None = None,
+        seat: Callable[[int, int], Places] | None = None,
+        placing: Placing = LINE,
     ) -> None:
-        super().__init__(rotary, [], [], window=window)
+        super().__init__(rotary, [], [], window=window, placing=placing)
+        self._seat = seat
         self.init = list(init)
         self.found: list[LayerKV | None] = []
         self._fetch: Callable[[int, Tensor], LayerKV | None] | None = fetch
@@ -200,9 +205,12 @@ class RetrievalContext(CacheContext):
         found = self._fetch(layer, q)
         self.found.append(found)
         head = self.init[layer]
-        self._hold(head if found is None else head.plus(found))
+        if found is None or self._seat is None:
+            self._hold(head if found is None else head.plus(found))
+        else:
+            self._hold(head.plus(found), self._seat(layer, head.tokens).after(head.tokens))
         held = self.layers[layer]
-        used, next_place = held.used, held.next_place
+        used, next_place = held.used, held.next
         out = super().attend(layer, q, k, v, scale)
-        held.used, held.next_place = used, next_place
+        held.used, held.next = used, next_place
         return out

@@ -1,4 +1,4 @@
-"""From a model's name to a model: embedded, random:SEED, a folder, or an id on the Hub."""
+"""From a model's name to a model: embedded, random:SEED, random-qwen:SEED, a folder, or an id on the Hub."""
 
 from __future__ import annotations
 
@@ -55,23 +55,23 @@ def resolve_dtype(name: str | None, device: torch.device) -> torch.dtype:
 def load_model(spec: str, *, device: str | None = None, dtype: str | None = None) -> VideoModel:
     """Load the Video-LLM that `spec` names.
 
-    `embedded`, which comes with the package; `random:SEED` or `random:SEED:CONFIG.json` (see random_llava), built
-    offline; a folder with config.json, safetensors and a tokenizer; else a Hub id. Raises ModelNotFound,
-    UnsupportedModel, ModelError.
+    `embedded`, which comes with the package; `random:SEED` or `random:SEED:CONFIG.json` (see random_llava) and
+    `random-qwen:SEED` or `random-qwen:SEED:CONFIG.json` (see random_qwen), built offline; a folder with
+    config.json, safetensors and a tokenizer; else a Hub id. Raises ModelNotFound, UnsupportedModel, ModelError.
     """
     place = resolve_device(device)
     kind = resolve_dtype(dtype, place)
     if spec == "embedded":
         return _load_embedded(place, kind)
-    if spec.startswith("random:"):
+    if spec.startswith(("random:", "random-qwen:")):
         return _load_random(spec, place, kind, spec=spec)
     folder = Path(spec).expanduser()
     if spec and folder.is_dir():
         return _load_folder(folder.resolve(), place, kind, spec=str(folder.resolve()))
     if spec.startswith((".", "/", "~")) or spec.count("/") != 1:
         raise ModelNotFound(
-            f"no model {spec!r}: give embedded, random:SEED, a folder with config.json and safetensors, or a Hub "
-            "id such as llava-hf/llava-onevision-qwen2-7b-ov-hf"
+            f"no model {spec!r}: give embedded, random:SEED, random-qwen:SEED, a folder with config.json and "
+            "safetensors, or a Hub id such as llava-hf/llava-onevision-qwen2-7b-ov-hf"
         )
     return _load_folder(_fetch(spec), place, kind, spec=spec)
 
@@ -84,12 +84,19 @@ def normal_spec(spec: str) -> str:
 
 def _load_random(name: str, device: torch.device, dtype: torch.dtype, *, spec: str) -> VideoModel:
     from memdb.models.llava_onevision import LlavaOnevision
-    from memdb.models.random_llava import random_llava, read_config
+    from memdb.models.qwen2_5_vl import Qwen25VL
+    from memdb.models.random_llava import random_llava
+    from memdb.models.random_qwen import random_qwen
+    from memdb.models.random_weights import read_config
 
-    _, seed, *rest = name.split(":", 2)
+    kind, seed, *rest = name.split(":", 2)
     if not seed.isdecimal():
-        raise ModelNotFound(f"{name!r} names no seed: write random:0 or random:0:CONFIG.json")
+        raise ModelNotFound(f"{name!r} names no seed: write {kind}:0 or {kind}:0:CONFIG.json")
     config = read_config(rest[0]) if rest else {}
+    if kind == "random-qwen":
+        qwen, words, preprocessing = random_qwen(config, seed=int(seed), dtype=dtype, device=device)
+        weights = digest_of({"random-qwen": 1, "seed": int(seed), "config": config})
+        return Qwen25VL(qwen, words, preprocessing, spec, weights)
     network, tokenizer = random_llava(config, seed=int(seed), dtype=dtype, device=device)
     # Drawn from the seed alone, the same on every machine: seed and configuration say which weights they are.
     weights = digest_of({"random": 1, "seed": int(seed), "config": config})
@@ -108,15 +115,35 @@ def _load_embedded(device: torch.device, dtype: torch.dtype) -> VideoModel:
 def _load_llava_onevision(
     folder: Path, device: torch.device, dtype: torch.dtype, spec: str, sheet: ModelSheet
 ) -> VideoModel:
-    from transformers import AutoTokenizer, LlavaOnevisionForConditionalGeneration
+    from transformers import LlavaOnevisionForConditionalGeneration
 
     from memdb.models.llava_onevision import LlavaOnevision
+
+    network, tokenizer, weights = _read(LlavaOnevisionForConditionalGeneration, folder, dtype)
+    return LlavaOnevision(network.to(device), tokenizer, _preprocessing(folder), spec, weights, sheet)
+
+
+def _load_qwen2_5_vl(
+    folder: Path, device: torch.device, dtype: torch.dtype, spec: str, sheet: ModelSheet
+) -> VideoModel:
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    from memdb.models.qwen2_5_vl import Qwen25VL
+
+    network, tokenizer, weights = _read(Qwen2_5_VLForConditionalGeneration, folder, dtype)
+    preprocessing = {**_preprocessing(folder), **_frame_limits(folder)}
+    return Qwen25VL(network.to(device), tokenizer, preprocessing, spec, weights, sheet)
+
+
+def _read(kind: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, Any, str]:
+    """Network, tokenizer and the digest of the weights in a folder, all of it there. Raises ModelError."""
+    from transformers import AutoTokenizer
 
     weights = folder_digest(folder)
     try:
         with no_progress_bars():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            network, told = LlavaOnevisionForConditionalGeneration.from_pretrained(
+            network, told = kind.from_pretrained(
                 folder,
                 dtype=dtype,
                 local_files_only=True,
@@ -138,12 +165,13 @@ def _load_llava_onevision(
         raise ModelError(
             f"the tokenizer in {folder} has {len(tokenizer)} tokens, more than the model knows: it is another model's"
         )
-    return LlavaOnevision(network.to(device), tokenizer, _preprocessing(folder), spec, weights, sheet)
+    return network, tokenizer, weights
 
 
 # model_type of config.json -> loader. A family is one file and one line here.
 FAMILIES: dict[str, Callable[[Path, torch.device, torch.dtype, str, ModelSheet], VideoModel]] = {
     "llava_onevision": _load_llava_onevision,
+    "qwen2_5_vl": _load_qwen2_5_vl,
 }
 
 
@@ -177,15 +205,35 @@ def _fetch(hub_id: str) -> Path:
 
 def _preprocessing(folder: Path | None) -> dict[str, Any]:
     """Mean and deviation of the checkpoint's processor; SigLIP's own, 0.5, where it says nothing."""
+    found = _processor(folder) if folder is not None else {}
+    mean, std = found.get("image_mean", [0.5] * 3), found.get("image_std", [0.5] * 3)
+    return {"image_mean": [float(x) for x in mean], "image_std": [float(x) for x in std]}
+
+
+def _frame_limits(folder: Path) -> dict[str, Any]:
+    """Limits of a frame's pixels, where the processor names them.
+
+    Newer processors call the limits `size.shortest_edge` and `size.longest_edge`, though they are areas.
+    """
+    found = _processor(folder)
+    named = found.get("size")
+    size: dict[str, Any] = named if isinstance(named, dict) else {}
+    limits = {
+        "min_pixels": found.get("min_pixels") or size.get("shortest_edge"),
+        "max_pixels": found.get("max_pixels") or size.get("longest_edge"),
+    }
+    return {name: value for name, value in limits.items() if value is not None}
+
+
+def _processor(folder: Path) -> dict[str, Any]:
+    """What the checkpoint's processor files say, the first file's word before the others'."""
     found: dict[str, Any] = {}
-    for name in _PREPROCESSING_FILES if folder is not None else ():
-        assert folder is not None
+    for name in _PREPROCESSING_FILES:
         data = _read_json(folder / name) or {}
         for part in (data.get("video_processor"), data.get("image_processor"), data):
             if isinstance(part, dict):
                 found = {**part, **found}
-    mean, std = found.get("image_mean", [0.5] * 3), found.get("image_std", [0.5] * 3)
-    return {"image_mean": [float(x) for x in mean], "image_std": [float(x) for x in std]}
+    return found
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

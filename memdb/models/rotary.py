@@ -6,8 +6,14 @@ queries and keys when they meet, by positions inside the window or the rebuilt c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+# Up to here angles come from a table (64 MiB at 64 channels); beyond, which only original positions reach, they are
+# computed for the positions at hand. Both are the same numbers.
+TABLE_POSITIONS_MAX = 1 << 17
 
 
 class Rotary:
@@ -15,13 +21,20 @@ class Rotary:
 
     Angles are computed in fp64 from integer positions and kept as an fp32 table that grows by doubling.
     `scaling` multiplies cosine and sine (YaRN's attention factor; 1 for the default rotation).
+
+    A position is one number a token (T,), or three (3, T) where the model has `sections`: so many frequency pairs
+    turn by the first number, so many by the second, the rest by the third (M-RoPE of Qwen2.5-VL: time, row,
+    column). One number is the same as three equal ones.
     """
 
-    def __init__(self, inv_freq: Tensor, scaling: float = 1.0) -> None:
+    def __init__(self, inv_freq: Tensor, scaling: float = 1.0, sections: Sequence[int] = ()) -> None:
         self.inv_freq = inv_freq.detach().to(torch.float64)  # (R/2,)
         self.scaling = scaling
         self._cos = torch.empty(0, 2 * len(inv_freq), device=inv_freq.device)  # (positions, R)
         self._sin = self._cos
+        pairs = [axis for axis, size in enumerate(sections) for _ in range(size)]
+        self._axis = torch.tensor(pairs * 2, dtype=torch.long, device=inv_freq.device)  # (R,) or (0,)
+        assert not sections or 2 * len(inv_freq) == len(self._axis), "sections share out all pairs"
 
     def tables(self, length: int) -> tuple[Tensor, Tensor]:
         """Cosine and sine (>= length, R) in fp32 for the positions from 0 on."""
@@ -30,10 +43,19 @@ class Rotary:
             self._cos, self._sin = self.at(torch.arange(size, device=self.inv_freq.device))
         return self._cos, self._sin
 
+    def angles(self, positions: Tensor) -> Tensor:
+        """Angles (T, R) in fp64 of any integer positions (T,) or (3, T)."""
+        numbers = positions.to(torch.float64)
+        if positions.ndim == 2:
+            numbers = numbers[self._axis[: len(self.inv_freq)]].T  # (T, R/2): the number of each pair
+        else:
+            numbers = numbers[:, None]
+        angles = numbers * self.inv_freq  # (T, R/2)
+        return torch.cat((angles, angles), -1)
+
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine (T, R) in fp32 at any integer positions (T,)."""
-        angles = positions.to(torch.float64)[:, None] * self.inv_freq  # (T, R/2)
-        angles = torch.cat((angles, angles), -1)  # (T, R)
+        """Cosine and sine (T, R) in fp32 at any integer positions (T,) or (3, T)."""
+        angles = self.angles(positions)
         return (angles.cos() * self.scaling).float(), (angles.sin() * self.scaling).float()
 
     def rotate(self, x: Tensor, start: int) -> Tensor:
@@ -43,16 +65,25 @@ class Rotary:
         return turn(x, cos[start:stop], sin[start:stop])
 
     def rotate_at(self, x: Tensor, positions: Tensor, length: int) -> Tensor:
-        """x (H, T, D) rotated to `positions` (T,), all of them below `length`."""
+        """x (H, T, D) rotated to `positions` (T,) or (3, T), all of them below `length`."""
+        return turn(x, *self.rows(positions, length))
+
+    def rows(self, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Cosine and sine (T, R) at `positions` (T,) or (3, T), for `turn`, as often as wanted."""
+        if length > TABLE_POSITIONS_MAX:
+            return self.at(positions)
         cos, sin = self.tables(length)
-        return turn(x, cos[positions], sin[positions])
+        if positions.ndim == 1:
+            return cos[positions], sin[positions]
+        index = positions[self._axis].T  # (T, R): the number by which each channel turns
+        return cos.gather(0, index), sin.gather(0, index)
 
     def rest(self, x: Tensor) -> Tensor:
         """x (H, T, D) at position 0: turned by nothing, but with the factor of a scaled rotation."""
         return self.rotate_at(x, torch.zeros(x.shape[1], dtype=torch.long, device=x.device), 1)
 
     def undo(self, x: Tensor, positions: Tensor) -> Tensor:
-        """The inverse of a rotation, for keys of foreign caches: x (H, T, D) at `positions` (T,) -> unrotated."""
+        """The inverse of a rotation, for keys of foreign caches: x (H, T, D) at `positions` -> unrotated."""
         cos, sin = self.at(positions)
         return turn(x, cos / self.scaling**2, -sin / self.scaling**2)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from memdb.models.places import LINE, Placing
 from memdb.models.protocol import VideoModel
 from memdb.models.rotary import Rotary
 
@@ -20,12 +21,22 @@ class UncutContext:
 
     A query at x sees a token at j if 0 <= x - j < window, or if j is an init token; an init token's distance
     never exceeds window - 1 (ReKV, arXiv 2503.00540). The last `unwindowed_tail` tokens see everything at its
-    true distance, as a question over a rebuilt context without a window does.
+    true distance, as a question over a rebuilt context without a window does. `ids` (T,) or (3, T) are what the
+    tokens are turned by, where that is not their index.
     """
 
-    def __init__(self, rotary: Rotary, init_tokens: int, window: int, unwindowed_tail: int) -> None:
+    def __init__(
+        self,
+        rotary: Rotary,
+        init_tokens: int,
+        window: int,
+        unwindowed_tail: int,
+        ids: Tensor | None = None,
+        placing: Placing = LINE,
+    ) -> None:
         self._rotary = rotary
         self._init, self._window, self._tail = init_tokens, window, unwindowed_tail
+        self._ids, self._ceiling = ids, placing.ceiling(window)
 
     def begin(self, tokens: int) -> None: ...
 
@@ -49,25 +60,34 @@ class UncutContext:
         # The init prompt is fed before there is a window: among themselves its tokens keep their distances.
         near = (distance < self._window) | ~narrow | (x < self._init)
         seen = (distance >= 0) & (near | (j < self._init))
-        near_scores = _turn(self._rotary, q, x[:, 0]) @ _turn(self._rotary, k, j[0]).transpose(1, 2)
-        far = torch.full_like(x[:, 0], self._window - 1)
-        # keys at 0, queries at window - 1
-        far_scores = _turn(self._rotary, q, far) @ _turn(self._rotary, k, 0 * j[0]).transpose(1, 2)
+        ids = j[0] if self._ids is None else self._ids.to(q.device)
+        own = ids[..., start : start + q.shape[1]]
+        near_scores = _turn(self._rotary, q, own) @ _turn(self._rotary, k, ids).transpose(1, 2)
+        # keys at 0, queries at the ceiling
+        far = own.clamp(max=self._ceiling)
+        far_scores = _turn(self._rotary, q, far) @ _turn(self._rotary, k, 0 * ids).transpose(1, 2)
         scores = torch.where(near, near_scores, far_scores) * scale
         return scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v
 
 
 def uncut_states(
-    model: VideoModel, embeddings: Tensor, *, init_tokens: int, window: int, unwindowed_tail: int
+    model: VideoModel,
+    embeddings: Tensor,
+    *,
+    init_tokens: int,
+    window: int,
+    unwindowed_tail: int,
+    ids: Tensor | None = None,
+    placing: Placing = LINE,
 ) -> Tensor:
     """Final states (T, E) of one forward over embeddings (T, E)."""
-    return model.forward(embeddings, UncutContext(model.rotary, init_tokens, window, unwindowed_tail))
+    context = UncutContext(model.rotary, init_tokens, window, unwindowed_tail, ids, placing)
+    return model.forward(embeddings, context)
 
 
 def _turn(rotary: Rotary, x: Tensor, positions: Tensor) -> Tensor:
-    """x (Hq, T, D) rotated to positions (T,), all in fp64."""
-    angles = positions.double()[:, None] * rotary.inv_freq
-    angles = torch.cat((angles, angles), -1)
+    """x (Hq, T, D) rotated to positions (T,) or (3, T), all in fp64."""
+    angles = rotary.angles(positions)
     size = angles.shape[-1]
     part = x[..., :size]
     left, right = part.chunk(2, -1)

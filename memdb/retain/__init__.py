@@ -1,11 +1,27 @@
 """Stage 5: what of the encoded KV is kept. A method is one file and one line here."""
 
+from memdb.retain.base import Bounded
 from memdb.retain.keep_all import KeepAll
-from memdb.retain.uniform import Uniform
+from memdb.retain.recent import Recent
+from memdb.retain.tar_van import TarVan
+from memdb.retain.template import Template
+from memdb.retain.uniform import Uniform, UniformTokens
+from memdb.retain.vision_sink import VisionSink
 
-RETAINERS: dict[str, type[KeepAll]] = {
-    "all": KeepAll,
+# These choose tokens, a layer for itself, so that a memory never exceeds its budget.
+BOUNDED: dict[str, type[Bounded]] = {
+    "recent": Recent,
+    "tar_van": TarVan,
+    "template": Template,
+    "uniform": UniformTokens,
+    "vision_sink": VisionSink,
 }
+RETAINERS: dict[str, type[KeepAll] | type[Bounded]] = {
+    "all": KeepAll,
+    **BOUNDED,
+}
+# Of these, the ones that look at the importance of a probe (R18).
+PROBED = frozenset({"template", "vision_sink"})
 # By these ageing thins blocks that are stored already: they choose by place alone, without a look at the values.
 THINNERS: dict[str, type[Uniform]] = {
     "uniform": Uniform,

@@ -1,9 +1,11 @@
 """Stage 8: from what was retrieved to a context that the Video-LLM can read on from."""
 
 from memdb.query.rebuild.consecutive import Consecutive
+from memdb.query.rebuild.original import Original
 from memdb.query.rebuild.text import TextOnly
 
-REBUILDERS: dict[str, type[Consecutive] | type[TextOnly]] = {
+REBUILDERS: dict[str, type[Consecutive] | type[TextOnly] | type[Original]] = {
     "consecutive": Consecutive,
     "text": TextOnly,
+    "original": Original,
 }

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from memdb.models.cache import CacheContext
+from memdb.models.places import LINE, Placing
 from memdb.models.protocol import VideoModel
 from memdb.models.window import LayerKV
 from memdb.query.rebuild.stamps import Stamp, layer_places, stamps
@@ -41,31 +42,36 @@ class Consecutive:
         found: Sequence[LayerKV | None],
         window: int | None,
         stamp_tokens_max: int | None = None,
+        placing: Placing = LINE,
     ) -> CacheContext:
         """[init | stamps and blocks in time order], a list of blocks per layer.
 
         blocks: the key table's. rows: per layer, its blocks, ascending. found: their keys and values, joined.
         The stamps are prefilled in one forward in which each sees only what stands before it. Where they would
-        take more than `stamp_tokens_max` they are thinned out.
+        take more than `stamp_tokens_max` they are thinned out. Where a token has three ids, blocks are renumbered in
+        time alone, each layer's own, and keep their rows and columns (methods.md 1.11).
         """
         union = np.unique(np.concatenate(rows)) if rows else np.zeros(0, np.int64)
         marks, texts = self._stamps(model, blocks, union, stamp_tokens_max) if self.time_text_s else ([], [])
-        if not marks:
+        if not marks and placing == LINE:
             return CacheContext(model.rotary, init, found, window=window)
         sizes = [len(ids) for ids in texts]
         start = init[0].tokens
         own = [
-            layer_places(start, mine, blocks["tokens"][mine].astype(np.int64), marks, sizes) for mine in rows
+            layer_places(start, mine, blocks["tokens"][mine].astype(np.int64), marks, sizes, placing)
+            for mine in rows
         ]
         context = CacheContext(
             model.rotary,
             init,
             found,
             window=window,
-            places=[torch.from_numpy(places.blocks) for places in own],
-            next_places=[places.end for places in own],
+            places=[places.of_blocks(model.device) for places in own],
+            placing=placing,
         )
-        context.place_next([(torch.from_numpy(p.stamps).to(model.device), p.end) for p in own])
+        if not marks:
+            return context
+        context.place_next([places.of_stamps(model.device) for places in own])
         with torch.inference_mode():
             model.forward(model.embed([token for ids in texts for token in ids]), context)
         return context

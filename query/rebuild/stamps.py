@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from memdb.models.places import LINE, Next, Places, Placing
 from memdb.query.retrieve.topk import Rows
 from memdb.schemas.times import format_time, to_s
 from memdb.schemas.units import Table
@@ -27,11 +29,30 @@ class Stamp:
 
 @dataclass(frozen=True)
 class LayerPlaces:
-    """Where one layer's tokens stand: those of its blocks, those of the stamps, and one past the last."""
+    """Where one layer's tokens stand: those of its blocks, those of the stamps, and one past the last.
+
+    `ids` (3, tokens) are those of all these places in turn, where a token has three, and `end_id` the next id.
+    """
 
     blocks: npt.NDArray[np.int64]
     stamps: npt.NDArray[np.int64]
     end: int
+    start: int = 0
+    ids: npt.NDArray[np.int64] | None = None
+    end_id: int = 0
+
+    def of_blocks(self, device: torch.device) -> Places:
+        return self._places(self.blocks, device)
+
+    def of_stamps(self, device: torch.device) -> Places:
+        return self._places(self.stamps, device)
+
+    def _places(self, order: npt.NDArray[np.int64], device: torch.device) -> Places:
+        tokens = torch.from_numpy(order).to(device)
+        if self.ids is None:
+            return Places.line(tokens, self.end)
+        ids = torch.from_numpy(self.ids[:, order - self.start]).to(device)
+        return Places(tokens, ids, Next(self.end, self.end_id))
 
 
 def stamps(blocks: Table, union: Rows, every_ns: int, *, apart_ns: int = 0) -> list[Stamp]:
@@ -64,11 +85,13 @@ def layer_places(
     tokens: npt.NDArray[np.int64],
     stamps: Sequence[Stamp],
     stamp_tokens: Sequence[int],
+    placing: Placing = LINE,
 ) -> LayerPlaces:
     """Consecutive places from `start` on for one layer: its own blocks, and every stamp in its turn.
 
     rows: the blocks that this layer holds, ascending; tokens: of each. A stamp stands behind the block of its
-    row, also in a layer that does not hold that block.
+    row, also in a layer that does not hold that block. On a grid it ends a run: the blocks behind it begin their
+    rows and columns behind its last id, and their times as well.
     """
     # Sort blocks and stamps together by row, a stamp behind the block of the same row.
     order = np.argsort(
@@ -78,10 +101,16 @@ def layer_places(
     sizes = np.concatenate((np.asarray(stamp_tokens, np.int64), tokens))
     begins = np.empty(len(sizes), np.int64)
     begins[order] = start + np.concatenate(([0], np.cumsum(sizes[order])[:-1])) if len(sizes) else 0
+    ids, end_id = None, start + int(sizes.sum())
+    if placing != LINE:
+        ids, end_id = placing.ids(start, sizes[order], order >= len(stamps))
     return LayerPlaces(
         blocks=_spread(begins[len(stamps) :], tokens),
         stamps=_spread(begins[: len(stamps)], np.asarray(stamp_tokens, np.int64)),
         end=start + int(sizes.sum()),
+        start=start,
+        ids=ids,
+        end_id=end_id,
     )
 
 

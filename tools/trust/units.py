@@ -19,6 +19,7 @@ from memdb.codecs.layout import affine_layout, plain_layout
 from memdb.digest import raw_digest_of, unit_digest
 from memdb.schemas.fingerprint import ModelIdentity, ModelShape
 from memdb.schemas.frames import SourceIdentity
+from memdb.schemas.keep import KeepSet
 from memdb.schemas.recipe import STAGES, Recipe, Stage
 from memdb.schemas.rows import RecordingSpec
 from memdb.schemas.units import BLOCK_DTYPE, SLICE_DTYPE, Bytes, Caption, PackedKV, Table, Unit
@@ -83,6 +84,7 @@ def make_unit(stream: Stream, number: int) -> Unit:
     table["position"] = (number * 8 + np.arange(blocks)) * TOKENS
     edges = number * UNIT_NS + np.arange(blocks + 1) * UNIT_NS // blocks
     table["start_ns"], table["end_ns"] = edges[:-1], edges[1:]
+    keep = _keep_set(stream, number, random)
     colour = _COLOURS[int(random.integers(len(_COLOURS)))]
     text = f"a {colour} star, {stream.word(number)} \N{EM DASH} \ud800 {'x' * int(random.integers(30))}"
     vector = random.normal(size=VECTOR_SIZE).astype(np.float32)
@@ -97,7 +99,20 @@ def make_unit(stream: Stream, number: int) -> Unit:
         keys=random.normal(size=(LAYERS, blocks, KEY_SIZE)).astype(np.float16),
         caption=caption if random.random() < 0.85 else None,
         keyframe=b"\xff\xd8" + random.bytes(60 + number % 40) if random.random() < 0.7 else None,
+        keep=keep,
     )
+
+
+def _keep_set(stream: Stream, number: int, random: np.random.Generator) -> KeepSet:
+    """What a bounded memory holds after a unit: some tokens of the last three units, other ones in each layer."""
+    ids = [
+        (unit << 32) | (block << 16) | token
+        for unit in range(max(0, number - 2), number + 1)
+        for block in range(int(stream.random(unit).integers(2, 5)))
+        for token in range(TOKENS // 2)  # those that a thinning to half leaves places for
+    ]
+    kept = [np.flatnonzero(random.random(len(ids)) < 0.4) for _ in range(LAYERS)]
+    return KeepSet(tuple(np.array(ids, np.int64)[own] for own in kept), tuple(own + number for own in kept))
 
 
 def _raw_slices(random: np.random.Generator, blocks: int, codec: str) -> list[Bytes]:
@@ -167,21 +182,40 @@ def forgotten_from(stream: Stream, unit: Unit, start_ns: int, end_ns: int) -> Un
             blocks[index]["tokens"] = 0
     bare = replace(unit, blocks=blocks, caption=None, keyframe=None)
     if not blocks["tokens"].any() or unit.kv is None:
-        return replace(bare, kv=None, keys=None)
+        return replace(bare, kv=None, keys=None, keep=None)
     kept = [index for index, row in enumerate(unit.kv.slices) if not gone[int(row["block"])]]
     raw = [data for index, data in enumerate(raw_slices(stream, unit)) if index in kept]
     keys: npt.NDArray[np.float16] = np.array(unit.keys, copy=True)
     for index, is_gone in enumerate(gone):
         if is_gone:
             keys[:, index, :] = 0
-    return replace(bare, kv=_repacked(unit.kv, kept, raw), keys=keys)
+    keep = unit.keep and _without(
+        unit.keep, unit.number, [index for index, is_gone in enumerate(gone) if is_gone]
+    )
+    return replace(bare, kv=_repacked(unit.kv, kept, raw), keys=keys, keep=keep)
+
+
+def _without(keep: KeepSet, unit: int, blocks: list[int]) -> KeepSet:
+    """A keep set without the tokens of some blocks of its own unit, token by token."""
+    layers = [
+        [
+            (i, p)
+            for i, p in zip(ids.tolist(), at.tolist(), strict=True)
+            if not (i >> 32 == unit and (i >> 16) % 65536 in blocks)
+        ]
+        for ids, at in zip(keep.ids, keep.positions, strict=True)
+    ]
+    return KeepSet(
+        tuple(np.array([i for i, _ in layer], np.int64) for layer in layers),
+        tuple(np.array([p for _, p in layer], np.int64) for layer in layers),
+    )
 
 
 def without_kv(unit: Unit) -> Unit:
     """What ageing leaves at last: caption and key frame, and the rows of blocks without tokens."""
     blocks = np.array(unit.blocks, copy=True)
     blocks["tokens"] = 0
-    return replace(unit, blocks=blocks, kv=None, keys=None)
+    return replace(unit, blocks=blocks, kv=None, keys=None, keep=None)
 
 
 def _repacked(kv: PackedKV, kept: list[int], raw: list[Bytes]) -> PackedKV:

@@ -1,0 +1,84 @@
+"""The context of encoding against a compressed memory: [init | memory | chunk | probe], one forward.
+
+InfiniPot-V (arXiv 2506.15745), StreamMem (arXiv 2508.15717) and LiveVLM (arXiv 2505.15269) encode a chunk of new
+frames while all that the memory still holds is in view. Every token stands at its original stream position, which
+grows; angles come from integers in fp64, so that hour ten is as exact as the first minute. Where a token has three ids
+they follow from that position (see `Placing.at`), so that nothing needs to be kept beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from memdb.models.attention import softmax_attention
+from memdb.models.places import LINE, Placing
+from memdb.models.rotary import Rotary, turn
+from memdb.models.window import LayerKV
+from memdb.retain.attention import importance
+
+
+class ChunkContext:
+    """New tokens at the positions from `start` on, causal among themselves, over everything that is remembered.
+
+    `chunk_tokens` of them are the chunk; what follows is probe text, of which nothing stays (R19). `probe`: the rows
+    of the forward whose attention over [init | memory | chunk] is wanted. Only those rows are computed, beside fused
+    attention, in fp32. `frame_tokens`: of each frame of the stream, for a `placing` that counts them.
+
+    After the forward: `fresh`, the chunk's keys and values, unrotated; `heard`, a layer each (M + C,): what the rows
+    paid to memory and chunk, see `importance`. The softmax saw the init tokens, too.
+    """
+
+    def __init__(
+        self,
+        rotary: Rotary,
+        init: Sequence[LayerKV],
+        memory: Sequence[LayerKV],
+        positions: Sequence[Tensor],
+        *,
+        start: int,
+        chunk_tokens: int,
+        frame_tokens: int,
+        probe: range | None = None,
+        placing: Placing = LINE,
+    ) -> None:
+        self._rotary, self._init, self._memory, self._positions = rotary, init, memory, positions
+        self._start, self._chunk, self._probe = start, chunk_tokens, probe
+        self._frame_tokens, self._placing = frame_tokens, placing
+        self.fresh: list[LayerKV] = []
+        self.heard: list[Tensor] = []
+
+    def begin(self, tokens: int) -> None:
+        self.fresh, self.heard = [], []
+        ids = self._ids(torch.arange(self._start, self._start + self._chunk))
+        above = int(ids.max()) + 1  # text has one id on all axes, behind everything so far
+        self._top = above + tokens - self._chunk
+        text = torch.arange(above, self._top)
+        self._own = torch.cat((ids, text.expand(*ids.shape[:-1], len(text))), -1).to(self._init[0].k.device)
+
+    def _ids(self, positions: Tensor) -> Tensor:
+        """Ids (T,) or (3, T) of tokens of the stream."""
+        return self._placing.at(self._init[0].tokens, positions, self._frame_tokens)
+
+    def end(self, tokens: int) -> None:
+        pass
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        T, C, top = q.shape[1], self._chunk, self._top
+        init, memory = self._init[layer], self._memory[layer]
+        turns = self._rotary.rows(self._own, top)
+        q, new_k, old_k = turn(q, *turns), turn(k, *turns), memory.k
+        if memory.tokens:
+            old_k = self._rotary.rotate_at(old_k, self._ids(self._positions[layer]), top)
+        init_k = self._rotary.rotate(init.k, 0) if init.tokens else init.k
+        keys = torch.cat((init_k, old_k, new_k), 1)  # (H, n + M + T, D)
+        past = init.tokens + memory.tokens
+        mask = torch.ones(T, past + T, dtype=torch.bool, device=q.device).tril(past)
+        self.fresh.append(LayerKV(k[:, :C], v[:, :C]))
+        if self._probe is not None:
+            rows = slice(self._probe.start, self._probe.stop)
+            paid = importance(q[:, rows], keys[:, : past + C], scale, mask[rows, : past + C])
+            self.heard.append(paid[init.tokens :])
+        return softmax_attention(q, keys, torch.cat((init.v, memory.v, v), 1), scale, mask)

@@ -1,0 +1,62 @@
+"""The common half of the retainers of tokens: a budget, one order of ties, indices in order of time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memdb.retain.view import LayerView
+from memdb.schemas.params import at_least
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """Keeps at most `budget_tokens` tokens a layer. A method says in which order it would take them.
+
+    The budget is a number, not a share, so that a memory of ten hours is as large as one of ten minutes; what is
+    merged counts as any other token.
+    """
+
+    budget_tokens: int = 6144
+
+    def __post_init__(self) -> None:
+        at_least("retain.budget_tokens", self.budget_tokens, 1)
+
+    def tokens_min(self, frame_tokens: int) -> int:
+        """The smallest budget that a method can work with on frames of so many tokens."""
+        return 1
+
+    def choose(self, view: LayerView) -> Tensor:
+        """Indices (..., kept) of the tokens that stay, ascending: all of them, or exactly `budget_tokens`."""
+        if view.tokens <= self.budget_tokens:
+            return torch.arange(view.tokens, device=view.k.device).expand_as(view.position)
+        return self.order(view)[..., : self.budget_tokens].sort(-1).values
+
+    def order(self, view: LayerView) -> Tensor:
+        """Indices (..., T) of the tokens, first the one that is dropped last."""
+        raise NotImplementedError
+
+
+def best_first(score: Tensor, frame: Tensor, tier: Tensor | None = None) -> Tensor:
+    """Indices (..., T): the lowest `tier`, in it the highest `score`, of equals the newest frame, the lowest index.
+
+    Sorts are stable, so that the order is the same on every device. Tokens stand in raster order, so the lowest
+    index of a frame is its lowest patch.
+    """
+    order = _resorted(None, frame, descending=True)
+    order = _resorted(order, score, descending=True)
+    return order if tier is None else _resorted(order, tier, descending=False)
+
+
+def front(order: Tensor, first: Tensor) -> Tensor:
+    """The order (..., T) with those tokens before the others that `first` (..., T) marks, in the order's own places."""
+    return order.gather(-1, torch.sort((~first).byte(), dim=-1, stable=True).indices)
+
+
+def _resorted(order: Tensor | None, key: Tensor, *, descending: bool) -> Tensor:
+    """The order (..., T), sorted anew by `key` (..., T), which stands by index; among equals it stays."""
+    there = key if order is None else key.gather(-1, order)
+    indices = torch.sort(there, dim=-1, descending=descending, stable=True).indices
+    return indices if order is None else order.gather(-1, indices)
