@@ -134,6 +134,8 @@ UNIT_VALUES: list[dict[str, Any]] = [
     {"revision": 1 << 64},
     {"caption_tokens": -1},
     {"caption_tokens": None},
+    {"caption_tokens": 1 << 32},
+    {"caption_tokens": (1 << 63) - 1},
     {"codec": "\ud800"},
 ]
 
