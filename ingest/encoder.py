@@ -47,6 +47,13 @@ class Counters:
     widths: dict[int, int] = field(default_factory=dict)  # scale width by layer
 
 
+# What reading a state raises where it is none, its tensors or its numbers.
+_NO_STATE = (
+    *(SafetensorError, KeyError, ValueError, TypeError, IndexError),
+    *(AttributeError, OverflowError, RecursionError),
+)
+
+
 class StreamEncoder:
     """The encoder state of one recording: window, recurrent tokens, open unit, counters.
 
@@ -255,7 +262,7 @@ class StreamEncoder:
                 SeenFrame(int(number), int(start), int(end), tensors[f"open.{index}"].to(device), jpeg)
                 for index, (number, start, end) in enumerate(meta["open"])
             ]
-        except (SafetensorError, KeyError, ValueError, TypeError, IndexError) as error:
+        except _NO_STATE as error:
             raise CorruptionError(f"the saved encoder state cannot be read: {error}", file="state") from error
 
     @property
