@@ -199,7 +199,9 @@ def _three(folder: Path | None, name: str, value: object) -> list[float]:
     """One number a colour. Raises ModelError."""
     numbers = [x for x in value if type(x) in (int, float)] if isinstance(value, list) else []
     if len(numbers) != 3 or numbers != value or not all(abs(x) <= _PIXEL_MAX for x in numbers):
-        raise ModelError(f"{name} in {folder} is {value!r:.80}: write three numbers, as the processor has them")
+        raise ModelError(
+            f"{name} in {folder} is {value!r:.80}: write three numbers, as the processor has them"
+        )
     return [float(x) for x in numbers]
 
 

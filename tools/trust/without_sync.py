@@ -66,9 +66,7 @@ HELD_BY_TESTS = {
     "the removal of segments that were written anew": (
         "tests/test_trust_syncs.py::test_bytes_that_were_freed_of_one_recording_stay_away"
     ),
-    "the removal of key pages": (
-        "tests/test_trust_syncs.py::test_pages_with_forgotten_keys_stay_removed"
-    ),
+    "the removal of key pages": ("tests/test_trust_syncs.py::test_pages_with_forgotten_keys_stay_removed"),
     "the name of a recording's tombstone": (
         "tests/test_trust_syncs.py::test_a_forgotten_recording_stays_forgotten_without_its_catalog"
     ),
@@ -78,9 +76,7 @@ HELD_BY_TESTS = {
     "a new segment's header, before it is committed": (
         "tests/test_trust_syncs.py::test_a_recording_that_was_just_begun_is_whole"
     ),
-    "the name of a new segment": (
-        "tests/test_trust_syncs.py::test_a_recording_that_was_just_begun_is_whole"
-    ),
+    "the name of a new segment": ("tests/test_trust_syncs.py::test_a_recording_that_was_just_begun_is_whole"),
     "the removal of caption tables": (
         "tests/test_caption_forget.py::test_a_power_cut_after_a_compaction_brings_nothing_back"
     ),
