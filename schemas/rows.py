@@ -36,6 +36,7 @@ ALL_PPM = 1_000_000
 DIGEST_BYTES = 16
 LAYERS_MAX = 1 << 16  # and blocks of a unit: SLICE_DTYPE has room for no more
 CAPTION_TOKENS_MAX = (1 << 32) - 1  # of a caption: key pages have room for no more
+_FILE_BYTES_MAX = 1 << 62  # of a segment: places in one are added up in 64 bits
 _CATALOG = "catalog.sqlite"
 # What reading the JSON of a spec or a model raises, where it is no such thing.
 NOT_WHAT_IT_SAYS = (ValueError, TypeError, KeyError, OverflowError, RecursionError, RecipeError, UsageError)
@@ -223,6 +224,7 @@ class UnitRow:
             int(table["block"].max()) >= self.block_count
             or (self.layers and int(table["layer"].max()) >= self.layers)
             or int(table["offset"].max()) > self.length
+            or int(table["stored_bytes"].sum(dtype=np.int64)) > self.length  # they do not overlap
             or bool((table["stored_bytes"] > table["raw_bytes"]).any())
         ):
             raise self._absurd("slices of blocks or layers that it does not have, or that cannot be")
@@ -252,7 +254,9 @@ class UnitRow:
             raise self._absurd("slices or a caption without their bytes")
 
     def check_counts(self) -> None:
-        """Whether a number that is copied into narrower tables fits them. Raises CorruptionError."""
+        """Whether numbers that go into narrower tables fit them. Raises CorruptionError."""
+        if min(self.offset, self.length) < 0 or self.offset + self.length > _FILE_BYTES_MAX:
+            raise self._absurd(f"{self.length} bytes at byte {self.offset}")
         if not 0 <= (self.caption_tokens or 0) <= CAPTION_TOKENS_MAX:
             raise self._absurd(f"a caption of {self.caption_tokens} tokens")
 
