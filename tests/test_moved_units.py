@@ -225,7 +225,9 @@ def test_a_damaged_slice_among_several_codecs_costs_only_itself(tmp_path: Path) 
         kv.close()
 
 
-@pytest.mark.parametrize(("column", "value"), [("tokens", (1 << 32) - 1), ("tokens", 400), ("scale_bytes", 7)])
+@pytest.mark.parametrize(
+    ("column", "value"), [("tokens", (1 << 32) - 1), ("tokens", 400), ("scale_bytes", 7)]
+)
 def test_a_slice_of_more_tokens_than_its_bytes_hold_is_bad_and_takes_no_memory(
     tmp_path: Path, column: str, value: int
 ) -> None:

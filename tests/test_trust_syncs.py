@@ -143,6 +143,20 @@ def test_pages_with_forgotten_keys_stay_removed(store: Store, tmp_path: Path) ->
         assert files_with(secret, path) == []
 
 
+def test_a_state_that_holds_what_was_forgotten_stays_removed(store: Store, tmp_path: Path) -> None:
+    secret = b"what the window holds of unit 2"
+    states = store.state(store.recording("lobby").id)
+    states.save(4, secret, reach_ns=0, tombstones=0)
+    assert files_with(secret, store.path)
+    account = Account(tmp_path / "home")
+    with watched(account.watch):
+        forget(store, "lobby", start_ns=2 * UNIT_NS, end_ns=3 * UNIT_NS)
+        compact(store)
+        assert files_with(secret, store.path) == []
+    for path in account.cuts(tmp_path / "cut"):
+        assert files_with(secret, path) == []
+
+
 # Names that nothing else makes safe soon
 
 

@@ -66,6 +66,9 @@ HELD_BY_TESTS = {
     "the removal of segments that were written anew": (
         "tests/test_trust_syncs.py::test_bytes_that_were_freed_of_one_recording_stay_away"
     ),
+    "the removal of states": (
+        "tests/test_trust_syncs.py::test_a_state_that_holds_what_was_forgotten_stays_removed"
+    ),
     "the removal of key pages": ("tests/test_trust_syncs.py::test_pages_with_forgotten_keys_stay_removed"),
     "the tombstone of a recording, before it is committed": (
         "tests/test_trust_syncs.py::test_a_forgotten_recording_stays_forgotten_without_its_catalog"
