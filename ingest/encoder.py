@@ -56,6 +56,13 @@ class Counters:
     widths: dict[int, int] = field(default_factory=dict)  # scale width by layer
 
 
+# What reading a state raises where it is none, its tensors or its numbers.
+_NO_STATE = (
+    *(SafetensorError, KeyError, ValueError, TypeError, IndexError),
+    *(AttributeError, OverflowError, RecursionError),
+)
+
+
 class StreamEncoder:
     """The encoder state of one recording: window or memory, recurrent tokens, open unit, last raw frame, counters.
 
@@ -425,7 +432,7 @@ class StreamEncoder:
                 self._opened[-1] = replace(self._opened[-1], picture=last)
             for row in meta.get("before", ()):  # none in states of older versions
                 self._before = frame_from("before", row, tensors, b"")
-        except (SafetensorError, KeyError, ValueError, TypeError, IndexError) as error:
+        except _NO_STATE as error:
             raise CorruptionError(f"the saved encoder state cannot be read: {error}", file="state") from error
 
     @property

@@ -159,7 +159,7 @@ class Catalog:
         rows = self.database.select("units", "WHERE recording = ? AND number = ?", (recording_id, number))
         if not rows:
             raise CorruptionError(f"{CATALOG}: the row of unit {number} is lost", file=CATALOG)
-        return UnitRow(*cast("tuple[Any, ...]", rows[0]))
+        return _unit_row(rows[0])
 
     def units(self, recording_id: str, low: int, high: int) -> Iterator[UnitRow]:
         """Units `low` to `high - 1`, which must be there."""
@@ -170,7 +170,7 @@ class Catalog:
             if [row[1] for row in rows] != list(range(first, last + 1)):
                 raise CorruptionError(f"{CATALOG}: rows of units {first} to {last} are lost", file=CATALOG)
             for row in rows:
-                yield UnitRow(*cast("tuple[Any, ...]", row))
+                yield _unit_row(row)
 
     def units_without_kv(self, recording: RecordingRow) -> list[int]:
         """Numbers of the units, from where ageing came to, that hold no slice."""
@@ -343,3 +343,9 @@ def _in_every_place(rows: Sequence[tuple[Value, ...]]) -> tuple[Tombstone, ...]:
             raise CorruptionError(f"{CATALOG}: tombstone {stone.number} has no place", file=CATALOG)
         found += [stone] * (stone.number - first + 1)
     return tuple(found)
+
+
+def _unit_row(values: tuple[Value, ...]) -> UnitRow:
+    row = UnitRow(*cast("tuple[Any, ...]", values))
+    row.check_counts()
+    return row

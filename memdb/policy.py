@@ -124,8 +124,10 @@ def read_toml(path: Path) -> Policy:
         raise UsageError(f"cannot read the policy {path}: {error}") from None
 
 
-def parse(table: Mapping[str, object]) -> Policy:
+def parse(table: object) -> Policy:
     """A policy from its table. Raises UsageError that says what to write."""
+    if not isinstance(table, Mapping):
+        raise UsageError(f"a policy is a table of {', '.join(_KEYS)}, not a {type(table).__name__}")
     _known(table, _KEYS, "the policy")
     size = table.get("store_bytes_max")
     when_full = table.get("when_full", REFUSE)
@@ -266,7 +268,7 @@ def _read(store_path: Path) -> Policy:
     try:
         table = json.loads(data)
         policy, serial = parse(table["policy"]), int(table["serial"])
-    except (ValueError, TypeError, KeyError, RecursionError, UsageError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError, UsageError):
         raise damaged from None
     if _bytes_of(policy, serial) != data:
         raise damaged

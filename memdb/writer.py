@@ -6,6 +6,7 @@ import errno
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
@@ -158,15 +159,15 @@ class RecordingWriter:
 
     def close(self) -> None:
         """Free the recording and empty the WAL. What was acknowledged is safe without."""
-        with self._lock:
+        with self._lock, ExitStack() as freed:  # whatever fails: a lock that is held on bars everybody
+            freed.callback(self._file_lock.close)
+            freed.callback(self._catalog.close)
             if self._segment is not None:
-                self._segment.close()
-                self._segment = None
+                segment, self._segment = self._segment, None
+                segment.close()
             if not self._broken:
                 self._broken = "it is closed"
                 self._catalog.database.checkpoint()
-            self._catalog.close()
-            self._file_lock.close()
 
     def __enter__(self) -> RecordingWriter:
         return self

@@ -133,7 +133,7 @@ class CostFile:
             data = json.loads(self._path.read_bytes())
             ratios = {str(stage): float(ratio) for stage, ratio in data.pop("ratios").items()}
             costs = Costs(**{str(name): float(ms) for name, ms in data.items()}, ratios=ratios)
-        except (OSError, ValueError, TypeError, AttributeError, KeyError):
+        except (OSError, ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError):
             return None
         figures = [*(ms for ms in vars(costs).values() if isinstance(ms, float)), *ratios.values()]
         return costs if all(math.isfinite(ms) and ms >= 0 for ms in figures) else None

@@ -22,7 +22,7 @@ from memdb.schemas.keep import KeepSet
 from memdb.schemas.rows import RecordingRow
 from memdb.schemas.times import format_time, to_s
 from memdb.schemas.units import Table
-from memdb.slice_batch import SliceBatch
+from memdb.slice_batch import SliceBatch, bad_slice
 from memdb.store import Store
 
 TOGETHER_BYTES = 8 << 20
@@ -103,6 +103,7 @@ class StoredKV:
         """One verified read of each layer's blocks, layer after layer, not yet unpacked."""
         batch = self.reader.read_pieces(self.pieces(layers, rows))
         self._pieces.replace(batch.renewed)
+        self._leave_out_misfits(batch)
         self._see_tokens(batch, np.concatenate(rows))
         readings.bytes_read += batch.bytes_read
         readings.read_ms += batch.read_s * 1e3
@@ -118,9 +119,19 @@ class StoredKV:
         table, kinds = batch.pieces.table, batch.pieces.names.kinds
         if self.row.spec.recipe.has_memory:  # nothing thins its blocks; what is gathered of them, `held` says
             return
-        there = table["file"] != MISSING
+        there = (table["file"] != MISSING) & batch.whole
         tokens = np.array([kind.tokens for kind in kinds], np.uint32)
         self.table.blocks["tokens"][rows[there]] = tokens[table["kind"][there]]
+
+    def _leave_out_misfits(self, batch: SliceBatch) -> None:
+        """Slices that are what was written, and cannot be what their codec makes of so many tokens, are bad."""
+        misfits = [n for n, kind in enumerate(batch.pieces.names.kinds) if not self._unpacker.fits(kind)]
+        if misfits:
+            wrong = np.isin(batch.pieces.table["kind"], misfits) & batch.whole
+            reason = "its size is not that of its tokens"
+            batch.bad.extend(
+                bad_slice(batch.pieces, index, reason) for index in np.flatnonzero(wrong).tolist()
+            )
 
     @contextmanager
     def knowing(self, rows: Sequence[Rows], readings: Readings) -> Iterator[None]:

@@ -13,6 +13,7 @@ from memdb.codecs.pack import unpack_slices
 from memdb.models.load import DTYPES
 from memdb.models.window import LayerKV
 from memdb.pieces import Kind
+from memdb.schemas.errors import CodecError, RecipeError
 from memdb.schemas.rows import RecordingSpec
 from memdb.schemas.units import Bytes
 from memdb.slice_batch import SliceBatch
@@ -27,6 +28,7 @@ class Unpacker:
         self._encoded = DTYPES[spec.dtype]
         self._heads, self._head_size = spec.model.shape.kv_heads, spec.model.shape.head_size
         self._codecs: dict[str, Codec] = {}
+        self._fits: dict[Kind, bool] = {}
 
     def join(
         self,
@@ -64,6 +66,24 @@ class Unpacker:
                 V.index_copy_(1, places, v)
         return LayerKV(K, V)
 
+    def fits(self, kind: Kind) -> bool:
+        """Whether slices of a kind have the size that its codec gives to so many tokens.
+
+        Others are a hostile writer's, under right checksums: nothing may be allocated by their tokens.
+        """
+        known = self._fits.get(kind)
+        if known is None:
+            try:
+                size = (
+                    self._codec(kind.codec)
+                    .layout(self._encoded, kind.scale_bytes, self._heads, kind.tokens, self._head_size)
+                    .slice_bytes
+                )
+            except (CodecError, RecipeError):  # of no file, or of no codec
+                size = -1
+            known = self._fits[kind] = size == kind.raw_bytes and kind.scale_bytes in (0, 2, 4)
+        return known
+
     def _into(self, K: Tensor, V: Tensor, kind: Kind, raw: Bytes) -> None:
         """Slices of one kind (n, raw_bytes) to K and V (H, n*T, D), never views of what was read.
 
@@ -79,11 +99,8 @@ class Unpacker:
     def _unpack(
         self, kind: Kind, raw: Bytes, device: torch.device, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        codec = self._codecs.get(kind.codec)
-        if codec is None:
-            codec = self._codecs[kind.codec] = codecs.codec(kind.codec)
         return unpack_slices(
-            codec,
+            self._codec(kind.codec),
             raw,
             dtype=self._encoded,
             scale_bytes=kind.scale_bytes,
@@ -93,3 +110,9 @@ class Unpacker:
             device=device,
             out=dtype,
         )
+
+    def _codec(self, name: str) -> Codec:
+        codec = self._codecs.get(name)
+        if codec is None:
+            codec = self._codecs[name] = codecs.codec(name)
+        return codec

@@ -38,6 +38,8 @@ ALL_PPM = 1_000_000
 DIGEST_BYTES = 16
 GRID_MAX = 1 << 12  # rows or columns of a frame's tokens: beyond, a record is no such thing
 LAYERS_MAX = 1 << 16  # and blocks of a unit: SLICE_DTYPE has room for no more
+CAPTION_TOKENS_MAX = (1 << 32) - 1  # of a caption: key pages have room for no more
+_FILE_BYTES_MAX = 1 << 62  # of a segment: places in one are added up in 64 bits
 _CATALOG = "catalog.sqlite"
 # What reading the JSON of a spec or a model raises, where it is no such thing.
 NOT_WHAT_IT_SAYS = (ValueError, TypeError, KeyError, OverflowError, RecursionError, RecipeError, UsageError)
@@ -231,6 +233,7 @@ class UnitRow:
             int(table["block"].max()) >= self.block_count
             or (self.layers and int(table["layer"].max()) >= self.layers)
             or int(table["offset"].max()) > self.length
+            or int(table["stored_bytes"].sum(dtype=np.int64)) > self.length  # they do not overlap
             or bool((table["stored_bytes"] > table["raw_bytes"]).any())
         ):
             raise self._absurd("slices of blocks or layers that it does not have, or that cannot be")
@@ -248,7 +251,8 @@ class UnitRow:
     def check(self) -> None:
         """Whether the row can be one of a unit. Raises CorruptionError."""
         numbers = [self.number, self.offset, self.length, self.start_ns, self.epoch, self.layers]
-        numbers += [self.block_count, self.revision, self.kept_ppm, self.caption_tokens or 0]
+        numbers += [self.block_count, self.revision, self.kept_ppm]
+        self.check_counts()
         if min(numbers) < 0 or self.end_ns <= self.start_ns or len(self.digest) != DIGEST_BYTES:
             raise self._absurd("numbers that no unit has")
         if len(self.first_digest) != DIGEST_BYTES or max(self.layers, self.block_count) > LAYERS_MAX:
@@ -257,6 +261,13 @@ class UnitRow:
         said = Part.CAPTION in self.parts
         if (len(self.slices) and Part.KV not in self.parts) or said != self.has_caption:
             raise self._absurd("slices or a caption without their bytes")
+
+    def check_counts(self) -> None:
+        """Whether numbers that go into narrower tables fit them. Raises CorruptionError."""
+        if min(self.offset, self.length) < 0 or self.offset + self.length > _FILE_BYTES_MAX:
+            raise self._absurd(f"{self.length} bytes at byte {self.offset}")
+        if not 0 <= (self.caption_tokens or 0) <= CAPTION_TOKENS_MAX:
+            raise self._absurd(f"a caption of {self.caption_tokens} tokens")
 
     def _table(self, data: bytes, dtype: np.dtype[np.void]) -> Table:
         if len(data) % dtype.itemsize:

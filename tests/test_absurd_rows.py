@@ -7,14 +7,19 @@ import sqlite3
 from contextlib import closing, suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from memdb.database import CATALOG, Database, row_checksum
+from memdb.index.key_table import KeyTable
+from memdb.index.page_writer import index_recording
+from memdb.pieces import MISSING, PieceTable, piece_keys
 from memdb.repair import repair
 from memdb.schemas.errors import CorruptionError, MemdbError
 from memdb.store import Store
 from memdb.tables import COLUMNS, KEYS
 from memdb.verify import verify_path
+from tests.store_cases import fill, new_store
 
 FOREIGN: dict[type, object] = {
     int: b"x",
@@ -66,6 +71,43 @@ def test_a_value_of_another_type_is_damage_whatever_its_checksum(
         assert caught.value.file == CATALOG
         shutil.rmtree(copied)
         shutil.copytree(furnished, copied)
+
+
+@pytest.mark.parametrize("value", [-1, 1 << 32, HUGE])
+def test_a_caption_of_more_tokens_than_key_pages_have_room_for_is_damage(tmp_path: Path, value: int) -> None:
+    """It was copied into a column of 32 bits, in pages and in the tail that a question reads."""
+    with new_store(tmp_path) as store:
+        fill(store, 2)
+    path = tmp_path / "lobby.memdb"
+    reseal(path, "units", "caption_tokens", value)
+    assert CATALOG in {problem.file for problem in verify_path(path).problems}
+    with Store.open(path) as store:
+        recording = store.recording("lobby").id
+        with pytest.raises(CorruptionError, match="tokens"):
+            KeyTable.open(store, recording)
+    with Store.open(path, write=True) as store, pytest.raises(CorruptionError, match="tokens"):
+        index_recording(store, store.recording("lobby").id, flush=True)
+    repair(path)
+    assert verify_path(path).ok
+
+
+@pytest.mark.parametrize("column", ["offset", "length"])
+@pytest.mark.parametrize("value", [-1, HUGE - 70, HUGE])
+def test_a_place_that_no_file_has_is_damage_to_whoever_reads_there(
+    tmp_path: Path, column: str, value: int
+) -> None:
+    """Added to the place of a slice it left 64 bits."""
+    with new_store(tmp_path) as store:
+        fill(store, 2)
+    path = tmp_path / "lobby.memdb"
+    reseal(path, "units", column, value)
+    assert CATALOG in {problem.file for problem in verify_path(path).problems}
+    with Store.open(path) as store:
+        pieces = PieceTable(store, store.recording("lobby").id)
+        found = pieces.find(0, piece_keys(0, 0, np.arange(1)))
+        assert found.table["file"].tolist() == [MISSING]
+        found = pieces.find(0, piece_keys(1, 0, np.arange(1)))
+        assert found.table["file"].tolist() != [MISSING]
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,8 @@ UNIT_VALUES: list[dict[str, Any]] = [
     {"revision": 1 << 64},
     {"caption_tokens": -1},
     {"caption_tokens": None},
+    {"caption_tokens": 1 << 32},
+    {"caption_tokens": (1 << 63) - 1},
     {"codec": "\ud800"},
 ]
 
@@ -185,6 +187,17 @@ def test_a_table_that_cannot_be_is_damage(store: Path, table: str, column: str, 
         drop_catalog(store)
         repair(store)
         assert units_of(store) == UNITS
+
+
+def test_slices_that_share_bytes_are_damage(store: Path) -> None:
+    """A few bytes that are said to lie in many slices would be unpacked, and copied, as often."""
+    with Store.open(store) as opened:
+        row = opened.unit(opened.recording("lobby").id, 0)
+    times = row.length // int(row.slices["stored_bytes"][0]) + 1
+    many = np.repeat(row.slices[:1], times)
+    with pytest.raises(CorruptionError, match="slices"):
+        _ = replace(row, slices_table=many.tobytes()).slices
+    assert len(replace(row, slices_table=many[:2].tobytes()).slices) == 2
 
 
 def test_a_header_of_no_recording_is_told(store: Path) -> None:

@@ -148,6 +148,8 @@ def test_costs_come_back_as_they_were_saved(tmp_path_factory: pytest.TempPathFac
         json.dumps(asdict(COSTS) | {"ratios": {"decode": float("inf")}}),
         json.dumps(asdict(COSTS) | {"ratios": [1]}),
         json.dumps(asdict(COSTS) | {"another": 1}),
+        json.dumps(asdict(COSTS) | {"read_base": 10**400}),
+        "[" * 60_000,
     ],
 )
 def test_a_file_that_is_no_cost_file_is_measured_again(cache: Path, text: str) -> None:

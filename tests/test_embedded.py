@@ -164,6 +164,10 @@ def test_weights_that_lack_are_not_drawn_at_random(made: Path, tmp_path: Path) -
         ('{"recipes": {"hybrid": "unit.frames=8"}}', "no list"),
         ('{"sha256": {"../config.json": "00"}}', "no name of a file"),
         ('{"joint": "/etc/passwd"}', "no name of a file"),
+        ('{"joint": "a\\u0000b"}', "no name of a file"),
+        ('{"sha256": {"\\ud800": "00"}}', "no name of a file"),
+        ('{"sha256": ["model.safetensors"]}', "no table"),
+        ('{"recipes": {"hybrid": [["unit.frames=8"]]}}', "no line of text"),
         ("[" * 60_000, "no sheet"),
         (" " * (1 << 17), "longer than"),
     ],
@@ -172,6 +176,16 @@ def test_a_sheet_that_is_none(tmp_path: Path, text: str, told: str) -> None:
     (tmp_path / "memdb.json").write_text(text)
     with pytest.raises(ModelError, match=told):
         read_sheet(tmp_path)
+
+
+@pytest.mark.parametrize("value", [5, "0.5", None, [], [0.5] * 2, [0.5, "x", 1], [1e300] * 3, {"0": 1}])
+@pytest.mark.parametrize("name", ["image_mean", "image_std"])
+def test_preprocessing_that_is_no_three_numbers_is_refused(tmp_path: Path, name: str, value: object) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({name: value}))
+    with pytest.raises(ModelError, match=name):
+        load._preprocessing(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({name: [0, 0.25, 1]}))
+    assert load._preprocessing(tmp_path)[name] == [0.0, 0.25, 1.0]
 
 
 def test_a_folder_without_a_sheet_has_an_empty_one(tmp_path: Path) -> None:

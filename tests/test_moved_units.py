@@ -28,6 +28,7 @@ from memdb.segments import segment_name
 from memdb.store import Store
 from memdb.tables import COLUMNS
 from tests.store_cases import LAYERS, MODEL, fill, new_store, raw_slices, spec, unit
+from tests.test_absurd_rows import reseal
 
 HEADS, HEAD_SIZE = MODEL.shape.kv_heads, MODEL.shape.head_size
 CPU = torch.device("cpu")
@@ -221,6 +222,33 @@ def test_a_damaged_slice_among_several_codecs_costs_only_itself(tmp_path: Path) 
         assert torch.equal(found.v, joined([truth[0][at] for at in whole]).v)
         assert len(readings.bad) == 1
         assert "unit 1, block 1, layer 0" in readings.bad[0]
+        kv.close()
+
+
+@pytest.mark.parametrize(
+    ("column", "value"), [("tokens", (1 << 32) - 1), ("tokens", 400), ("scale_bytes", 7)]
+)
+def test_a_slice_of_more_tokens_than_its_bytes_hold_is_bad_and_takes_no_memory(
+    tmp_path: Path, column: str, value: int
+) -> None:
+    """Under right checksums: place was made for the keys and values of four milliards of tokens."""
+    store, truth = mixed_store(tmp_path, [("int4", 4), ("raw", 4)])
+    path, row = store.path, rows_of(store)[0]
+    store.close()
+    slices = row.slices.copy()
+    slices[column][1] = value  # layer 0, block 1 of unit 0: row 1
+    reseal(path, "units", "slices", slices.tobytes())
+    rows = np.arange(4)
+    with Store.open(path) as store, SliceReader(store) as reader:
+        kv = StoredKV(store, store.recording("lobby"), reader, backend="exact", sim="dot")
+        before, readings = kv.tokens(rows).tolist(), Readings()
+        found, whole = kv.read(0, rows, CPU, torch.float32, readings)
+        assert whole.tolist() == [0, 2, 3]
+        assert found is not None
+        assert torch.equal(found.k, joined([truth[0][at] for at in whole]).k)
+        assert "unit 0, block 1, layer 0: its size is not that of its tokens" in readings.bad[0]
+        assert len(readings.bad) == 1
+        assert kv.tokens(rows).tolist() == before
         kv.close()
 
 

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from memdb.index.key_table import KeyTable
+from memdb.index.page_sizes import KeySizes
 from memdb.index.page_writer import PageWriter, index_recording, page_unit
 from memdb.index.pages import PAGE_BLOCKS, page_path, verify_pages
 from memdb.schemas.errors import LockedError
@@ -103,9 +104,13 @@ def test_a_page_waits_for_its_blocks_and_a_flush_does_not(tmp_path):
     assert path.stat().st_size == size
 
 
+def sizes_of(store: FakeStore) -> KeySizes:
+    return KeySizes.of(store.recording_by_id(RECORDING).spec.model.shape)
+
+
 def test_units_that_are_there_already_are_skipped(tmp_path):
     store = filled(tmp_path, 20)
-    units = [page_unit(store, row) for row in store.units(RECORDING)]
+    units = [page_unit(store, row, sizes_of(store)) for row in store.units(RECORDING)]
     path = page_path(store, RECORDING)
     with PageWriter(path, RECORDING) as writer:
         assert writer.last_unit == -1
@@ -121,7 +126,7 @@ def test_units_that_are_there_already_are_skipped(tmp_path):
 def three_pages(path: Path) -> tuple[FakeStore, Path, bytes]:
     store = filled(path, 9, seed=3)
     pages = page_path(store, RECORDING)
-    units = [page_unit(store, row) for row in store.units(RECORDING)]
+    units = [page_unit(store, row, sizes_of(store)) for row in store.units(RECORDING)]
     with PageWriter(pages, RECORDING) as writer:
         for start in (0, 3, 6):
             writer.append(units[start : start + 3])

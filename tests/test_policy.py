@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from memdb.catalog import Catalog
 from memdb.client import connect
@@ -25,6 +26,7 @@ from memdb.policy import (
     write_policy,
 )
 from memdb.policy_check import check_policy
+from memdb.records import canonical_ascii
 from memdb.retain import THINNERS
 from memdb.schemas.errors import CorruptionError, StoreError, StoreFull, UsageError
 from memdb.store import Store
@@ -216,6 +218,32 @@ def test_every_flipped_bit_and_every_torn_length_is_damage(tmp_path: Path) -> No
         path.write_bytes(data * 200)
         (problem,) = check_policy(store.path)
         assert problem.file == POLICY
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        *([], 5, None, "policy", {}),
+        *({"policy": value, "serial": 1} for value in ([], [1], 5, None, "age", {"age": {}}, {"age": [[]]})),
+        *({"policy": {}, "serial": value} for value in (float("inf"), float("nan"), [], None, "one")),
+    ],
+    ids=str,
+)
+def test_another_thing_where_a_table_or_a_number_is_expected_is_damage(tmp_path: Path, said: object) -> None:
+    """Under a right checksum, as a hostile writer would have it."""
+    with new_store(tmp_path) as store:
+        fill(store, 2)
+    path = tmp_path / "lobby.memdb"
+    if isinstance(said, dict) and said:
+        digest = xxhash.xxh3_128_hexdigest(canonical_ascii([said["policy"], said["serial"]]))
+        said = {"format": 1, **said, "xxh3": digest}
+    (path / POLICY).write_bytes(canonical_ascii(said))
+    with pytest.raises(CorruptionError, match="memdb policy"):
+        read_policy(path)
+    with connect(path) as client:
+        assert [problem.file for problem in client.verify().problems] == [POLICY]
+        with pytest.raises(CorruptionError):
+            client.compact()
 
 
 def test_damage_is_reported_and_a_policy_that_is_set_again_mends_it(tmp_path: Path) -> None:

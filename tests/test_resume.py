@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import shutil
 import threading
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load, save
 
 from memdb.digest import unit_digest
 from memdb.ingest.encoder import Counters, StreamEncoder
@@ -449,6 +451,29 @@ def test_restoring_leaves_the_encoder_that_saved_alone(bench: Bench) -> None:
     again = _encoder(bench, "hybrid")
     again.restore(state)
     assert again.state() == state
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("counters", []),
+        ("counters", {"widths": []}),
+        ("counters", {"widths": {"0": float("inf")}}),
+        ("window", 5),
+        ("window", [[0, 1]]),
+        ("queue", {"a": 1}),
+        ("open", [1]),
+        ("open", [[float("inf"), 0, 1]]),
+    ],
+)
+def test_a_state_with_another_thing_in_a_place_is_refused(bench: Bench, key: str, value: object) -> None:
+    encoder = _encoder(bench, "hybrid")
+    encoder.step(next(_batches(bench, CHUNK)))
+    tensors = load(encoder.state())
+    meta = json.loads(bytes(tensors["meta"].numpy())) | {key: value}
+    tensors["meta"] = torch.frombuffer(bytearray(json.dumps(meta).encode()), dtype=torch.uint8)
+    with pytest.raises(CorruptionError):
+        _encoder(bench, "hybrid").restore(save(tensors))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

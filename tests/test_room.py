@@ -14,6 +14,7 @@ from memdb.clock import set_policy
 from memdb.compact import compact
 from memdb.database import CATALOG, Database
 from memdb.files import watched
+from memdb.index.page_sizes import KeySizes
 from memdb.index.page_writer import PageWriter, index_recording, page_unit
 from memdb.index.pages import page_path
 from memdb.oldest import KEPT_LIVE_NS
@@ -214,9 +215,10 @@ def test_a_disk_that_fills_up_under_pages_costs_the_page_and_no_more(tmp_path: P
                 assert index_recording(store, row.id, flush=True) == 0
             assert verify(store).problems == []
         assert index_recording(store, row.id, flush=True) == 8
+        sizes = KeySizes.of(row.spec.model.shape)
         with PageWriter(page_path(store, row.id), row.id) as writer:
             assert writer.dropped is None
-            assert writer.append([page_unit(store, found) for found in store.units(row.id)]) == 0
+            assert writer.append([page_unit(store, found, sizes) for found in store.units(row.id)]) == 0
 
 
 def test_sqlite_says_that_the_disk_is_full(tmp_path: Path) -> None:

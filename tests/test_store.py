@@ -747,3 +747,20 @@ def test_noise_in_the_place_of_a_catalog_is_for_a_repair_where_there_are_segment
     repair(path)
     with Store.open(path) as store:
         assert store.recording("lobby").units == 2
+
+
+def test_a_writer_whose_closing_fails_frees_its_recording(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else nobody could write it before this process ends."""
+    with new_store(tmp_path) as store:
+        fill(store, 2)
+        writer = store.writer(spec("lobby"))
+
+        def fails() -> bool:
+            raise StoreError("the catalog cannot be written")
+
+        monkeypatch.setattr(writer._catalog.database, "checkpoint", fails)
+        with pytest.raises(StoreError):
+            writer.close()
+        store.writer(spec("lobby")).close()

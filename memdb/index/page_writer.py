@@ -172,15 +172,16 @@ def index_recording(store: Store, recording_id: str, *, flush: bool = False, tho
     """
     try:
         row = store.recording_by_id(recording_id)
+        sizes = KeySizes.of(row.spec.model.shape)
         with PageWriter(
             page_path(store, recording_id, row.generation),
             recording_id,
             thorough=thorough,
-            sizes=KeySizes.of(row.spec.model.shape),
+            sizes=sizes,
             unit_count=row.units,
         ) as writer:
             rows = store.units(recording_id, first=writer.last_unit + 1)
-            return write_pages(writer, (page_unit(store, row) for row in rows), flush=flush)
+            return write_pages(writer, (page_unit(store, row, sizes) for row in rows), flush=flush)
     except LockedError:
         return 0
     except (StoreFull, OSError) as error:
@@ -213,10 +214,9 @@ def write_pages(writer: PageWriter, units: Iterator[PageUnit], *, flush: bool) -
             waiting, entries = [], 0
 
 
-def page_unit(store: Store, row: UnitRow) -> PageUnit:
-    """What the pages keep of a unit, read from its segment. Raises CorruptionError."""
+def page_unit(store: Store, row: UnitRow, sizes: KeySizes) -> PageUnit:
+    """What the pages keep of a unit, read from its segment. `sizes`: of its recording. Raises CorruptionError."""
     keys = store.read_keys(row) if len(row.blocks) else None
-    sizes = KeySizes.of(store.recording_by_id(row.recording_id).spec.model.shape)
     check_keys(row, keys, sizes)
     if keys is None and len(row.blocks):
         # Nothing of its KV is left. Its rows stay in the page, held by no layer: rows are found by their number.

@@ -80,17 +80,18 @@ def rebuild(store: Store, catalog: Catalog, row: RecordingRow) -> int:
     path = page_path(store, row.id, generation)
     unlink(path)  # what a killed process left of it
     with PageWriter(path, row.id, reserve_bytes=UPKEEP_RESERVE_BYTES) as writer:
-        units = (live_page_unit(store, unit) for unit in catalog.units(row.id, 0, row.units))
+        sizes = KeySizes.of(row.spec.model.shape)
+        units = (live_page_unit(store, unit, sizes) for unit in catalog.units(row.id, 0, row.units))
         written = write_pages(writer, units, flush=True)
     new_generation(catalog, row.id, generation)
     _log.info("%s: key pages of %d units were made anew", row.name, written)
     return written
 
 
-def live_page_unit(store: Store, row: UnitRow) -> PageUnit:
+def live_page_unit(store: Store, row: UnitRow, sizes: KeySizes) -> PageUnit:
     """What pages keep of a unit, without blocks of which nothing is left. Raises CorruptionError."""
     kept = np.flatnonzero(row.blocks["tokens"] > 0)
-    unit = page_unit(store, row)
+    unit = page_unit(store, row, sizes)
     if len(kept) == len(row.blocks):
         return unit
     keys = unit.keys[:, kept] if unit.keys is not None and len(kept) else None

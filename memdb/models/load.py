@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EMBEDDED = Path(__file__).with_name("embedded")  # the folder of the model that comes with the package
+_PIXEL_MAX = 255.0  # of a mean or deviation, whatever pixels are scaled to; NaN is not below it
 _PREPROCESSING_FILES = ("video_preprocessor_config.json", "preprocessor_config.json", "processor_config.json")
 
 
@@ -206,8 +207,7 @@ def _fetch(hub_id: str) -> Path:
 def _preprocessing(folder: Path | None) -> dict[str, Any]:
     """Mean and deviation of the checkpoint's processor; SigLIP's own, 0.5, where it says nothing."""
     found = _processor(folder) if folder is not None else {}
-    mean, std = found.get("image_mean", [0.5] * 3), found.get("image_std", [0.5] * 3)
-    return {"image_mean": [float(x) for x in mean], "image_std": [float(x) for x in std]}
+    return {name: _three(folder, name, found.get(name, [0.5] * 3)) for name in ("image_mean", "image_std")}
 
 
 def _frame_limits(folder: Path) -> dict[str, Any]:
@@ -236,10 +236,20 @@ def _processor(folder: Path) -> dict[str, Any]:
     return found
 
 
+def _three(folder: Path | None, name: str, value: object) -> list[float]:
+    """One number a colour. Raises ModelError."""
+    numbers = [x for x in value if type(x) in (int, float)] if isinstance(value, list) else []
+    if len(numbers) != 3 or numbers != value or not all(abs(x) <= _PIXEL_MAX for x in numbers):
+        raise ModelError(
+            f"{name} in {folder} is {value!r:.80}: write three numbers, as the processor has them"
+        )
+    return [float(x) for x in numbers]
+
+
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return data if isinstance(data, dict) else None
 

@@ -119,7 +119,7 @@ def _sheet(data: object) -> ModelSheet:
     recipes, sha256 = _table(data, "recipes"), _table(data, "sha256")
     joint = _text(data.get("joint", ""), "joint")
     for name in (*sha256, *([joint] if joint else [])):
-        if Path(name).name != name:
+        if Path(name).name != name or not name.isprintable():  # zeros and lone surrogates name no file
             raise ValueError(f"{name!r} is no name of a file beside it")
     settings = {name: _texts(value, name) for name, value in recipes.items()}
     digests = {name: _text(value, name) for name, value in sha256.items()}

@@ -55,6 +55,6 @@ def _file_digest(file: Path) -> str:
 def _load(memory: Path) -> dict[str, str]:
     try:
         data = json.loads(memory.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return {str(key): str(value) for key, value in data.items()} if isinstance(data, dict) else {}

@@ -127,7 +127,7 @@ def _with_body(record: Raw, chance: Chance) -> Raw:
     start, length = int(record.parts[at]["offset"]), int(record.parts[at]["length"])
     part = mangled(record.body[start : start + length], chance)
     if record.parts[at]["part"] == Part.CAPTION:
-        with suppress(ValueError, TypeError):
+        with suppress(ValueError, TypeError, RecursionError):
             part = deep(canonical_ascii(odd_json(json.loads(record.body[start : start + length]), chance)))
     return _with_part(record, at, part)
 
@@ -140,7 +140,7 @@ def _with_part(record: Raw, at: int, part: bytes) -> Raw:
     parts = record.parts.copy()
     parts["length"][at] = len(part)
     later = parts["offset"] > start
-    parts["offset"][later] += np.uint64(len(padded)) - np.uint64(end - start)
+    parts["offset"][later] += np.uint64((len(padded) - (end - start)) % (1 << 64))
     return replace(record, body=record.body[:start] + padded + record.body[end:], parts=parts)
 
 
