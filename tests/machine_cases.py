@@ -14,7 +14,7 @@ from memdb.schemas.units import Unit
 from tools.trust.look import Seen
 from tools.trust.model import Kept, Model, Span
 from tools.trust.script import OPEN_END, Op
-from tools.trust.units import UNIT_NS, Stream, forgotten_from, make_unit, spec
+from tools.trust.units import UNIT_NS, Stream, forgotten_from, make_unit, spec, without_kv
 
 _WIDTHS = ("raw", *CODECS)  # of codecs, the widest first
 FOREVER_NS = (1 << 63) - 1
@@ -74,9 +74,7 @@ def _unit(stream: Stream, number: int, ages: tuple[Age, ...], spans: tuple[Span,
 
 def _aged(stream: Stream, unit: Unit, codec: str, kept_ppm: int, age: Age) -> Unit:
     if age.captions_only:
-        blocks = unit.blocks.copy()
-        blocks["tokens"] = 0
-        return replace(unit, blocks=blocks, kv=None, keys=None)
+        return without_kv(unit)
     if age.codec:
         unit, codec = converted(unit, spec(stream), codec, age.codec), age.codec
     if age.keep_ppm < ALL_PPM:
