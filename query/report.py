@@ -41,6 +41,12 @@ def report(
         readings.bytes_read,
         tokens,
     )
+    reached, trained = max(layer.next.id for layer in context.layers), model.shape.context_tokens_max
+    if reached > trained:
+        warnings.append(
+            f"positions reach {reached}, and the model was trained on {trained} (R11): its words may suffer. Ingest "
+            "with rebuild = 'restored' and rebuild.consecutive = true, which closes the gaps"
+        )
     limit_ms = question.budget.latency_ms_max
     if limit_ms is not None and timings["total"] > limit_ms:
         warnings.append(f"late: the answer took {timings['total']:.1f} ms, more than {limit_ms:g}")
