@@ -99,5 +99,5 @@ def test_layers_in_one_view_have_one_edge() -> None:
 
 
 def test_a_pool_of_less_than_nothing_is_refused() -> None:
-    with pytest.raises(RecipeError, match="retain.short_frames = -1 is too small"):
+    with pytest.raises(RecipeError, match=r"retain\.short_frames = -1 is too small"):
         Recent(8, short_frames=-1)

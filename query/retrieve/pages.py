@@ -3,10 +3,11 @@
 Layer by layer the question's own mean query is compared with the mean unrotated key of every 16 neighbouring
 survivors; the best 40 % of the pages are read on, with everything that is newer than the long-term pool.
 
-The index is made when a question comes, from what is stored of the keep set of its moment. It is bounded, and what it is
-made of is read anyway: a page's tokens are a few of many blocks, and a block is read whole, under its checksum. So a
-question reads the memory once, as `all` does, and attends to 40 % of it; the means cost one pass over keys that are in
-memory. Keys kept with each commit would be 22 MB of a 7B, a hundred commits' pages for one that is asked.
+The index is made when a question comes, from what is stored of the keep set of its moment: pages are cut anew with
+every commit, and kept with each they would be 22 MB of a 7B (768 pages in 28 layers). What it costs: a question reads
+every block of which something is remembered, as `all` does, where page keys at hand would spare up to 60 % of that, and
+passes once over the keys. A block is read whole, under its checksum, until a policy with keep = "memory" has gathered
+what is left of it; then the read is the memory itself. The context is the smaller one in both.
 
 Where we differ: a codec that rounds would make keys of rounded tokens, so only those that do not are legal (R12).
 """
