@@ -33,7 +33,7 @@ from memdb.retain.vision_sink import VisionSink
 from memdb.schemas.errors import Interrupted, RecipeError
 from memdb.schemas.recipe import Recipe, Stage
 from memdb.store import Store
-from tests.memory_cases import FRAME_TOKENS, Moment, live_scores, remembered_film
+from tests.memory_cases import FRAME_TOKENS, Moment, live_scores, remembered_film, watched_memory
 from tests.model_cases import (
     INIT_PROMPT,
     QUESTION,
@@ -44,6 +44,7 @@ from tests.model_cases import (
     reopened,
     wrapped,
 )
+from tests.qwen_cases import N, remember
 from tests.run_cases import (
     CHUNK,
     NAME,
@@ -435,19 +436,35 @@ def test_positions_beyond_those_of_training_are_said_and_may_be_closed_up(tmp_pa
 
 def test_closed_up_frames_keep_rows_and_columns() -> None:
     """Three ids a token, of frames of 2 x 3 tokens of which some are left: renumbered in time alone (1.11)."""
-    grid, n, N = Grid(2, 3, Fraction(7, 2)), 5, 6
-    positions = np.array([n + 1, n + 4, n + 2 * N + 0, n + 7 * N + 5])  # of frames 0, 0, 2 and 7
-    found = Restored(consecutive=True).seat(grid, n, positions, N, Next(0, 0))
+    grid, n, size = Grid(2, 3, Fraction(7, 2)), 5, 6
+    positions = np.array([n + 1, n + 4, n + 2 * size + 0, n + 7 * size + 5])  # of frames 0, 0, 2 and 7
+    found = Restored(consecutive=True).seat(grid, n, positions, size, Next(0, 0))
     wanted = []
     for nth, within in ((0, 1), (0, 4), (1, 0), (2, 5)):
         wanted.append((n + math.floor(nth * grid.step), n + within // 3, n + within % 3))
     assert found.ids.T.tolist() == [list(ids) for ids in wanted]
     assert found.order.tolist() == [5, 6, 7, 8]
     assert found.end == Next(9, max(max(ids) for ids in wanted) + 1)
-    on_line = Restored(consecutive=True).seat(LINE, n, positions, N, Next(0, 0))
+    on_line = Restored(consecutive=True).seat(LINE, n, positions, size, Next(0, 0))
     assert (on_line.ids.tolist(), on_line.end) == ([5, 6, 7, 8], Next(9, 9))
-    kept = Restored().seat(LINE, n, positions, N, Next(99, 99))
+    kept = Restored().seat(LINE, n, positions, size, Next(99, 99))
     assert (kept.ids.tolist(), kept.end) == (positions.tolist(), Next(99, 99))
+
+
+@pytest.mark.parametrize("consecutive", [False, True])
+def test_all_pages_of_three_ids_a_token_are_the_whole_memory(
+    consecutive: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Qwen2.5-VL: what a question chose layer by layer is what is rebuilt of everything, in either seating."""
+    row = live(ratio=1.0, consecutive=consecutive, retain={"budget_tokens": 20, "short_frames": 2})
+    with watched_memory() as moments:
+        remember(tmp_path / "s", pictures(21), recipe=row)  # type: ignore[arg-type]
+    assert {len(layer.id) for layer in moments[-1].layers} == {20 + 2 * N}
+    decided = record_decisions(monkeypatch)
+    with reopened(tmp_path / "s") as db:
+        assert not db.ask(QUESTION, mode="kv").warnings
+        logits = db._asking().question_logits("film", QUESTION)[1]
+    assert relative(decided[0], logits[-1]) < 1e-5
 
 
 # Composing
