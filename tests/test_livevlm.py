@@ -121,7 +121,9 @@ def long_of(moment: Moment, layer: LayerTokens) -> int:
     return int((layer.position < end - SHORT * FRAME_TOKENS).sum())
 
 
-def chosen_scores(moment: Moment, chosen: Sequence[Tensor], *, consecutive: bool = False) -> Tensor:
+def chosen_scores(
+    moment: Moment, chosen: Sequence[Tensor], *, consecutive: bool = False, captions: Sequence[int] = ()
+) -> Tensor:
     """Scores of the first token of an answer over [init | these tokens of the encoder's memory], placed by hand."""
     model = wrapped()
     parts = [layer.at(at) for layer, at in zip(moment.layers, chosen, strict=True)]
@@ -131,6 +133,8 @@ def chosen_scores(moment: Moment, chosen: Sequence[Tensor], *, consecutive: bool
         n = moment.init[0].tokens
         places = [Places.line(torch.arange(n, n + len(part.id)), n + len(part.id)) for part in parts]
     context = CacheContext(model.rotary, moment.init, [part.kv for part in parts], places=places)
+    if captions:
+        prefill(model, model.embed(list(captions)), context)
     return prefill(model, model.embed(model.prompt_ids(QUESTION)), context)
 
 
@@ -265,6 +269,24 @@ def test_v5_all_pages_are_the_whole_memory(tmp_path: Path, monkeypatch: pytest.M
     assert report.relative < 1e-4
 
 
+def test_captions_stand_behind_what_was_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mode both: [init | chosen tokens at their positions | captions | prompt], and captions change no choice."""
+    said = {"encoder": "input-embeddings", "tokens_max": 3, "clips": 0, "prompt": "What is there?"}
+    row = live(caption_tokens=400).with_stage("caption", Stage("blocks", said))
+    [*_, moment] = remembered_film(tmp_path / "s", pictures(FRAMES), row)
+    decided = record_decisions(monkeypatch)
+    with reopened(tmp_path / "s") as db:
+        with watched_picks() as picks:
+            answer = db.ask(QUESTION, mode="both")
+        units = db.store.units(db.store.recording("film").id)
+        ids = [token for unit in units for token in db.store.read_caption(unit).token_ids]
+    assert {item.tier for item in answer.evidence} == {"kv", "captions"}
+    truth = chosen_scores(moment, [pick.at for pick in picks], captions=ids)
+    assert torch.equal(decided[0], truth)
+    assert not torch.equal(truth, chosen_scores(moment, [pick.at for pick in picks]))
+    assert answer.used.context_tokens <= answer.plan.predicted.context_tokens
+
+
 def test_mode_recent_is_frames_and_auto_finds_what_fits(tmp_path: Path) -> None:
     remembered_film(tmp_path / "s", pictures(FRAMES), live(blocks=1))
     with reopened(tmp_path / "s") as db:
@@ -328,6 +350,27 @@ def test_what_is_forgotten_leaves_both_pools_and_moves_nothing_between_them(
         assert pick.long == long_of(moment, own)
     assert torch.equal(decided[-1], chosen_scores(left, [pick.at for pick in picks]))
     assert len({pick.k.shape[1] - pick.long for pick in picks}) == 1
+
+
+def test_what_a_compaction_gathered_is_read_as_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under keep = "memory" the read is the memory itself, and the pages are the same."""
+    remembered_film(tmp_path / "s", pictures(FRAMES), live(), started_at="2025-06-01T00:00:00Z")
+    (tmp_path / "age.toml").write_text('[[age]]\nafter = "1 d"\nkeep = "memory"\n')
+    decided, answers = record_decisions(monkeypatch), []
+    for gathered in (False, True):
+        if gathered:
+            with connect(tmp_path / "s") as db:
+                db.policy(set=tmp_path / "age.toml")
+                db.compact(age_now=True)
+        with reopened(tmp_path / "s") as db:
+            answers.append(db.ask(QUESTION, mode="kv"))
+    assert torch.equal(decided[0], decided[1])
+    before, after = answers
+    assert after.warnings == ()
+    assert after.used.context_tokens == before.used.context_tokens
+    assert after.used.read_bytes < before.used.read_bytes
 
 
 # The store

@@ -9,7 +9,8 @@ every block of which something is remembered, as `all` does, where page keys at 
 passes once over the keys. A block is read whole, under its checksum, until a policy with keep = "memory" has gathered
 what is left of it; then the read is the memory itself. The context is the smaller one in both.
 
-Where we differ: a codec that rounds would make keys of rounded tokens, so only those that do not are legal (R12).
+A codec that rounds would make keys of rounded tokens, so a recipe takes only those that do not (R12). Ageing may narrow
+the codec of old units all the same: then page keys are of what is left.
 """
 
 from __future__ import annotations
