@@ -26,7 +26,9 @@ REKV = Recipe(
     answer=Stage("greedy", {"tokens_max": 256}),
 )
 LIVEVLM = Recipe(
-    name="livevlm",  # arXiv 2505.15269, version 2
+    # arXiv 2505.15269, version 2. Ours, because the paper gives no value: frames a clip, probe_tokens (a frame of a 7B),
+    # top, short_frames.
+    name="livevlm",
     unit=Stage("clip", {"frames": 8, "unit_s_max": 120.0}),
     reduce=Stage("identity"),
     encode=Stage(
