@@ -26,9 +26,8 @@ REKV = Recipe(
     answer=Stage("greedy", {"tokens_max": 256}),
 )
 LIVEVLM = Recipe(
-    # arXiv 2505.15269, version 2. Ours, because the paper gives no value: frames a clip, probe_tokens (a frame of a 7B),
-    # top, short_frames.
-    name="livevlm",
+    name="livevlm",  # arXiv 2505.15269, version 2
+    # Ours, because no source gives a value: frames a clip, probe_tokens (a frame of the 7B), top, short_frames.
     unit=Stage("clip", {"frames": 8, "unit_s_max": 120.0}),
     reduce=Stage("identity"),
     encode=Stage(
@@ -150,8 +149,8 @@ def _with_profile(found: Recipe, profile: str) -> Recipe:
     if profile not in PROFILES:
         raise RecipeError(f"unknown profile {profile!r}: choose one of {', '.join(PROFILES)}")
     if profile != "fixed" and (found.name, profile) not in PROFILE_CHANGES:
-        paper = (found.name, "paper") in PROFILE_CHANGES
-        why = "there is no released code of its paper" if paper else "it has no paper of its own to follow"
+        of_a_paper = any(name == found.name for name, _ in PROFILE_CHANGES)
+        why = "no code was released to follow" if of_a_paper else "it has no paper of its own to follow"
         raise RecipeError(f"recipe {found.name!r} has no profile {profile!r}: {why}")
     changes = PROFILE_CHANGES.get((found.name, profile), ())
     return Recipe.from_json({"profile": profile}, base=found.with_settings(changes))

@@ -41,12 +41,6 @@ def report(
         readings.bytes_read,
         tokens,
     )
-    reached, trained = max(layer.next.id for layer in context.layers), model.shape.context_tokens_max
-    if reached > trained:
-        warnings.append(
-            f"positions reach {reached}, and the model was trained on {trained} (R11): its words may suffer. Ingest "
-            "with rebuild = 'restored' and rebuild.consecutive = true, which closes the gaps"
-        )
     limit_ms = question.budget.latency_ms_max
     if limit_ms is not None and timings["total"] > limit_ms:
         warnings.append(f"late: the answer took {timings['total']:.1f} ms, more than {limit_ms:g}")
@@ -57,6 +51,13 @@ def report(
         newest_s = to_s(chosen.watermark_ns)
         moment_s = newest_s if moment_s is None else moment_s
         lag_s = max(0.0, moment_s - newest_s)
+    if chosen is not None and got.kv and chosen.row.spec.recipe.has_memory:
+        reached, reach = max(layer.next.id for layer in context.layers), model.shape.context_tokens_max
+        if reached > reach:
+            warnings.append(
+                f"positions reach {reached}, more than the {reach} that the model was trained on (R11): ingest with "
+                "rebuild = 'restored' and rebuild.consecutive = true, which closes the gaps"
+            )
     encoded = (chosen or opened[0]).row.spec.dtype
     dtype = str(model.dtype).removeprefix("torch.")
     if chosen is not None and got.kv and encoded != dtype:

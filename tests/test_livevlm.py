@@ -469,7 +469,7 @@ def test_positions_beyond_those_of_training_are_said_and_may_be_closed_up(tmp_pa
         with opened(tmp_path / name, model) as db:
             said[name] = db.ask("Where?", recording=NAME, mode="kv").warnings
     [warning] = said["restored"]
-    assert "the model was trained on 112 (R11)" in warning
+    assert "more than the 112 that the model was trained on (R11)" in warning
     assert "rebuild.consecutive = true" in warning
     assert said["closed"] == ()
 
@@ -521,7 +521,7 @@ def test_the_row_is_the_papers_and_its_values_are_settable() -> None:
     )
     assert compose(changed).retain == VisionSink(12_288, 1, 0.5, short_frames=8)
     assert recipe("livevlm", profile="paper").unit.params["unit_s_max"] == 0
-    with pytest.raises(RecipeError, match="no released code of its paper"):
+    with pytest.raises(RecipeError, match="no code was released"):
         recipe("livevlm", profile="code")
 
 
