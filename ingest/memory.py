@@ -73,7 +73,10 @@ _WORDS = _FIELDS[2:]
 
 
 class EncoderMemory:
-    """At most the retainer's budget of tokens a layer, after every chunk. Init tokens are apart and always there."""
+    """At most the retainer's budget of tokens a layer, after every chunk, and the newest frames where it has two pools.
+
+    Init tokens are apart and always there.
+    """
 
     def __init__(self, init: Sequence[LayerKV], retainer: Bounded) -> None:
         self.init = list(init)
@@ -142,8 +145,8 @@ class EncoderMemory:
         chosen: list[Tensor] = []
         for view in views:
             places = self._retainer.choose(view)  # (..., kept)
-            budget = self._retainer.budget_tokens
-            assert places.shape[-1] <= budget, f"{places.shape[-1]} tokens are kept, of a budget of {budget}"
+            most = self._retainer.tokens_max(view)
+            assert places.shape[-1] <= most, f"{places.shape[-1]} tokens are kept, of a budget of {most}"
             fits = (places.diff(dim=-1) > 0).all() & ((places >= 0) & (places < view.tokens)).all()
             assert bool(fits), "the places of a layer do not ascend, or lie outside"
             chosen += places.unbind() if places.dim() > 1 else [places]

@@ -55,7 +55,7 @@ def compose(recipe: Recipe) -> IngestStages:
     """Raises RecipeError for unknown methods and parameters, values out of range and illegal combinations."""
     check(recipe)
     bare("write", recipe.write, (*codecs.NAMES, "none"))
-    bare("index", recipe.index, ("mean_key", "caption"))
+    bare("index", recipe.index, ("mean_key", "page_key", "caption"))
     captioner = build("caption", recipe.caption, CAPTIONERS)
     reduce: Reducer = build("reduce", recipe.reduce, REDUCERS)
     encode, retain = build("encode", recipe.encode, ENCODERS), build("retain", recipe.retain, RETAINERS)

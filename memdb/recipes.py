@@ -25,6 +25,24 @@ REKV = Recipe(
     rebuild=Stage("consecutive", {"windowed": True, "time_text_s": 0.0}),
     answer=Stage("greedy", {"tokens_max": 256}),
 )
+LIVEVLM = Recipe(
+    name="livevlm",  # arXiv 2505.15269, version 2
+    # Ours, because no source gives a value: frames a clip, probe_tokens (a frame of the 7B), top, short_frames.
+    unit=Stage("clip", {"frames": 8, "unit_s_max": 120.0}),
+    reduce=Stage("identity"),
+    encode=Stage(
+        "chunk", {"chunk_frames": 8, "init_prompt": INIT_PROMPT, "probe": "recent", "probe_tokens": 196}
+    ),
+    caption=Stage("none"),
+    write=Stage("fp16"),
+    retain=Stage(
+        "vision_sink", {"budget_tokens": 12_288, "bucket_tokens": 1, "top": 0.5, "short_frames": 32}
+    ),
+    index=Stage("page_key"),
+    retrieve=Stage("pages", {"page_tokens": 16, "ratio": 0.4, "blocks": 64}),
+    rebuild=Stage("restored", {"consecutive": False}),
+    answer=Stage("greedy", {"tokens_max": 256}),
+)
 RLIVS = Recipe(
     name="rlivs",  # arXiv 2510.17364
     unit=Stage("clip", {"frames": 16, "unit_s_max": 120.0}),
@@ -65,12 +83,13 @@ HYBRID = Recipe(
 )
 LIVE_UNIT_S_MAX = 10.0
 LIVE_CHUNK_FRAMES = 4
-RECIPES: dict[str, Recipe] = {"rekv": REKV, "rlivs": RLIVS, "hybrid": HYBRID}
+RECIPES: dict[str, Recipe] = {"rekv": REKV, "livevlm": LIVEVLM, "rlivs": RLIVS, "hybrid": HYBRID}
 
 # Where a paper and its released code differ; `fixed` is the row above.
 PROFILE_CHANGES: dict[tuple[str, str], tuple[str, ...]] = {
     ("rekv", "paper"): ("retrieve.sim=cos",),
     ("rekv", "code"): (),  # the init tokens count twice in one step: encode/window reads the profile
+    ("livevlm", "paper"): ("unit.unit_s_max=0",),
     ("rlivs", "paper"): ("caption.tokens_max=1024", "unit.unit_s_max=0"),
     ("rlivs", "code"): ("caption.tokens_max=1024", "unit.unit_s_max=0", "retrieve.caption_tokens=20000"),
 }
@@ -130,8 +149,8 @@ def _with_profile(found: Recipe, profile: str) -> Recipe:
     if profile not in PROFILES:
         raise RecipeError(f"unknown profile {profile!r}: choose one of {', '.join(PROFILES)}")
     if profile != "fixed" and (found.name, profile) not in PROFILE_CHANGES:
-        raise RecipeError(
-            f"recipe {found.name!r} has no profile {profile!r}: it has no paper of its own to follow"
-        )
+        of_a_paper = any(name == found.name for name, _ in PROFILE_CHANGES)
+        why = "no code was released to follow" if of_a_paper else "it has no paper of its own to follow"
+        raise RecipeError(f"recipe {found.name!r} has no profile {profile!r}: {why}")
     changes = PROFILE_CHANGES.get((found.name, profile), ())
     return Recipe.from_json({"profile": profile}, base=found.with_settings(changes))

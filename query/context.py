@@ -13,12 +13,14 @@ from memdb.models.cache import CacheContext, RetrievalContext
 from memdb.models.places import LINE, Places, place_frames
 from memdb.models.window import LayerKV
 from memdb.query import captions as caption_tier
-from memdb.query.memory import Memory, memory_of, newest_of
+from memdb.query.memory import Memory, frame_tokens, memory_of, newest_of, read_tokens
+from memdb.query.paged import read_pages
 from memdb.query.planning import Decided
 from memdb.query.rebuild.consecutive import Consecutive
 from memdb.query.rebuild.original import Original
 from memdb.query.rebuild.text import CaptionAt, caption_ids
 from memdb.query.retrieve.all import ActivateAll
+from memdb.query.retrieve.pages import MemoryPages
 from memdb.query.retrieve.topk import BlockTopK, Rows, newest
 from memdb.query.scope import Opened
 from memdb.query.session import Session
@@ -26,7 +28,6 @@ from memdb.query.stages import QueryStages
 from memdb.query.stored import Readings
 from memdb.schemas.errors import CorruptionError
 from memdb.schemas.keep import Ids
-from memdb.schemas.units import BlockKind
 from memdb.timing import Laps
 
 
@@ -99,12 +100,18 @@ def retrieve(
     """Blocks layer by layer: the newest ones, or those that the question's own queries choose."""
     plan, stages, model, kv = decided.plan, decided.stages, session.model, chosen.kv
     blocks, method = plan.sizes.blocks, stages.retrieve
-    if isinstance(method, ActivateAll):
+    if isinstance(method, ActivateAll | MemoryPages):
         memory = decided.memory
         if plan.mode == "recent":
             memory = newest_of(session.store, chosen, model.shape.layers, blocks)
         assert memory is not None, "whoever plans has it"
-        activate(session, memory, chosen, got, readings)
+        if isinstance(method, ActivateAll) or plan.mode == "recent":
+            activate(session, memory, chosen, got, readings)
+            return
+        assert isinstance(stages.rebuild, Original), "rule R2 sees to it"
+        got.rows, got.kv, got.cache = read_pages(
+            session, text, method, stages.rebuild, memory, chosen, decided.init, readings
+        )
         return
     assert isinstance(method, BlockTopK), "rule R1 sees to it"
 
@@ -152,19 +159,13 @@ def retrieve(
 
 def activate(session: Session, memory: Memory, opened: Opened, got: Retrieved, readings: Readings) -> None:
     """A memory token by token, layer by layer, each token with its position."""
-    model, kv = session.model, opened.kv
-    got.positions = []
+    kv, got.positions = opened.kv, []
     with kv.reader.pinned(), kv.knowing([own.rows for own in memory.layers], readings):
         for layer, own in enumerate(memory.layers):
-            found, rows = kv.read(layer, own.rows, model.device, model.dtype, readings, own.sizes)
-            own = own if rows is own.rows else own.of(rows)
-            places, positions = own.in_order()
-            if found is not None:
-                at = torch.from_numpy(places).to(found.k.device)
-                found = LayerKV(found.k[:, at], found.v[:, at])
-            got.rows.append(rows)
+            found, own = read_tokens(session, kv, layer, own, readings)
+            got.rows.append(own.rows)
             got.kv.append(found)
-            got.positions.append(positions)
+            got.positions.append(own.in_order()[1])
 
 
 def at_original(
@@ -172,11 +173,9 @@ def at_original(
 ) -> CacheContext:
     """[init | tokens of a memory where they stood in the stream]."""
     assert got.positions is not None
-    spec, blocks = opened.row.spec, opened.kv.table.blocks
-    frames = blocks["tokens"][blocks["kind"] != BlockKind.PROTOTYPE]  # all of the same size
+    spec = opened.row.spec
     placing = session.model.placing(spec.sample_fps, spec.grid)
-    frame_tokens = int(frames[0]) if len(frames) else 1
-    return method.rebuild(session.model, init, got.kv, got.positions, frame_tokens, placing)
+    return method.rebuild(session.model, init, got.kv, got.positions, frame_tokens(opened), placing)
 
 
 def rebuild(session: Session, decided: Decided, got: Retrieved, room: int) -> CacheContext:
@@ -218,7 +217,7 @@ def everything(session: Session, opened: Opened, init: list[LayerKV], stages: Qu
     equality ladder. Raises CorruptionError where a slice is not whole.
     """
     readings, model, window = Readings(), session.model, stages.window_tokens
-    if isinstance(stages.retrieve, ActivateAll):
+    if isinstance(stages.retrieve, ActivateAll | MemoryPages):
         memory, got = memory_of(session.store, opened), Retrieved()
         activate(session, memory, opened, got, readings)
         if readings.bad or memory.bad:

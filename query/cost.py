@@ -37,7 +37,7 @@ class Holdings:
     init_tokens: int = 0
     context_tokens_max: int = 1 << 62  # of the model
     memory: MemorySize | None = (
-        None  # of a recording that activates all of it; the blocks are for mode recent then
+        None  # of a recording that has a bounded one; the blocks are for mode recent then
     )
     is_span: bool = False  # only what lies in a span that was named: that nothing does is an answer, too
 
@@ -101,7 +101,7 @@ def predict(mode: str, sizes: Sizes, asked: Asked, held: Holdings, costs: Costs)
         stages["captions"] = costs.embed + costs.captions
     if uses_kv:
         fetch = held.layers * (costs.read_base + costs.read_block * blocks + costs.unpack_token * kv_tokens)
-        if mode != "recent" and memory is None:
+        if mode != "recent" and (memory is None or memory.chosen):
             fetch += held.layers * costs.search_layer + costs.forward(asked.question_tokens, context)
         stages["retrieve"] = fetch
     texts = stamp_tokens + captions

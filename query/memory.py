@@ -6,11 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from memdb.memory import remembered
+from memdb.models.window import LayerKV
 from memdb.query.retrieve.all import Activated, activate
+from memdb.query.retrieve.pages import MemoryPages
 from memdb.query.scope import Opened
+from memdb.query.session import Session
+from memdb.query.stored import Readings, StoredKV
+from memdb.retain import BOUNDED
+from memdb.retain.pools import short_from
 from memdb.schemas.keep import KeepSet, token_ids
+from memdb.schemas.params import build
 from memdb.schemas.plan import MemorySize
 from memdb.schemas.units import BlockKind
 from memdb.store import Store
@@ -18,19 +26,28 @@ from memdb.store import Store
 
 @dataclass(frozen=True, eq=False)
 class Memory:
-    """What one recording's layers hold, and what could not be told. Layers may hold different tokens and counts."""
+    """What one recording's layers hold, and what could not be told. Layers may hold different tokens and counts.
+
+    `short_from`: the position from which on tokens are of the short-term pool.
+    """
 
     layers: Sequence[Activated]
     bad: tuple[str, ...] = ()
+    short_from: int = 0
 
-    def size(self, opened: Opened) -> MemorySize:
-        """What a read of it takes, before compression."""
+    def size(self, opened: Opened, pages: MemoryPages | None = None) -> MemorySize:
+        """What a question takes of it, before compression: all of it, or pages that its own queries choose."""
         rows = [own.rows for own in self.layers]
         pieces = opened.kv.pieces(range(len(rows)), rows) if rows else None
+        tokens = [len(own.positions) for own in self.layers]
+        if pages is not None:
+            long = [int((own.positions < self.short_from).sum()) for own in self.layers]
+            tokens = [pages.tokens_max(old, held - old) for old, held in zip(long, tokens, strict=True)]
         return MemorySize(
             blocks=max((len(own.rows) for own in self.layers), default=0),
-            tokens=max((len(own.places) for own in self.layers), default=0),
+            tokens=max(tokens, default=0),
             read_bytes=0 if pieces is None else int(pieces.table["raw_bytes"].sum()),
+            chosen=pages is not None,
         )
 
 
@@ -39,7 +56,35 @@ def memory_of(store: Store, opened: Opened) -> Memory:
     found = remembered(store, opened.row, opened.at_ns)
     if found.keep is None:
         return Memory([], found.bad)
-    return Memory(activate(opened.kv.table.blocks, opened.blocks, found.keep, opened.kv.held()), found.bad)
+    layers = activate(opened.kv.table.blocks, opened.blocks, found.keep, opened.kv.held())
+    return Memory(layers, found.bad, _short_from(store, opened, found.unit))
+
+
+def _short_from(store: Store, opened: Opened, unit: int) -> int:
+    """Where the short-term pool began after a unit: age is counted from the unit's end, whatever was forgotten."""
+    short_frames = build("retain", opened.row.spec.recipe.retain, BOUNDED).short_frames
+    blocks, size = store.unit(opened.row.id, unit).blocks, frame_tokens(opened)
+    frames = blocks[blocks["kind"] != BlockKind.PROTOTYPE]
+    return short_from(int(frames["position"].max()) + size, short_frames, size)
+
+
+def frame_tokens(opened: Opened) -> int:
+    """Of each frame of the stream: all are of the same size."""
+    blocks = opened.kv.table.blocks
+    return int(blocks["tokens"][blocks["kind"] != BlockKind.PROTOTYPE].max(initial=1))
+
+
+def read_tokens(
+    session: Session, kv: StoredKV, layer: int, own: Activated, readings: Readings
+) -> tuple[LayerKV | None, Activated]:
+    """Keys and values (H, tokens, D) of one layer's tokens in the order of positions, and what of them was whole."""
+    model = session.model
+    found, rows = kv.read(layer, own.rows, model.device, model.dtype, readings, own.sizes)
+    own = own if rows is own.rows else own.of(rows)
+    if found is not None:
+        at = torch.from_numpy(own.in_order()[0]).to(found.k.device)
+        found = LayerKV(found.k[:, at], found.v[:, at])
+    return found, own
 
 
 def newest_of(store: Store, opened: Opened, layers: int, blocks: int) -> Memory:

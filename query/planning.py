@@ -13,6 +13,7 @@ from memdb.query.memory import Memory, memory_of
 from memdb.query.plan import plan as make_plan
 from memdb.query.retrieve.all import ActivateAll
 from memdb.query.retrieve.mmr import CaptionMMR
+from memdb.query.retrieve.pages import MemoryPages
 from memdb.query.scope import Opened
 from memdb.query.session import Session
 from memdb.query.stages import QueryStages, compose
@@ -32,7 +33,7 @@ class Decided:
     init: list[LayerKV]
     chosen: Opened | None
     ranked: list[caption_tier.Ranked] | None
-    memory: Memory | None = None  # of the chosen recording, where all of it is activated
+    memory: Memory | None = None  # of the chosen recording, where it has one
 
 
 def decide(
@@ -135,9 +136,10 @@ def _plan(
     shape, element_bytes = session.model.shape, session.model.dtype.itemsize
     held = scope.holdings(chosen, opened, shape, element_bytes, init[0].tokens, head_tokens)
     memory = None
-    if chosen is not None and isinstance(stages.retrieve, ActivateAll):
+    if chosen is not None and isinstance(stages.retrieve, ActivateAll | MemoryPages):
         memory = memory_of(session.store, chosen)
-        held = replace(held, memory=memory.size(chosen))
+        pages = stages.retrieve if isinstance(stages.retrieve, MemoryPages) else None
+        held = replace(held, memory=memory.size(chosen, pages))
     held = replace(held, is_span=within.is_span)
     kind, why = session.kind(within.text)
     ids = session.model.encode_text(question.text)

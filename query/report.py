@@ -51,6 +51,13 @@ def report(
         newest_s = to_s(chosen.watermark_ns)
         moment_s = newest_s if moment_s is None else moment_s
         lag_s = max(0.0, moment_s - newest_s)
+    if chosen is not None and got.kv and chosen.row.spec.recipe.has_memory:
+        reached, reach = max(layer.next.id for layer in context.layers), model.shape.context_tokens_max
+        if reached > reach:
+            warnings.append(
+                f"positions reach {reached}, more than the {reach} that the model was trained on (R11): ingest with "
+                "rebuild = 'restored' and rebuild.consecutive = true, which closes the gaps"
+            )
     encoded = (chosen or opened[0]).row.spec.dtype
     dtype = str(model.dtype).removeprefix("torch.")
     if chosen is not None and got.kv and encoded != dtype:

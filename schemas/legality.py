@@ -1,8 +1,8 @@
 """Which stages may stand together (methods.md 3.3), checked when a recipe is composed.
 
-Two rules no recipe can break, because of how every recipe runs: representative keys are computed from keys at compute
-precision, before a codec sees them (R12); and a quantisation group is a block, which closes with its unit and is padded
-where it does not fill its last byte (R16).
+One rule no recipe can break, because of how every recipe runs: a quantisation group is a block, which closes with its
+unit and is padded where it does not fill its last byte (R16). Nor can R12 be broken by keys that are stored: they are
+computed at compute precision, before a codec sees them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ class Rule:
     broken: Callable[[Recipe], bool]
     message: str
 
+
+_EXACT = ("raw", "fp16", "bf16")  # codecs that give keys back as they were, or rounded once to 16 bits
 
 RULES: tuple[Rule, ...] = (
     Rule(
@@ -91,15 +93,27 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "R10b",
-        lambda r: (r.retrieve.method == "all") != r.has_memory,
-        "retrieve all activates a bounded memory, as it was when the question was asked, and only that may be "
-        "activated of one (R20): set both encode = 'chunk' and retrieve = 'all', or neither",
+        lambda r: (r.retrieve.method in ("all", "pages")) != r.has_memory,
+        "retrieve all and pages read a bounded memory, as it was when the question was asked, and only that may be "
+        "read of one (R20): set both encode = 'chunk' and retrieve = 'all' or 'pages', or neither",
     ),
     Rule(
         "R2",
-        lambda r: (r.rebuild.method == "original") != r.has_memory,
+        lambda r: (r.rebuild.method in ("original", "restored")) != r.has_memory,
         "original positions are those of encode chunk, which sees tokens where they stand in the stream; a window has "
-        "places of its own: set both encode = 'chunk' and rebuild = 'original', or neither",
+        "places of its own: set both encode = 'chunk' and rebuild = 'original' or 'restored', or neither",
+    ),
+    Rule(
+        "R12",
+        lambda r: r.retrieve.method == "pages" and r.write.method not in _EXACT,
+        "page keys are made of what is stored, when a question comes, and this codec rounds it: set write to raw, fp16 "
+        "or bf16, or retrieve = 'all' and index = 'mean_key'",
+    ),
+    Rule(
+        "R12b",
+        lambda r: (r.retrieve.method == "pages") != (r.index.method == "page_key"),
+        "pages are found by page keys, and by nothing else: set both retrieve = 'pages' and index = 'page_key', or "
+        "neither",
     ),
     Rule(
         "S1",
@@ -108,8 +122,8 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "S2",
-        lambda r: (r.index.method == "mean_key") != r.keeps_kv,
-        "index mean_key belongs to stored KV, and index caption to recipes without: change one of the two",
+        lambda r: (r.index.method in ("mean_key", "page_key")) != r.keeps_kv,
+        "index mean_key and page_key belong to stored KV, and index caption to recipes without: change one of the two",
     ),
     Rule(
         "S3",

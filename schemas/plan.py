@@ -21,11 +21,15 @@ class Sizes:
 
 @dataclass(frozen=True)
 class MemorySize:
-    """A bounded memory as a whole: it is read in full or not at all. Blocks and tokens of the layer with the most."""
+    """A bounded memory: what a question takes of it, or nothing at all. Blocks and tokens of the layer with the most.
+
+    `chosen`: whether the question's own queries choose the tokens, which takes a forward of it over them.
+    """
 
     blocks: int
     tokens: int
     read_bytes: int
+    chosen: bool = False
 
 
 @dataclass(frozen=True)

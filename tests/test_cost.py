@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from memdb.paths import cache_dir
 from memdb.query.cost import Asked, CostFile, Costs, Holdings, cost_key, predict
-from memdb.schemas.plan import Sizes
+from memdb.schemas.plan import MemorySize, Sizes
 from memdb.schemas.question import MODES
 from tests import plan_cases as cases
 from tests.plan_cases import ASKED, COSTS, HELD
@@ -50,6 +50,19 @@ def test_each_mode_pays_for_its_own_tiers() -> None:
     kv, recent = (predict(mode, SIZES, ASKED, HELD, COSTS).stages_ms["retrieve"] for mode in ("kv", "recent"))
     assert recent < kv  # nothing is ranked, and the question is not run twice
     assert predict("captions", SIZES, ASKED, HELD, COSTS).read_bytes == 0
+
+
+def test_a_memory_that_a_question_chooses_from_costs_the_question_once_more() -> None:
+    whole = replace(HELD, memory=MemorySize(blocks=6, tokens=50, read_bytes=999))
+    chosen = replace(HELD, memory=MemorySize(blocks=6, tokens=50, read_bytes=999, chosen=True))
+    one, two = (predict("kv", SIZES, ASKED, held, COSTS) for held in (whole, chosen))
+    again = 1.0 + 0.01 * 7 + 1e-5 * 7 * (12 + 50)  # seven tokens against init tokens and memory
+    assert two.stages_ms["retrieve"] - one.stages_ms["retrieve"] == pytest.approx(4 * 0.05 + again)
+    for name in ("prefill", "decode"):
+        assert two.stages_ms[name] == one.stages_ms[name]
+    assert (two.read_bytes, two.context_tokens) == (999, one.context_tokens)
+    recent = [predict("recent", SIZES, ASKED, held, COSTS) for held in (HELD, chosen)]
+    assert recent[0] == recent[1]
 
 
 @settings(max_examples=200, deadline=None)

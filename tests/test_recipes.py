@@ -21,7 +21,7 @@ from memdb.query.answer import ANSWERERS
 from memdb.query.rebuild import REBUILDERS
 from memdb.query.retrieve import RETRIEVERS
 from memdb.query.stages import compose as compose_query
-from memdb.recipes import HYBRID, PROFILE_CHANGES, RECIPES, REKV, RLIVS, recipe
+from memdb.recipes import HYBRID, LIVEVLM, PROFILE_CHANGES, RECIPES, REKV, RLIVS, recipe
 from memdb.retain import RETAINERS
 from memdb.schemas.errors import RecipeError
 from memdb.schemas.fingerprint import encoding_fingerprint
@@ -204,7 +204,7 @@ def test_files_that_are_no_recipe_are_refused(tmp_path: Path, text: str, says: s
 
 
 def test_names_that_are_no_recipe_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"choose one of rekv, rlivs, hybrid, or a FILE\.toml"):
+    with pytest.raises(RecipeError, match=r"choose one of rekv, livevlm, rlivs, hybrid, or a FILE\.toml"):
         recipe("soup")
     with pytest.raises(RecipeError, match="cannot read the recipe"):
         recipe(tmp_path / "missing.toml")
@@ -257,6 +257,8 @@ BROKEN: dict[str, Recipe] = {
     "R8c": REKV.with_stage("retain", Stage("recent")),
     "R10b": MEMORY.with_stage("retrieve", Stage("topk")),
     "R2": MEMORY.with_stage("rebuild", Stage("consecutive")),
+    "R12": LIVEVLM.with_stage("write", Stage("int4")),
+    "R12b": LIVEVLM.with_stage("index", Stage("mean_key")),
     "S1": RLIVS.with_stage("caption", Stage("none"))
     .with_stage("reduce", Stage("identity"))
     .with_stage("retrieve", Stage("none")),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from memdb.retain.pools import short_tokens
 from memdb.retain.view import LayerView
 from memdb.schemas.params import at_least
 
@@ -16,23 +17,34 @@ class Bounded:
     """Keeps at most `budget_tokens` tokens a layer. A method says in which order it would take them.
 
     The budget is a number, not a share, so that a memory of ten hours is as large as one of ten minutes; what is
-    merged counts as any other token.
+    merged counts as any other token. `short_frames`: the newest frames, which stay whole beside the budget, see
+    `memdb.retain.pools`.
     """
 
     budget_tokens: int = 6144
+    short_frames: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
         at_least("retain.budget_tokens", self.budget_tokens, 1)
+        at_least("retain.short_frames", self.short_frames, 0)
 
     def tokens_min(self, frame_tokens: int) -> int:
         """The smallest budget that a method can work with on frames of so many tokens."""
         return 1
 
+    def tokens_max(self, view: LayerView) -> int:
+        """How many tokens of a view may stay."""
+        return self.budget_tokens + short_tokens(view, self.short_frames)
+
     def choose(self, view: LayerView) -> Tensor:
-        """Indices (..., kept) of the tokens that stay, ascending: all of them, or exactly `budget_tokens`."""
-        if view.tokens <= self.budget_tokens:
-            return torch.arange(view.tokens, device=view.k.device).expand_as(view.position)
-        return self.order(view)[..., : self.budget_tokens].sort(-1).values
+        """Indices (..., kept) of the tokens that stay, ascending: all of them, or exactly `tokens_max`."""
+        T, room = view.tokens, self.tokens_max(view)
+        everything = torch.arange(T, device=view.k.device).expand_as(view.position)
+        if room >= T:
+            return everything
+        long = T - (room - self.budget_tokens)
+        kept = self.order(view.first(long))[..., : self.budget_tokens].sort(-1).values
+        return torch.cat((kept, everything[..., long:]), -1)
 
     def order(self, view: LayerView) -> Tensor:
         """Indices (..., T) of the tokens, first the one that is dropped last."""

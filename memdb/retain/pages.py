@@ -32,9 +32,12 @@ class Pages:
 
     def choose(self, q: Tensor, keys: Tensor) -> Tensor:
         """Page numbers, ascending. q (Hq, r, D) unrotated queries of a question; keys (pages, H, D)."""
-        score = page_scores(q, keys)
-        count = math.ceil(round(self.ratio * len(keys), 9))  # 0.1 * 30 is a little more than 3
-        return torch.sort(score, descending=True, stable=True).indices[:count].sort().values
+        best = torch.sort(page_scores(q, keys), descending=True, stable=True).indices
+        return best[: self.count(len(keys))].sort().values
+
+    def count(self, pages: int) -> int:
+        """How many of so many pages are read."""
+        return math.ceil(round(self.ratio * pages, 9))  # 0.1 * 30 is a little more than 3
 
 
 def page_keys(k: Tensor, page_tokens: int) -> Tensor:

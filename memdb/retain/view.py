@@ -68,6 +68,16 @@ class LayerView:
         """(..., T) True for the prototypes of frames."""
         return self.kind == int(BlockKind.PROTOTYPE)
 
+    def first(self, tokens: int) -> LayerView:
+        """The oldest tokens, with the importance that they have in the whole."""
+        if tokens == self.tokens:
+            return self
+        own = slice(tokens)
+        importance = None if self.importance is None else self.importance[..., own]
+        position, frame, kind = (x[..., own] for x in (self.position, self.frame, self.kind))
+        k, v, patch = self.k[..., own, :], self.v[..., own, :], self.patch[..., own, :]
+        return LayerView(k, v, position, frame, patch, kind, self.grid, importance)
+
     def part(self, kept: Tensor) -> LayerView:
         """The tokens `kept` (..., kept). Their importance goes: it was shared out over another set of tokens."""
         position, frame, kind = (x.gather(-1, kept) for x in (self.position, self.frame, self.kind))

@@ -21,6 +21,9 @@ class VisionSink(Bounded):
     they stand. The stream is cut into N = M / B stretches of equal length by original position, and the other
     tokens, best first, fill stretches that hold fewer than B.
 
+    With `short_frames` the window is of the short-term pool, and what it pays the long-term one counts here. Its
+    softmax is the model's own, over everything that is in view, and not over the long-term tokens alone (ours).
+
     `budget_tokens`: M. `bucket_tokens`: B (paper: 1). `top`: R as a share of M (ours, 0.5: the paper names a ratio
     and no value). Where the walk ends before M, because old stretches have few tokens left, the best of the
     remaining fill it (ours). Of equal scores the newest frame stays. There is no public code to differ from.

@@ -2,10 +2,12 @@
 
 from memdb.query.rebuild.consecutive import Consecutive
 from memdb.query.rebuild.original import Original
+from memdb.query.rebuild.restored import Restored
 from memdb.query.rebuild.text import TextOnly
 
 REBUILDERS: dict[str, type[Consecutive] | type[TextOnly] | type[Original]] = {
     "consecutive": Consecutive,
     "text": TextOnly,
     "original": Original,
+    "restored": Restored,
 }

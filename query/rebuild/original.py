@@ -43,13 +43,24 @@ class Original:
         Where a token has three ids they follow from its position; `frame_tokens`: of each frame of the stream.
         """
         n, none = init[0].tokens, np.zeros(0, np.int64)
-        own = [torch.from_numpy(none if kv is None else at) for kv, at in zip(found, positions, strict=True)]
-        ids = [placing.at(n, at, frame_tokens) for at in own]
-        end = Next(_behind(n, own), _behind(n, ids))
-        places = [Places(at, turned, end).to(model.device) for at, turned in zip(own, ids, strict=True)]
+        own = [none if kv is None else at for kv, at in zip(found, positions, strict=True)]
+        end = behind(placing, n, own, frame_tokens)
+        places = [self.seat(placing, n, at, frame_tokens, end).to(model.device) for at in own]
         return CacheContext(model.rotary, init, found, places=places, placing=placing)
 
+    def seat(self, placing: Placing, start: int, positions: Ids, frame_tokens: int, end: Next) -> Places:
+        """Where one layer's tokens stand, behind `start` init tokens; `end`: see `behind`."""
+        at = torch.from_numpy(positions)
+        return Places(at, placing.at(start, at, frame_tokens), end)
 
-def _behind(start: int, numbers: Sequence[Tensor]) -> int:
+
+def behind(placing: Placing, start: int, positions: Sequence[Ids], frame_tokens: int) -> Next:
+    """The place behind the tokens of all layers, and behind `start` init tokens."""
+    own = [torch.from_numpy(at) for at in positions]
+    ids = [placing.at(start, at, frame_tokens) for at in own]
+    return Next(_one_past(start, own), _one_past(start, ids))
+
+
+def _one_past(start: int, numbers: Sequence[Tensor]) -> int:
     """One more than the largest of all, `start` at least."""
     return max([start, *(int(own.max()) + 1 for own in numbers if own.numel())])

@@ -2,10 +2,12 @@
 
 from memdb.query.retrieve.all import ActivateAll
 from memdb.query.retrieve.mmr import CaptionMMR
+from memdb.query.retrieve.pages import MemoryPages
 from memdb.query.retrieve.topk import BlockTopK
 
-RETRIEVERS: dict[str, type[BlockTopK] | type[CaptionMMR] | type[ActivateAll]] = {
+RETRIEVERS: dict[str, type[BlockTopK] | type[CaptionMMR] | type[ActivateAll] | type[MemoryPages]] = {
     "topk": BlockTopK,
     "mmr": CaptionMMR,
     "all": ActivateAll,
+    "pages": MemoryPages,
 }

@@ -37,6 +37,10 @@ class Activated:
             self.rows[there], self.sizes[there], self.counts[there], self.places[mine], self.positions[mine]
         )
 
+    def rows_in_order(self) -> Rows:
+        """The row of each token (tokens,), in the same order as `in_order`."""
+        return np.repeat(self.rows, self.counts)[np.argsort(self.positions, kind="stable")]
+
     def in_order(self) -> tuple[Ids, Ids]:
         """Places and positions, both (tokens,), in the order of positions, which is the encoder's.
 
