@@ -176,7 +176,7 @@ def at_original(
     frames = blocks["tokens"][blocks["kind"] != BlockKind.PROTOTYPE]  # all of the same size
     placing = session.model.placing(spec.sample_fps, spec.grid)
     frame_tokens = int(frames[0]) if len(frames) else 1
-    return method.rebuild(session.model, init, got.kv, got.positions, frame_tokens, placing)
+    return method.rebuild(session.rotated(spec), init, got.kv, got.positions, frame_tokens, placing)
 
 
 def rebuild(session: Session, decided: Decided, got: Retrieved, room: int) -> CacheContext:
@@ -206,7 +206,7 @@ def rebuild(session: Session, decided: Decided, got: Retrieved, room: int) -> Ca
             assert got.cache is not None
             context = got.cache
     else:
-        context = CacheContext(session.model.rotary, init, [None] * len(init), window=stages.window_tokens)
+        context = CacheContext(decided.model.rotary, init, [None] * len(init), window=stages.window_tokens)
     if got.caption_ids:
         with torch.inference_mode():
             session.model.forward(session.model.embed(got.caption_ids), context)
