@@ -194,6 +194,22 @@ def test_m6_with_factor_1_it_is_the_rotation_as_it_is(
     assert digests[2] != digests[0]
 
 
+def test_r11_positions_beyond_what_the_model_reads_are_told(tmp_path: Path) -> None:
+    """The film's last token stands at n + 159, however little of it is remembered."""
+    n, prompt = (len(ids) for ids in (wrapped().init_ids(INIT_PROMPT), wrapped().prompt_ids(QUESTION)))
+    reached = n + FRAMES * 16 + prompt + 1  # of two answer tokens one is fed
+    row = memory_recipe("recent", 20)
+    for name, trained, warned in (("a", (reached - 1) // 2, True), ("b", (reached + 1) // 2, False)):
+        ingest(tmp_path / name, pictures(FRAMES), recipe=with_yarn(row, 2.0, trained))
+        with reopened(tmp_path / name) as db:
+            answer = db.ask(QUESTION, mode="kv")
+        reach = 2 * trained
+        assert len(answer.token_ids) == 2
+        assert [f"positions reach {reached}, more than the {reach}" in text for text in answer.warnings] == (
+            [True] if warned else []
+        ), (answer.warnings, reached)
+
+
 # What is left to the model, and what cannot be
 
 
