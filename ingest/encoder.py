@@ -29,6 +29,7 @@ from memdb.models.caption_vectors import CaptionVectors
 from memdb.models.places import LINE
 from memdb.models.protocol import VideoModel
 from memdb.models.window import LayerKV, WindowContext
+from memdb.models.yarn import stretched
 from memdb.retain.keep_all import KeepAll
 from memdb.retain.template import Prototypes, Template, prototypes
 from memdb.schemas.errors import CorruptionError
@@ -85,6 +86,7 @@ class StreamEncoder:
         """`sample_fps`, raw frames a second, and `grid`: the recording's, for models whose ids count them. `seed`:
         the recording's, for reducers that draw.
         """
+        model = stretched(model, stages.scaling)
         self._placing = model.placing(sample_fps, grid)
         self._model, self._stages, self._vectors = model, stages, vectors
         self._init_ids, self._seed = tuple(init_ids), seed

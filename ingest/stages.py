@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from memdb import codecs
 from memdb.codecs.base import Codec
@@ -17,13 +17,17 @@ from memdb.ingest.reduce.ctr import CausalTemporal
 from memdb.ingest.reduce.recurrent import Recurrent
 from memdb.ingest.units import UNITS
 from memdb.ingest.units.base import UnitStage
+from memdb.models.protocol import VideoModel
+from memdb.models.yarn import stretched
 from memdb.retain import PROBED, RETAINERS
 from memdb.retain.base import Bounded
 from memdb.retain.keep_all import KeepAll
+from memdb.retain.tar_van import TarVan
 from memdb.schemas.errors import RecipeError
 from memdb.schemas.legality import check
 from memdb.schemas.params import bare, build
-from memdb.schemas.recipe import Recipe
+from memdb.schemas.recipe import Recipe, Stage
+from memdb.schemas.scaling import RopeScaling, scaling_of
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class IngestStages:
     index: MeanKey
     codec: Codec | None
     profile: str
+    scaling: RopeScaling
 
     def check_frames(self, frame_tokens: int) -> None:
         """Whether frames of so many tokens suit these stages. Raises RecipeError."""
@@ -70,7 +75,28 @@ def compose(recipe: Recipe) -> IngestStages:
         index=MeanKey(),
         codec=codecs.codec(recipe.codec) if recipe.keeps_kv else None,
         profile=recipe.profile,
+        scaling=scaling_of(recipe),
     )
+
+
+def written_out(recipe: Recipe, model: VideoModel, frame_tokens: int) -> Recipe:
+    """The recipe with what it leaves to the model as numbers, so that a recording says by which it was made.
+
+    That is a budget in frames of so many tokens, and YaRN's factor and trained length.
+    Raises RecipeError, and UnsupportedModel for a rotation that cannot be scaled.
+    """
+    retain = build("retain", recipe.retain, RETAINERS)
+    if isinstance(retain, TarVan) and retain.budget_frames:
+        params = {"budget_tokens": retain.budget_frames * frame_tokens, **recipe.retain.params}
+        recipe = recipe.with_stage("retain", Stage("tar_van", {**params, "budget_frames": 0}))
+    if recipe.rebuild.method == "yarn":
+        asked = scaling_of(recipe)
+        scaling = RopeScaling(
+            asked.factor or model.yarn_factor, asked.trained_tokens or model.shape.context_tokens_max
+        )
+        stretched(model, scaling)
+        recipe = recipe.with_stage("rebuild", recipe.rebuild.with_params(**asdict(scaling)))
+    return recipe
 
 
 def _check_probe(recipe: Recipe, encode: object) -> None:

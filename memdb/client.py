@@ -130,7 +130,7 @@ class Client:
         from memdb.ingest.run import Diverged
         from memdb.ingest.sampling import slot_ns
         from memdb.ingest.sources import open_source
-        from memdb.ingest.stages import compose
+        from memdb.ingest.stages import compose, written_out
         from memdb.query.stages import compose as compose_query
         from memdb.recipes import for_live
 
@@ -152,13 +152,15 @@ class Client:
                     row = self._recipe(recipe, profile, codec, settings, fitted)
                     if opened.info.live:
                         row = for_live(row, fitted["hybrid"])
-                    stages = compose(row)
                     known = next((found for found in store.recordings() if found.name == name), None)
                     grid = (
                         known.spec.grid if known is not None else None
                     )  # one a recording, whatever comes later
                     grid = grid or model.frame_grid(opened.info.height, opened.info.width)
-                    stages.check_frames(model.shape.tokens_of(grid))
+                    frame_tokens = model.shape.tokens_of(grid)
+                    row = written_out(row, model, frame_tokens)
+                    stages = compose(row)
+                    stages.check_frames(frame_tokens)
                     compose_query(row)
                     vectors = self._vectors(stages.captioner.encoder) if row.keeps_captions else None
                 store.bind_model(model.identity)

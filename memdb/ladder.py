@@ -12,7 +12,9 @@ from torch import Tensor
 from memdb.models.places import place
 from memdb.models.protocol import Pixels, VideoModel
 from memdb.models.uncut import uncut_states
+from memdb.models.yarn import stretched
 from memdb.schemas.rows import RecordingSpec
+from memdb.schemas.scaling import scaling_of
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ def compare(
     if spec.recipe.has_memory:  # what a memory holds is in view, however far back
         window = 1 << 30
     windowed = bool(spec.recipe.rebuild.params.get("windowed", False))
+    model = stretched(model, scaling_of(spec.recipe))
     with torch.inference_mode():
         frames = model.visual_tokens(pixels)
         init, prompt = model.embed(spec.init_ids), model.embed(prompt_ids)

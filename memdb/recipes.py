@@ -56,6 +56,32 @@ RLIVS = Recipe(
     rebuild=Stage("text", {"windowed": False, "time_text_s": 0.0}),
     answer=Stage("greedy", {"tokens_max": 256}),
 )
+INFINIPOT_V = Recipe(
+    name="infinipot-v",  # arXiv 2506.15745
+    unit=Stage("block", {"first_frames": 32, "frames": 8, "unit_s_max": 120.0}),
+    reduce=Stage("identity"),
+    encode=Stage("chunk", {"chunk_frames": 8, "init_prompt": INIT_PROMPT}),
+    caption=Stage("none"),
+    write=Stage("fp16"),
+    retain=Stage("tar_van", {"budget_frames": 24, "tar": 0.5, "recent": 0.25, "pooling": "0.2,0.4,0.6"}),
+    index=Stage("mean_key"),
+    retrieve=Stage("all"),
+    rebuild=Stage("original"),
+    answer=Stage("greedy", {"tokens_max": 256}),
+)
+STREAMMEM = Recipe(
+    name="streammem",  # arXiv 2508.15717
+    unit=Stage("clip", {"frames": 8, "unit_s_max": 120.0}),
+    reduce=Stage("merge", {"delta": 0.95, "unit_s_max": 120.0}),
+    encode=Stage("chunk", {"chunk_frames": 8, "init_prompt": INIT_PROMPT, "probe": "template"}),
+    caption=Stage("none"),
+    write=Stage("fp16"),
+    retain=Stage("template", {"budget_tokens": 6144, "prototype_share": 0.25}),
+    index=Stage("mean_key"),
+    retrieve=Stage("all"),
+    rebuild=Stage("yarn", {"factor": 0.0, "trained_tokens": 0}),  # zeros: the model's own
+    answer=Stage("greedy", {"tokens_max": 256}),
+)
 HYBRID = Recipe(
     name="hybrid",  # ours: both tiers under one commit
     unit=Stage("clip", {"frames": 16, "unit_s_max": 120.0}),
@@ -83,12 +109,22 @@ HYBRID = Recipe(
 )
 LIVE_UNIT_S_MAX = 10.0
 LIVE_CHUNK_FRAMES = 4
-RECIPES: dict[str, Recipe] = {"rekv": REKV, "livevlm": LIVEVLM, "rlivs": RLIVS, "hybrid": HYBRID}
+RECIPES: dict[str, Recipe] = {
+    "rekv": REKV,
+    "infinipot-v": INFINIPOT_V,
+    "streammem": STREAMMEM,
+    "livevlm": LIVEVLM,
+    "rlivs": RLIVS,
+    "hybrid": HYBRID,
+}
 
 # Where a paper and its released code differ; `fixed` is the row above.
 PROFILE_CHANGES: dict[tuple[str, str], tuple[str, ...]] = {
     ("rekv", "paper"): ("retrieve.sim=cos",),
     ("rekv", "code"): (),  # the init tokens count twice in one step: encode/window reads the profile
+    ("infinipot-v", "paper"): ("unit.unit_s_max=0",),
+    ("infinipot-v", "code"): ("unit.unit_s_max=0", "retain.pooling=none"),  # rule R4 says why it cannot be
+    ("streammem", "paper"): ("unit.unit_s_max=0", "reduce.unit_s_max=0"),
     ("livevlm", "paper"): ("unit.unit_s_max=0",),
     ("rlivs", "paper"): ("caption.tokens_max=1024", "unit.unit_s_max=0"),
     ("rlivs", "code"): ("caption.tokens_max=1024", "unit.unit_s_max=0", "retrieve.caption_tokens=20000"),

@@ -175,7 +175,7 @@ def at_original(
     assert got.positions is not None
     spec = opened.row.spec
     placing = session.model.placing(spec.sample_fps, spec.grid)
-    return method.rebuild(session.model, init, got.kv, got.positions, frame_tokens(opened), placing)
+    return method.rebuild(session.rotated(spec), init, got.kv, got.positions, frame_tokens(opened), placing)
 
 
 def rebuild(session: Session, decided: Decided, got: Retrieved, room: int) -> CacheContext:
@@ -205,7 +205,7 @@ def rebuild(session: Session, decided: Decided, got: Retrieved, room: int) -> Ca
             assert got.cache is not None
             context = got.cache
     else:
-        context = CacheContext(session.model.rotary, init, [None] * len(init), window=stages.window_tokens)
+        context = CacheContext(decided.model.rotary, init, [None] * len(init), window=stages.window_tokens)
     if got.caption_ids:
         with torch.inference_mode():
             session.model.forward(session.model.embed(got.caption_ids), context)

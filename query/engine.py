@@ -112,7 +112,7 @@ class Engine:
         """
         session, model = self._session, self._session.model
         opened = session.open(Question(text, "kv", recording))[0]
-        init = session.init(opened.row.spec.init_ids)
+        init = session.init(opened.row.spec)
         context = everything(session, opened, init, compose(opened.row.spec.recipe))
         ids = model.prompt_ids(text)
         with torch.inference_mode():

@@ -61,7 +61,8 @@ def read_pages(
     def seat(layer: int, start: int) -> Places:
         return seating.seat(placing, start, stands[layer], size, end).to(model.device)
 
-    context = RetrievalContext(model.rotary, init, fetch, seat=seat, placing=placing)
+    rotary = session.rotated(spec).rotary
+    context = RetrievalContext(rotary, init, fetch, seat=seat, placing=placing)
     with (
         kv.reader.pinned(),
         kv.knowing([own.rows for own in memory.layers], readings),

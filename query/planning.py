@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from memdb.models.protocol import VideoModel
 from memdb.models.window import LayerKV
 from memdb.query import captions as caption_tier
 from memdb.query import scope
@@ -26,10 +27,14 @@ from memdb.schemas.times import to_s
 
 @dataclass(frozen=True, eq=False)
 class Decided:
-    """What a question will do. `chosen`: the recording whose KV is read; `ranked`: captions ranked already."""
+    """What a question will do. `chosen`: the recording whose KV is read; `ranked`: captions ranked already.
+
+    `model`: as it rotates for that recording, by which `init` was computed.
+    """
 
     plan: Plan
     stages: QueryStages
+    model: VideoModel
     init: list[LayerKV]
     chosen: Opened | None
     ranked: list[caption_tier.Ranked] | None
@@ -47,10 +52,10 @@ def decide(
     """Choose the recording, then plan. Raises ModelMismatch, QuestionError, NoPlanFits."""
     best, ranked = _choose(within.opened, ranked, warnings)
     chosen = _own_kv(session, question, within.opened, best, warnings)
-    plan, stages, init, memory = _plan(session, question, within, chosen, costs)
-    if memory is not None and plan.mode in ("kv", "both"):
-        warnings += [f"an older memory was used: {bad}; run memdb verify" for bad in memory.bad]
-    return Decided(plan, stages, init, chosen, ranked, memory)
+    decided = _plan(session, question, within, chosen, ranked, costs)
+    if decided.memory is not None and decided.plan.mode in ("kv", "both"):
+        warnings += [f"an older memory was used: {bad}; run memdb verify" for bad in decided.memory.bad]
+    return decided
 
 
 def plan_what_is_left(
@@ -61,15 +66,12 @@ def plan_what_is_left(
     if mode == "kv" and decided.chosen is None:
         return None
     try:
-        plan, stages, init, memory = _plan(
-            session, replace(question, mode=mode), within, decided.chosen, costs
-        )
+        asked = replace(question, mode=mode)
+        left = _plan(session, asked, within, decided.chosen, decided.ranked, costs)
     except (NoPlanFits, QuestionError):
         return None
     why = f"nothing that mode {decided.plan.mode} needs could be read"
-    return Decided(
-        replace(plan, reasons=(why, *within.reasons)), stages, init, decided.chosen, decided.ranked, memory
-    )
+    return replace(left, plan=replace(left.plan, reasons=(why, *within.reasons)))
 
 
 def _choose(
@@ -123,15 +125,17 @@ def _own_kv(
 
 
 def _plan(
-    session: Session, question: Question, within: Within, chosen: Opened | None, costs: Costs
-) -> tuple[Plan, QueryStages, list[LayerKV], Memory | None]:
+    session: Session,
+    question: Question,
+    within: Within,
+    chosen: Opened | None,
+    ranked: list[caption_tier.Ranked] | None,
+    costs: Costs,
+) -> Decided:
     opened = within.opened
     spec = (chosen or opened[0]).row.spec
     stages = compose(spec.recipe)
-    own = spec.model.fingerprint == session.model.identity.fingerprint
-    # Ids are of the vocabulary of the model that encoded; another one writes the same prompt in its own.
-    prompt = str(spec.recipe.encode.params.get("init_prompt", ""))
-    init = session.init(spec.init_ids if own else tuple(session.model.init_ids(prompt)))
+    init = session.init(spec)
     head_tokens = session.head_tokens(opened)
     shape, element_bytes = session.model.shape, session.model.dtype.itemsize
     held = scope.holdings(chosen, opened, shape, element_bytes, init[0].tokens, head_tokens)
@@ -167,7 +171,8 @@ def _plan(
         budget=question.budget,
         recordings=tuple(one.row.name for one in opened),
     )
-    return replace(plan, reasons=plan.reasons + within.reasons), stages, init, memory
+    plan = replace(plan, reasons=plan.reasons + within.reasons)
+    return Decided(plan, stages, session.rotated(spec), init, chosen, ranked, memory)
 
 
 def _stamp_tokens(session: Session, stages: QueryStages, chosen: Opened | None) -> float:

@@ -14,6 +14,7 @@ from memdb.query.session import Session
 from memdb.query.stored import Readings
 from memdb.schemas.answer import Answer, Evidence, Used
 from memdb.schemas.question import Question
+from memdb.schemas.scaling import scaling_of
 from memdb.schemas.times import to_s
 
 
@@ -52,11 +53,12 @@ def report(
         moment_s = newest_s if moment_s is None else moment_s
         lag_s = max(0.0, moment_s - newest_s)
     if chosen is not None and got.kv and chosen.row.spec.recipe.has_memory:
-        reached, reach = max(layer.next.id for layer in context.layers), model.shape.context_tokens_max
+        reached, reach = max(layer.next.id for layer in context.layers), _reach(chosen)
         if reached > reach:
             warnings.append(
                 f"positions reach {reached}, more than the {reach} that the model was trained on (R11): ingest with "
-                "rebuild = 'restored' and rebuild.consecutive = true, which closes the gaps"
+                "rebuild = 'yarn' and a larger rebuild.factor, or with rebuild = 'restored' and "
+                "rebuild.consecutive = true, which closes the gaps"
             )
     encoded = (chosen or opened[0]).row.spec.dtype
     dtype = str(model.dtype).removeprefix("torch.")
@@ -75,3 +77,12 @@ def report(
         lag_s=lag_s,
         facts={"model": model.identity.spec, "dtype": dtype, "device": str(model.device)},
     )
+
+
+def _reach(opened: Opened) -> int:
+    """As far as positions may go: what the model was trained on, stretched as the recording's recipe says."""
+    spec = opened.row.spec
+    scaling = scaling_of(spec.recipe)
+    if scaling.is_plain:
+        return spec.model.shape.context_tokens_max
+    return int(scaling.factor * scaling.trained_tokens)

@@ -11,6 +11,7 @@ from memdb.models.caption_vectors import CaptionVectors
 from memdb.models.decode import run_init
 from memdb.models.protocol import VideoModel
 from memdb.models.window import LayerKV, WindowContext
+from memdb.models.yarn import stretched
 from memdb.query import captions as caption_tier
 from memdb.query import scope
 from memdb.query.cost import CostFile, Costs, cost_key
@@ -24,7 +25,8 @@ from memdb.query.stored import StoredKV
 from memdb.reader import SliceReader
 from memdb.schemas.errors import CorruptionError, QuestionError
 from memdb.schemas.question import Question
-from memdb.schemas.rows import RecordingRow
+from memdb.schemas.rows import RecordingRow, RecordingSpec
+from memdb.schemas.scaling import PLAIN, RopeScaling, scaling_of
 from memdb.store import Store
 
 log = logging.getLogger(__name__)
@@ -52,7 +54,7 @@ class Session:
         self._open_kv = open_kv
         self._captions = CaptionIndex(store.path)
         self._opened: dict[str, StoredKV] = {}
-        self._inits: dict[tuple[int, ...], list[LayerKV]] = {}
+        self._inits: dict[tuple[tuple[int, ...], RopeScaling], list[LayerKV]] = {}
         self._kind: KindOf | None = None
 
     def close(self) -> None:
@@ -98,13 +100,26 @@ class Session:
         for recording_id in self._opened.keys() - {row.id for row in self.store.recordings()}:
             self._opened.pop(recording_id).close()
 
-    def init(self, ids: tuple[int, ...]) -> list[LayerKV]:
-        """Keys and values of an init prompt, computed once: it is in the recording as token ids."""
-        if ids not in self._inits:
-            context = WindowContext(self.model.rotary, window=1 << 30)
+    def init(self, spec: RecordingSpec) -> list[LayerKV]:
+        """Keys and values of a recording's init prompt, computed once: it is in the recording as token ids.
+
+        Ids are of the vocabulary of the model that encoded; another one writes the same prompt in its own.
+        """
+        ids, scaling = spec.init_ids, scaling_of(spec.recipe)
+        if spec.model.fingerprint != self.model.identity.fingerprint:
+            prompt = str(spec.recipe.encode.params.get("init_prompt", ""))
+            ids, scaling = tuple(self.model.init_ids(prompt)), PLAIN
+        if (ids, scaling) not in self._inits:
+            context = WindowContext(self.rotated(spec).rotary, window=1 << 30)
             run_init(self.model, ids, context)
-            self._inits[ids] = context.init
-        return self._inits[ids]
+            self._inits[ids, scaling] = context.init
+        return self._inits[ids, scaling]
+
+    def rotated(self, spec: RecordingSpec) -> VideoModel:
+        """The model as its contexts rotate for a recording: as that was encoded, if this model encoded it."""
+        if spec.model.fingerprint != self.model.identity.fingerprint:
+            return self.model
+        return stretched(self.model, scaling_of(spec.recipe))
 
     def load_encoders(self, question: Question) -> None:
         """The encoders of the captions in question; the caller keeps them."""

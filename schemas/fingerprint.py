@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from memdb.schemas.recipe import ENCODING_STAGES, Recipe, canonical
+from memdb.schemas.scaling import scaling_of
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,13 @@ def encoding_fingerprint(
     """What must be equal for two stretches of KV to stand in one context.
 
     The model, stages 1 to 5 with every parameter, the init prompt, the sample rate, the seed, the dtype of encoding
-    and the grid of a frame's tokens, where the model fits it to the film. The storage codec is no part of it unless
-    the encoder reads back what was stored.
+    the grid of a frame's tokens, where the model fits it to the film, and the scaling of the rotation, where there is
+    one: the encoder rotates by it as the answer does. The storage codec is no part of it unless the encoder reads
+    back what was stored.
     """
     stages = {name: _plain(recipe.stage(name).as_json()) for name in ENCODING_STAGES}
+    scaling = scaling_of(recipe)
+    rope = [float(scaling.factor), scaling.trained_tokens]
     return digest_of(
         {
             "model": model,
@@ -73,6 +77,7 @@ def encoding_fingerprint(
             "seed": seed,
             "dtype": dtype,
             **({"grid": list(grid)} if grid is not None else {}),
+            **({} if scaling.is_plain else {"rope_scaling": rope}),
         }
     )
 

@@ -33,6 +33,12 @@ RULES: tuple[Rule, ...] = (
         "or retrieve to mmr",
     ),
     Rule(
+        "R4",
+        lambda r: r.profile == "code" and r.retain.method == "tar_van",
+        "the released code keeps other tokens in every KV head, and neither keep sets nor positions can follow that: "
+        "take profile paper or fixed; the code's own choice runs by python -m tools.run_kernel tar_van_code",
+    ),
+    Rule(
         "R5",
         lambda r: (
             r.reduce.method == "ctr"
@@ -99,9 +105,9 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "R2",
-        lambda r: (r.rebuild.method in ("original", "restored")) != r.has_memory,
+        lambda r: (r.rebuild.method in ("original", "restored", "yarn")) != r.has_memory,
         "original positions are those of encode chunk, which sees tokens where they stand in the stream; a window has "
-        "places of its own: set both encode = 'chunk' and rebuild = 'original' or 'restored', or neither",
+        "places of its own: set both encode = 'chunk' and rebuild = 'original', 'restored' or 'yarn', or neither",
     ),
     Rule(
         "R12",

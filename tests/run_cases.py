@@ -71,8 +71,28 @@ SETTINGS = {
         "caption.encoder=input-embeddings",
     ),
     "bounded": (f"encode.chunk_frames={CHUNK}",),
+    # Thinned from the second block on, which is the first of three frames.
+    "infinipot-v": (
+        f"encode.chunk_frames={CHUNK}",
+        "unit.first_frames=6",
+        "unit.frames=3",
+        "retain.budget_frames=5",
+    ),
+    "streammem": (
+        f"encode.chunk_frames={CHUNK}",
+        "unit.frames=3",
+        "reduce.delta=0.99",
+        "retain.budget_tokens=20",
+    ),
 }
-CODEC = {"rekv": "int4", "rlivs": None, "hybrid": "int4", "bounded": "int4"}
+CODEC = {
+    "rekv": "int4",
+    "rlivs": None,
+    "hybrid": "int4",
+    "bounded": "int4",
+    "infinipot-v": "int4",
+    "streammem": "int4",
+}
 NAME = "lobby"
 # A bounded memory whose reach is that of a window: the newest five frames, in clips of three.
 BUDGET_TOKENS = 20

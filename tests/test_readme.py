@@ -82,7 +82,7 @@ def test_the_blocks_run_in_order(
 def test_the_map_of_recipes_is_that_of_the_code() -> None:
     [found] = [rows for rows in tables() if rows[0][0] == "recipe"]
     assert found[0] == ["recipe", *STAGES]
-    rows = {re.sub(r"\[(\w+)\]\(.*\)", r"\1", row[0]): row[1:] for row in found[1:]}
+    rows = {re.sub(r"\[([\w-]+)\]\(.*\)", r"\1", row[0]): row[1:] for row in found[1:]}
     assert rows == {name: [row.stage(s).method for s in STAGES] for name, row in RECIPES.items()}
 
 

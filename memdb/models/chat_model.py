@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from memdb.models import attention
 from memdb.models.attention import Context, NoRotation
 from memdb.models.rotary import Rotary
 from memdb.models.sheet import PLAIN, ModelSheet
+from memdb.models.yarn import is_default
 from memdb.schemas.errors import UnsupportedModel
 from memdb.schemas.fingerprint import ModelIdentity, ModelShape, digest_of
 
@@ -26,6 +27,8 @@ class ChatModel:
     """
 
     identity: ModelIdentity
+    # StreamMem's figure for the family (2508.15717), where a checkpoint brings no scaling of its own.
+    YARN_FACTOR: ClassVar[float] = 1.0
 
     def __init__(
         self, network: Any, tokenizer: Any, sheet: ModelSheet = PLAIN, sections: Sequence[int] = ()
@@ -46,6 +49,10 @@ class ChatModel:
     @property
     def shape(self) -> ModelShape:
         return self.identity.shape
+
+    @property
+    def yarn_factor(self) -> float:
+        return self.YARN_FACTOR if is_default(self.rotary) else 1.0
 
     @property
     def stop_ids(self) -> frozenset[int]:

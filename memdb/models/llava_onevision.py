@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ _LANGUAGE_MODELS = ("qwen2", "qwen3", "llama")
 
 class LlavaOnevision(ChatModel):
     """A transformers LlavaOnevisionForConditionalGeneration, its tokenizer and its frame preprocessing."""
+
+    YARN_FACTOR: ClassVar[float] = 8.0
 
     def __init__(
         self,

@@ -45,6 +45,11 @@ class VideoModel(Protocol):
     def shape(self) -> ModelShape: ...
 
     @property
+    def yarn_factor(self) -> float:
+        """By how much a recipe stretches positions that wants YaRN and names no factor; 1 for not at all."""
+        ...
+
+    @property
     def frames_together(self) -> int:
         """Raw frames that the model sees as one: 1, or 2 where a temporal patch spans two."""
         ...

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from memdb.schemas.scaling import RopeScaling
+
 # Up to here angles come from a table (64 MiB at 64 channels); beyond, which only original positions reach, they are
 # computed for the positions at hand. Both are the same numbers.
 TABLE_POSITIONS_MAX = 1 << 17
@@ -29,8 +31,9 @@ class Rotary:
 
     def __init__(self, inv_freq: Tensor, scaling: float = 1.0, sections: Sequence[int] = ()) -> None:
         self.inv_freq = inv_freq.detach().to(torch.float64)  # (R/2,)
-        self.scaling = scaling
-        self._cos = torch.empty(0, 2 * len(inv_freq), device=inv_freq.device)  # (positions, R)
+        self.scaling, self.sections = scaling, tuple(sections)
+        self.scaled: dict[RopeScaling, Rotary] = {}  # made of this one, see yarn.py
+        self._cos = torch.empty(0, 2 * len(inv_freq), device=inv_freq.device)  # (positions, R) in fp32
         self._sin = self._cos
         pairs = [axis for axis, size in enumerate(sections) for _ in range(size)]
         self._axis = torch.tensor(pairs * 2, dtype=torch.long, device=inv_freq.device)  # (R,) or (0,)

@@ -31,18 +31,21 @@ class TarVan(Bounded):
     more than TaR's share. `pooling`: three rising limits of the coefficient of variation of a layer's norms, below
     which the window is 7, 5 or 3; ours, since no source gives them; "none" switches pooling off. `exempt`: tokens
     that stand for no single patch have no such redundancy; the newest of them stay, up to this share of the budget
-    (ours), the others compete by their norms.
+    (ours), the others compete by their norms. `budget_frames`: the budget in whole frames, as the released code has
+    it, where `budget_tokens` is not named; 0 for none. It becomes tokens when the recipe meets the frames of a model.
 
     Differs from the released code, which is in `tar_van_code`: the place of a token is its true frame and patch
     in every round, keys are unrotated (rotation alone spreads the scores of a static film over 0.4), the set is one
     for all KV heads (scores are averaged over them), averages are over the neighbours that are there, and of equal
-    scores the newest frame wins, in it the lowest patch. Scores count in steps of 2^-16.
+    scores the newest frame wins, in it the lowest patch. Scores count in steps of 2^-16. It thins the memory after
+    every block; the released code knows where the film ends, and leaves its last block whole.
     """
 
     tar: float = 0.5
     recent: float = 0.25
     pooling: str = "0.2,0.4,0.6"
     exempt: float = 0.25
+    budget_frames: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,6 +53,7 @@ class TarVan(Bounded):
         share("retain.recent", self.recent)
         at_least("retain.exempt", self.exempt, 0)
         at_least("1 - retain.exempt", 1 - self.exempt, 0)
+        at_least("retain.budget_frames", self.budget_frames, 0)
         self.limits()
 
     @property
@@ -79,6 +83,7 @@ class TarVan(Bounded):
         return max(1, min(int(self.recent * tokens / frame_tokens), self.tar_tokens // frame_tokens))
 
     def order(self, view: LayerView) -> Tensor:
+        assert not self.budget_frames, "it becomes tokens when the recipe meets a model"
         frame_tokens = view.grid[0] * view.grid[1]
         if self.budget_tokens < self.tokens_min(frame_tokens):
             raise RecipeError(
