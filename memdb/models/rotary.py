@@ -33,7 +33,7 @@ class Rotary:
         self.inv_freq = inv_freq.detach().to(torch.float64)  # (R/2,)
         self.scaling, self.sections = scaling, tuple(sections)
         self.scaled: dict[RopeScaling, Rotary] = {}  # made of this one, see yarn.py
-        self._cos = torch.empty(0, 2 * len(inv_freq), device=inv_freq.device)  # (positions, R) in fp32
+        self._cos = torch.empty(0, 2 * len(inv_freq), device=inv_freq.device)  # (positions, R)
         self._sin = self._cos
         pairs = [axis for axis, size in enumerate(sections) for _ in range(size)]
         self._axis = torch.tensor(pairs * 2, dtype=torch.long, device=inv_freq.device)  # (R,) or (0,)

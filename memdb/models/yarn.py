@@ -61,11 +61,11 @@ def is_default(rotary: Rotary) -> bool:
 def _rotary(rotary: Rotary, scaling: RopeScaling) -> Rotary:
     """Made once: its tables are kept with the rotation that it was made of."""
     assert scaling.factor > 0 < scaling.trained_tokens, "written out when the recipe met the model"
-    if not is_default(rotary):
-        raise UnsupportedModel(
-            "this checkpoint's rotary embedding is scaled already: set rebuild.factor = 1, which leaves it as it is"
-        )
     if scaling not in rotary.scaled:
+        if not is_default(rotary):
+            raise UnsupportedModel(
+                "this checkpoint's rotary embedding is scaled already: set rebuild.factor = 1, which leaves it as it is"
+            )
         inv_freq, grown = yarn(rotary.inv_freq, scaling.factor, scaling.trained_tokens)
         rotary.scaled[scaling] = Rotary(inv_freq, grown, rotary.sections)
     return rotary.scaled[scaling]

@@ -28,6 +28,10 @@ SHEET = ModelSheet(
     joint="joint.safetensors",
     recipes={
         "rekv": (*_SEEN, *_FOUND, "answer.tokens_max=16"),
+        "infinipot-v": ("answer.tokens_max=16",),
+        # As many frames as the paper's 6K hold; and no longer contexts than those it was taught with, whatever its
+        # configuration says.
+        "streammem": ("retain.budget_tokens=512", "rebuild.trained_tokens=1024", "answer.tokens_max=16"),
         "rlivs": ("unit.frames=8", "encode.chunk_frames=8", "caption.tokens_max=48", "answer.tokens_max=16"),
         "hybrid": (
             *_SEEN,
