@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from memdb import codecs
 from memdb.codecs.base import Codec
 from memdb.index.mean_key import MeanKey
+from memdb.index.methods import INDEXED
 from memdb.ingest.encode import CAPTIONERS, ENCODERS
 from memdb.ingest.encode.base import Captioner
 from memdb.ingest.encode.chunk import Chunk
@@ -55,7 +56,6 @@ def compose(recipe: Recipe) -> IngestStages:
     """Raises RecipeError for unknown methods and parameters, values out of range and illegal combinations."""
     check(recipe)
     bare("write", recipe.write, (*codecs.NAMES, "none"))
-    bare("index", recipe.index, ("mean_key", "caption"))
     captioner = build("caption", recipe.caption, CAPTIONERS)
     reduce: Reducer = build("reduce", recipe.reduce, REDUCERS)
     encode, retain = build("encode", recipe.encode, ENCODERS), build("retain", recipe.retain, RETAINERS)
@@ -67,7 +67,7 @@ def compose(recipe: Recipe) -> IngestStages:
         captioner=captioner,
         recurrent=captioner.recurrent(reduce),
         retain=retain,
-        index=MeanKey(),
+        index=build("index", recipe.index, INDEXED),
         codec=codecs.codec(recipe.codec) if recipe.keeps_kv else None,
         profile=recipe.profile,
     )

@@ -109,7 +109,7 @@ def adjusted(
         if not found.keeps_kv:
             raise RecipeError(f"recipe {found.name!r} stores no KV, so --codec {codec} has nothing to act on")
         found = found.with_stage("write", Stage(codec))
-    found = found.with_settings(settings)
+    found = _indexed(found.with_settings(settings))
     check(found)
     return found
 
@@ -124,6 +124,13 @@ def for_live(found: Recipe, hybrid: Recipe = HYBRID) -> Recipe:
     return found.with_stage("unit", found.unit.with_params(unit_s_max=LIVE_UNIT_S_MAX)).with_stage(
         "encode", found.encode.with_params(chunk_frames=LIVE_CHUNK_FRAMES)
     )
+
+
+def _indexed(found: Recipe) -> Recipe:
+    """External retrieval reads embeddings of frames: the index keeps them, without a word, beside the keys."""
+    if found.retrieve.method != "external" or found.index.method != "mean_key":
+        return found
+    return found.with_stage("index", Stage("frame_embedding", found.index.params))
 
 
 def _with_profile(found: Recipe, profile: str) -> Recipe:

@@ -19,6 +19,7 @@ from memdb.query.rebuild.consecutive import Consecutive
 from memdb.query.rebuild.original import Original
 from memdb.query.rebuild.text import CaptionAt, caption_ids
 from memdb.query.retrieve.all import ActivateAll
+from memdb.query.retrieve.external import External
 from memdb.query.retrieve.topk import BlockTopK, Rows, newest
 from memdb.query.scope import Opened
 from memdb.query.session import Session
@@ -106,7 +107,7 @@ def retrieve(
         assert memory is not None, "whoever plans has it"
         activate(session, memory, chosen, got, readings)
         return
-    assert isinstance(method, BlockTopK), "rule R1 sees to it"
+    assert isinstance(method, BlockTopK | External), "rule R1 sees to it"
 
     def fetch(layer: int, rows: Rows) -> LayerKV | None:
         found, whole = kv.read(layer, rows, model.device, model.dtype, readings)
@@ -114,9 +115,13 @@ def retrieve(
         got.kv.append(found)
         return found
 
-    if plan.mode == "recent":
+    if plan.mode == "recent" or isinstance(method, External):
         layers = range(model.shape.layers)
-        rows = [newest(kv.search, layer, chosen.blocks, blocks) for layer in layers]
+        if plan.mode != "recent":
+            best = session.frames_like(text, chosen, method, blocks, readings)
+            rows = [best[kv.table.holds(layer)[best]] for layer in layers]  # R9: what a layer has not, it skips
+        else:
+            rows = [newest(kv.search, layer, chosen.blocks, blocks) for layer in layers]
         with kv.reader.pinned(), kv.knowing(rows, readings):
             for layer in layers:
                 fetch(layer, rows[layer])

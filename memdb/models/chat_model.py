@@ -10,6 +10,7 @@ from torch import Tensor
 
 from memdb.models import attention
 from memdb.models.attention import Context, NoRotation
+from memdb.models.joint import JointHead
 from memdb.models.rotary import Rotary
 from memdb.models.sheet import PLAIN, ModelSheet
 from memdb.schemas.errors import UnsupportedModel
@@ -26,6 +27,7 @@ class ChatModel:
     """
 
     identity: ModelIdentity
+    joint: JointHead | None = None
 
     def __init__(
         self, network: Any, tokenizer: Any, sheet: ModelSheet = PLAIN, sections: Sequence[int] = ()
