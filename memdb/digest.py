@@ -2,8 +2,9 @@
 
 In it: number, span, epoch; blocks with kinds, tokens, spans and positions; slices before compression; scale
 widths; representative keys; embeddings of frames; the keep set of a bounded memory; the caption's text, tokens and
-vector; the key frame. Not in it: offsets, stored lengths, compressed bytes, times of creation, commit ids. So a resumed ingest ends
-with the digest of an uninterrupted one, however its units were grouped into commits and whatever compressed them.
+vector; the key frame. Not in it: offsets, stored lengths, compressed bytes, times of creation, commit ids. So a resumed
+ingest ends with the digest of an uninterrupted one, however its units were grouped into commits and whatever compressed
+them.
 """
 
 from __future__ import annotations

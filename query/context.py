@@ -119,7 +119,9 @@ def retrieve(
         layers = range(model.shape.layers)
         if plan.mode != "recent":
             best = session.frames_like(text, chosen, method, blocks, readings)
-            rows = [best[kv.table.holds(layer)[best]] for layer in layers]  # R9: what a layer has not, it skips
+            rows = [
+                best[kv.table.holds(layer)[best]] for layer in layers
+            ]  # R9: what a layer has not, it skips
         else:
             rows = [newest(kv.search, layer, chosen.blocks, blocks) for layer in layers]
         with kv.reader.pinned(), kv.knowing(rows, readings):

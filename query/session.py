@@ -111,8 +111,8 @@ class Session:
         encoder = load_frame_encoder(str(spec.recipe.index.params.get("encoder", JOINT)), self.model)
         if encoder.name != spec.frame_encoder:
             raise EncodingMismatch(
-                f"the frames of {spec.name!r} were seen by {spec.frame_encoder!r}, and {encoder.name!r} is here: put the "
-                "encoder back that was there, or ingest again under another --recording"
+                f"the frames of {spec.name!r} were seen by {spec.frame_encoder!r}, and {encoder.name!r} is here: put "
+                "the encoder back that was there, or ingest again under another --recording"
             )
         found = opened.kv.frames.of(opened.kv.table.blocks)
         readings.bad += found.problems

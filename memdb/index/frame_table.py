@@ -46,7 +46,9 @@ class FrameTable:
             )
         vectors = np.zeros((len(blocks), max(sizes, default=0)), np.float32)
         there = np.zeros(len(blocks), bool)
-        for at, (unit, block) in enumerate(zip(blocks["unit"].tolist(), blocks["block"].tolist(), strict=True)):
+        for at, (unit, block) in enumerate(
+            zip(blocks["unit"].tolist(), blocks["block"].tolist(), strict=True)
+        ):
             own = self._known.get(unit)
             if own is not None and block < len(own):
                 vectors[at], there[at] = own[block], True

@@ -22,8 +22,8 @@ def load_frame_encoder(name: str, model: VideoModel) -> FrameEncoder:
         return _image_text(name, model.device)
     if model.joint is None:
         raise UnsupportedModel(
-            f"{model.identity.spec!r} has no joint head for frames and questions: set index.encoder to a CLIP or SigLIP "
-            "(a name such as google/siglip-so400m-patch14-384, or a folder), or retrieve = 'topk'"
+            f"{model.identity.spec!r} has no joint head for frames and questions: set index.encoder to a CLIP or "
+            "SigLIP (a name such as google/siglip-so400m-patch14-384, or a folder), or retrieve = 'topk'"
         )
     return model.joint
 

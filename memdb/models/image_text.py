@@ -64,7 +64,9 @@ class ImageText:
                 )
         except Exception as error:  # transformers raises what its parts raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            raise ModelNotFound(f"index.encoder {name!r} cannot be loaded ({reason}): copy it again") from error
+            raise ModelNotFound(
+                f"index.encoder {name!r} cannot be loaded ({reason}): copy it again"
+            ) from error
         stem = folder.name if local else name
         return cls(network.to(device), tokenizer, _preprocessing(place), stem)
 
