@@ -265,7 +265,10 @@ def test_another_encoder_than_the_one_that_saw_the_frames_is_refused(
 
     save_image_text(folder, "clip", seed=1)
     frame_encoder._image_text.cache_clear()
-    with reopened(tmp_path / "s") as db, pytest.raises(EncodingMismatch, match="put the encoder back that was there"):
+    with (
+        reopened(tmp_path / "s") as db,
+        pytest.raises(EncodingMismatch, match="put the encoder back that was there"),
+    ):
         db.ask(QUESTION, mode="kv")
     with pytest.raises(EncodingMismatch):
         ingest(tmp_path / "s", pictures(6), settings=settings)
