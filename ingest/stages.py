@@ -18,7 +18,7 @@ from memdb.ingest.reduce.ctr import CausalTemporal
 from memdb.ingest.reduce.recurrent import Recurrent
 from memdb.ingest.units import UNITS
 from memdb.ingest.units.base import UnitStage
-from memdb.retain import PROBED, RETAINERS
+from memdb.retain import RETAINERS
 from memdb.retain.base import Bounded
 from memdb.retain.keep_all import KeepAll
 from memdb.schemas.errors import RecipeError
@@ -59,7 +59,7 @@ def compose(recipe: Recipe) -> IngestStages:
     captioner = build("caption", recipe.caption, CAPTIONERS)
     reduce: Reducer = build("reduce", recipe.reduce, REDUCERS)
     encode, retain = build("encode", recipe.encode, ENCODERS), build("retain", recipe.retain, RETAINERS)
-    _check_probe(recipe, encode)
+    _check_probe(recipe, encode, retain)
     return IngestStages(
         unit=build("unit", recipe.unit, UNITS),
         reduce=reduce,
@@ -73,9 +73,9 @@ def compose(recipe: Recipe) -> IngestStages:
     )
 
 
-def _check_probe(recipe: Recipe, encode: object) -> None:
+def _check_probe(recipe: Recipe, encode: object, retain: object) -> None:
     """R18: importance comes from a probe, and a probe is for a retainer that looks at it."""
-    uses = recipe.retain.method in PROBED
+    uses = isinstance(retain, Bounded) and retain.hears
     if isinstance(encode, Chunk) and uses != (encode.probe != "none"):
         what = (
             "looks at the importance of a probe: set encode.probe"

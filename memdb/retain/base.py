@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ class Bounded:
     The budget is a number, not a share, so that a memory of ten hours is as large as one of ten minutes; what is
     merged counts as any other token.
     """
+
+    hears: ClassVar[bool] = False  # whether it looks at the importance that a probe gives to tokens (R18)
 
     budget_tokens: int = 6144
 
