@@ -64,7 +64,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "R14b",
         lambda r: r.retrieve.method == "external" and r.index.method != "frame_embedding",
-        "external retrieval gives one list of frames for all layers, from embeddings of frames that nothing here keeps: "
+        "external retrieval gives one list of frames for all layers, by embeddings of frames that nothing here keeps: "
         "set index = 'frame_embedding', or retrieve = 'topk'",
     ),
     Rule(
