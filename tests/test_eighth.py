@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def test_one_file_and_one_line_are_an_eighth_method(tmp_path: Path, monkeypatch:
 
 def held_by_hand(moments: list[Any]) -> None:
     """Of memory and chunk the tokens with the smallest keys: none that went is smaller than one that stayed."""
-    for before, after in zip(moments, moments[1:], strict=False):
+    for before, after in pairwise(moments):
         for old, new in zip(before.layers, after.layers, strict=True):
             norms = {int(one): float(k) for one, k in zip(old.id, norm(old.k), strict=True)}
             stays = {int(one): float(k) for one, k in zip(new.id, norm(new.k), strict=True)}
