@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from memdb import codecs
@@ -21,6 +22,7 @@ from memdb.ingest.units.base import UnitStage
 from memdb.retain import RETAINERS
 from memdb.retain.base import Bounded
 from memdb.retain.keep_all import KeepAll
+from memdb.retain.tar_van import TarVan
 from memdb.schemas.errors import RecipeError
 from memdb.schemas.legality import check
 from memdb.schemas.params import bare, build
@@ -39,10 +41,19 @@ class IngestStages:
     codec: Codec | None
     profile: str
 
-    def check_frames(self, frame_tokens: int) -> None:
-        """Whether frames of so many tokens suit these stages. Raises RecipeError."""
+    def check_frames(self, frame_tokens: int, grid: tuple[int, int] | None = None) -> None:
+        """Whether frames of so many tokens suit these stages. Raises RecipeError.
+
+        grid: rows and columns of a frame, where a recording has its own.
+        """
         if isinstance(self.reduce, CausalTemporal):
             self.reduce.kept(frame_tokens)
+        squared = math.isqrt(frame_tokens) ** 2 == frame_tokens
+        if isinstance(self.retain, TarVan) and self.retain.pooling != "none" and grid is None and not squared:
+            raise RecipeError(
+                f"the recipe is not legal (R5) on this model: TaR + VaN pools over neighbouring patches, and a "
+                f"frame of {frame_tokens} tokens has no rows and columns here: set retain.pooling = 'none'"
+            )
         if isinstance(self.retain, Bounded):
             least = self.retain.tokens_min(frame_tokens)
             if self.retain.budget_tokens < least:

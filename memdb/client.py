@@ -159,7 +159,7 @@ class Client:
                         known.spec.grid if known is not None else None
                     )  # one a recording, whatever comes later
                     grid = grid or model.frame_grid(opened.info.height, opened.info.width)
-                    stages.check_frames(model.shape.tokens_of(grid))
+                    stages.check_frames(model.shape.tokens_of(grid), grid)
                     compose_query(row)
                     vectors = self._vectors(stages.captioner.encoder) if row.keeps_captions else None
                 store.bind_model(model.identity)

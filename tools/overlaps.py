@@ -102,7 +102,7 @@ def kept_sets(
     for name in BOUNDED:
         recipe = bounded_recipe(name, budget_tokens, clip)
         stages = compose(recipe)
-        stages.check_frames(model.shape.tokens_of(grid))
+        stages.check_frames(model.shape.tokens_of(grid), grid)
         init = model.init_ids(str(recipe.encode.params["init_prompt"]))
         encoder = StreamEncoder(model, stages, init, None, grid=grid)
         keep = [unit.keep for unit in (*encoder.step(frames), *encoder.finish())][-1]
