@@ -115,19 +115,20 @@ def retrieve(
         got.kv.append(found)
         return found
 
-    if plan.mode == "recent" or isinstance(method, External):
-        layers = range(model.shape.layers)
-        if plan.mode != "recent":
-            best = session.frames_like(text, chosen, method, blocks, readings)
-            rows = [
-                best[kv.table.holds(layer)[best]] for layer in layers
-            ]  # R9: what a layer has not, it skips
-        else:
-            rows = [newest(kv.search, layer, chosen.blocks, blocks) for layer in layers]
+    rows: list[Rows] | None = None
+    layers = range(model.shape.layers)
+    if plan.mode == "recent":
+        rows = [newest(kv.search, layer, chosen.blocks, blocks) for layer in layers]
+    elif isinstance(method, External):
+        best = session.frames_like(text, chosen, method, blocks, readings)
+        rows = [best[kv.table.holds(layer)[best]] for layer in layers]  # R9: what a layer has not, it skips
+    if rows is not None:
         with kv.reader.pinned(), kv.knowing(rows, readings):
             for layer in layers:
                 fetch(layer, rows[layer])
         return
+
+    assert isinstance(method, BlockTopK), "the others know their blocks before a layer runs"
 
     def fetch_best(layer: int, q: torch.Tensor) -> LayerKV | None:
         query = fold(q, model.shape.kv_heads).cpu().numpy()

@@ -67,7 +67,7 @@ class SlidingWindow:
                 final = model.forward(torch.cat(list(chunk)), context)
                 parts.append(context.fresh)
                 if states is not None:
-                    states += final.split([len(frame) for frame in chunk])
+                    states += torch.split(final, [len(frame) for frame in chunk])
         if len(parts) == 1:
             return parts[0]
         return [
