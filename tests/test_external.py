@@ -34,6 +34,9 @@ from memdb.schemas.errors import (
 )
 from memdb.schemas.rows import Part
 from memdb.store import Store
+from memdb.world.questions import Asker
+from memdb.world.scenes import plan
+from memdb.world.source import painted
 from tests.image_text_cases import SIDE, TEXT_TOKENS, save_image_text
 from tests.model_cases import (
     INIT_PROMPT,
@@ -207,6 +210,25 @@ def test_a_model_without_a_head_says_what_to_set(tmp_path: Path) -> None:
         pytest.raises(UnsupportedModel, match=r"no joint head.*index\.encoder"),
     ):
         db.ingest([(0.0, pictures(1)[0])], recording="film", recipe="rekv", settings=SETTINGS)
+
+
+def test_the_embedded_models_head_finds_what_was_asked_for(tmp_path: Path) -> None:
+    """In its world, where the truth is known: far more of the evidence than as many frames by chance."""
+    scenes, found, frames = plan(1, 60), [], 8
+    asked = [
+        one
+        for one in Asker(scenes, 1).some(2)
+        if one.spans and one.kind in ("gist", "detail", "place", "motion")
+    ]
+    settings = ("retrieve=external", f"retrieve.blocks={frames}", "answer.tokens_max=1")
+    with connect(tmp_path / "s", device="cpu") as db:
+        db.ingest(painted(scenes), recording="film", recipe="rekv", sample_fps=1.0, settings=settings)
+        for one in asked:
+            read = seconds(db.ask(one.text, mode="kv"))
+            true = {at for start, end in one.spans for at in range(start, end)}
+            found.append(len(read & true) / min(frames, len(true)))
+    assert len(found) >= 4
+    assert float(np.mean(found)) > 0.6, "chance gives 8 of 60"
 
 
 # CLIP and SigLIP
