@@ -24,6 +24,7 @@ from memdb.models.load import load_model
 from memdb.models.random_llava import save_random_llava
 from memdb.query.retrieve.external import External
 from memdb.query.stored import StoredKV
+from memdb.repair import repair
 from memdb.schemas.errors import (
     EncodingMismatch,
     Interrupted,
@@ -405,6 +406,40 @@ def test_what_is_forgotten_or_later_than_the_moment_is_not_found(
     after = seconds(taken(path, monkeypatch)[1])
     assert before - {gone} < after, "the next best came for it"
     assert gone not in after
+
+
+def test_copies_and_a_catalog_made_anew_have_the_same_vectors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "s"
+    ingest(path, pictures(FRAMES), settings=SETTINGS)
+    before, vectors = taken(path, monkeypatch)[0], embeddings(path)
+    with connect(path) as db:
+        digest = db.digest()
+        db.export("film", tmp_path / "film.recording", format="memdb")
+    with connect(tmp_path / "other") as db:
+        db.import_(tmp_path / "film.recording")
+        assert db.digest() == digest
+    repair(path)
+    for copy in (path, tmp_path / "other"):
+        assert np.array_equal(embeddings(copy), vectors)
+        assert taken(copy, monkeypatch)[0] == before
+
+
+def test_pairs_of_frames_on_three_position_ids_are_found_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Qwen2.5-VL: a block is a pair, and so is its vector."""
+    path = tmp_path / "s"
+    ingest(path, pictures(12), model="random-qwen:0", settings=SETTINGS)
+    found = embeddings(path)
+    assert len(found) == 6
+    model = wrapped("random-qwen:0")
+    words = model.embed(model.encode_text(QUESTION)).mean(0)
+    query = perceptron(head_of(model), "joint_text", words).tolist()
+    rows, answer = taken(path, monkeypatch)
+    assert rows == [nearest(found, query, BLOCKS)] * model.shape.layers
+    assert not answer.warnings
 
 
 def seconds(answer: Any) -> set[int]:
