@@ -8,6 +8,7 @@ from dataclasses import asdict, astuple, dataclass, field, replace
 from itertools import groupby
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
@@ -15,6 +16,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from memdb.codecs.pack import pack_unit
+from memdb.index.frame_embedding import unit_vectors
 from memdb.ingest.encode.base import ClipSeen, no_kv
 from memdb.ingest.encode.chunk import Chunk
 from memdb.ingest.encode.window import SlidingWindow
@@ -26,6 +28,8 @@ from memdb.ingest.reduce.ctr import CausalTemporal
 from memdb.ingest.reduce.merge_frames import MergeFrames
 from memdb.ingest.stages import IngestStages
 from memdb.models.caption_vectors import CaptionVectors
+from memdb.models.image_text import ImageText
+from memdb.models.joint import JointHead
 from memdb.models.places import LINE
 from memdb.models.protocol import VideoModel
 from memdb.models.window import LayerKV, WindowContext
@@ -89,6 +93,7 @@ class StreamEncoder:
         model = stretched(model, stages.scaling)
         self._placing = model.placing(sample_fps, grid)
         self._model, self._stages, self._vectors = model, stages, vectors
+        self._frames = stages.index.open(model)
         self._init_ids, self._seed = tuple(init_ids), seed
         self.laps = laps or Laps()
         self.start_fresh(Counters())
@@ -186,15 +191,27 @@ class StreamEncoder:
         together, pixels = self._model.frames_together, [frame.pixels for frame in frames]
         seen_as_one = [frames[first : first + together] for first in range(0, len(frames), together)]
         saliency: list[Tensor | None] = [None] * len(seen_as_one)
+        vectors: list[Tensor | None] = [None] * len(seen_as_one)
         with self.laps("vision"):
             if isinstance(self._stages.reduce, CausalTemporal):
                 tokens, looked = self._model.salient_tokens(pixels)  # (F, N, E), (F, N)
                 saliency = list(looked)
             else:
                 tokens = self._model.visual_tokens(pixels)
+        if isinstance(self._frames, ImageText):
+            with self.laps("index"):
+                vectors = list(self._frames.of_pictures([raw[0].picture for raw in seen_as_one]))
         return [
-            SeenFrame(raw[0].number, raw[0].start_ns, raw[-1].end_ns, seen, raw[0].picture, looked_at)
-            for raw, seen, looked_at in zip(seen_as_one, tokens, saliency, strict=True)
+            SeenFrame(
+                raw[0].number,
+                raw[0].start_ns,
+                raw[-1].end_ns,
+                seen,
+                raw[0].picture,
+                saliency=looked_at,
+                vector=vector,
+            )
+            for raw, seen, looked_at, vector in zip(seen_as_one, tokens, saliency, vectors, strict=True)
         ]
 
     def _extend(self, frame: SeenFrame) -> list[list[SeenFrame]]:
@@ -248,24 +265,38 @@ class StreamEncoder:
         groups = self._reduce(groups)
         if self._memory is not None:  # each unit is encoded against what the one before it left in memory
             return [self._remember(group) for group in groups]
-        kv = self._encode([frame for group in groups for frame in group])
-        units, at = [], 0
+        frames, states = [frame for group in groups for frame in group], list[Tensor]()
+        kv, embeddings = self._encode(frames, states), self._embeddings(frames, states)
+        units, at, first = [], 0, 0
         for group in groups:
             T = sum(len(frame.tokens) for frame in group)
             own = None if kv is None else [layer.part(at, at + T) for layer in kv]
-            units.append(self._unit(group, own))
-            at += T
+            found = None if embeddings is None else embeddings[first : first + len(group)]
+            units.append(self._unit(group, own, embeddings=found))
+            at, first = at + T, first + len(group)
         return units
 
-    def _encode(self, frames: Sequence[SeenFrame]) -> list[LayerKV] | None:
+    def _encode(self, frames: Sequence[SeenFrame], states: list[Tensor]) -> list[LayerKV] | None:
         encode, window = self._stages.encode, self._window
         if window is None or not isinstance(encode, SlidingWindow):
             return None
         with self.laps("encode"):
-            kv = encode.encode(self._model, window, [frame.tokens for frame in frames])
+            asked = states if isinstance(self._frames, JointHead) else None
+            kv = encode.encode(self._model, window, [frame.tokens for frame in frames], asked)
         came = [Held(frame.start_ns, frame.end_ns, len(frame.tokens)) for frame in frames]
         self._in_window = newest([*self._in_window, *came], window.local[0].tokens)
         return kv
+
+    def _embeddings(
+        self, frames: Sequence[SeenFrame], states: Sequence[Tensor]
+    ) -> npt.NDArray[np.float16] | None:
+        """(F, E) of frames, where the index keeps them: of their pictures, or of their final states."""
+        if self._frames is None:
+            return None
+        with self.laps("index"):
+            if isinstance(self._frames, JointHead):
+                return unit_vectors([self._frames.of_frame(own) for own in states])
+            return unit_vectors([frame.vector for frame in frames if frame.vector is not None])
 
     def _remember(self, group: Sequence[SeenFrame]) -> Unit:
         """Encode a unit against the memory, and let the retainer decide what of both stays."""
@@ -304,6 +335,7 @@ class StreamEncoder:
         kv: Sequence[LayerKV] | None,
         made: Prototypes | None = None,
         keep: KeepSet | None = None,
+        embeddings: npt.NDArray[np.float16] | None = None,
     ) -> Unit:
         caption = self._caption(group, kv)
         blocks, packed, keys = no_blocks(), None, None
@@ -334,6 +366,7 @@ class StreamEncoder:
             caption=caption,
             keyframe=group[0].jpeg(),
             keep=keep,
+            embeddings=embeddings,
         )
         self.counters.unit += 1
         return unit

@@ -40,6 +40,7 @@ class SeenFrame:
     saliency (N,): what the vision tower looks at, where a reducer asks for it. raster (G,): at which of the N places
     its tokens stood, None where none was taken away. count: frames that were merged. latest (E,): embedding of the
     newest of them as it came; None for a frame that is alone. likeness: cosine with the frame before it in its unit.
+    vector (E',): of its picture in one space with questions, where the index keeps that.
     """
 
     number: int
@@ -52,6 +53,7 @@ class SeenFrame:
     count: int = 1
     latest: Tensor | None = None
     likeness: float = 0.0
+    vector: Tensor | None = None
 
     @property
     def embedding(self) -> Tensor:
@@ -80,16 +82,18 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 
 def joined(first: SeenFrame, second: SeenFrame, share: float) -> SeenFrame:
-    """Two neighbours as one frame over both spans: `share` of the second one's tokens and saliency, in fp32."""
+    """Two neighbours as one frame over both spans: `share` of the second one's tokens, saliency, vector, in fp32."""
     tokens = torch.lerp(first.tokens.float(), second.tokens.float(), share).to(first.tokens.dtype)
-    saliency = None
-    if first.saliency is not None and second.saliency is not None:
-        saliency = torch.lerp(first.saliency, second.saliency, share)
+    saliency, vector = (
+        torch.lerp(one, other, share) if one is not None and other is not None else None
+        for one, other in ((first.saliency, second.saliency), (first.vector, second.vector))
+    )
     return replace(
         first,
         end_ns=second.end_ns,
         tokens=tokens,
         saliency=saliency,
+        vector=vector,
         count=first.count + second.count,
         latest=second.embedding,
     )

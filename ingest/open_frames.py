@@ -19,6 +19,8 @@ def frame_tensors(name: str, frame: SeenFrame) -> dict[str, Tensor]:
         found[f"{name}.saliency"] = frame.saliency
     if frame.latest is not None:
         found[f"{name}.latest"] = frame.latest
+    if frame.vector is not None:
+        found[f"{name}.vector"] = frame.vector
     return found
 
 
@@ -39,5 +41,6 @@ def frame_from(name: str, row: Row, tensors: Mapping[str, Tensor], jpeg: bytes) 
         jpeg,
         saliency=tensors.get(f"{name}.saliency"),
         latest=tensors.get(f"{name}.latest"),
+        vector=tensors.get(f"{name}.vector"),
     )
     return replace(frame, count=int(more[0]), likeness=float(more[1])) if more else frame

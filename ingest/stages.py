@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 
 from memdb import codecs
 from memdb.codecs.base import Codec
 from memdb.index.mean_key import MeanKey
+from memdb.index.methods import INDEXED
 from memdb.ingest.encode import CAPTIONERS, ENCODERS
 from memdb.ingest.encode.base import Captioner
 from memdb.ingest.encode.chunk import Chunk
@@ -19,7 +21,7 @@ from memdb.ingest.units import UNITS
 from memdb.ingest.units.base import UnitStage
 from memdb.models.protocol import VideoModel
 from memdb.models.yarn import stretched
-from memdb.retain import PROBED, RETAINERS
+from memdb.retain import RETAINERS
 from memdb.retain.base import Bounded
 from memdb.retain.keep_all import KeepAll
 from memdb.retain.tar_van import TarVan
@@ -43,10 +45,19 @@ class IngestStages:
     profile: str
     scaling: RopeScaling
 
-    def check_frames(self, frame_tokens: int) -> None:
-        """Whether frames of so many tokens suit these stages. Raises RecipeError."""
+    def check_frames(self, frame_tokens: int, grid: tuple[int, int] | None = None) -> None:
+        """Whether frames of so many tokens suit these stages. Raises RecipeError.
+
+        grid: rows and columns of a frame, where a recording has its own.
+        """
         if isinstance(self.reduce, CausalTemporal):
             self.reduce.kept(frame_tokens)
+        squared = math.isqrt(frame_tokens) ** 2 == frame_tokens
+        if isinstance(self.retain, TarVan) and self.retain.pooling != "none" and grid is None and not squared:
+            raise RecipeError(
+                f"the recipe is not legal (R5) on this model: TaR + VaN pools over neighbouring patches, and a "
+                f"frame of {frame_tokens} tokens has no rows and columns here: set retain.pooling = 'none'"
+            )
         if isinstance(self.retain, Bounded):
             least = self.retain.tokens_min(frame_tokens)
             if self.retain.budget_tokens < least:
@@ -60,11 +71,10 @@ def compose(recipe: Recipe) -> IngestStages:
     """Raises RecipeError for unknown methods and parameters, values out of range and illegal combinations."""
     check(recipe)
     bare("write", recipe.write, (*codecs.NAMES, "none"))
-    bare("index", recipe.index, ("mean_key", "page_key", "caption"))
     captioner = build("caption", recipe.caption, CAPTIONERS)
     reduce: Reducer = build("reduce", recipe.reduce, REDUCERS)
     encode, retain = build("encode", recipe.encode, ENCODERS), build("retain", recipe.retain, RETAINERS)
-    _check_probe(recipe, encode)
+    _check_probe(recipe, encode, retain)
     return IngestStages(
         unit=build("unit", recipe.unit, UNITS),
         reduce=reduce,
@@ -72,7 +82,7 @@ def compose(recipe: Recipe) -> IngestStages:
         captioner=captioner,
         recurrent=captioner.recurrent(reduce),
         retain=retain,
-        index=MeanKey(),
+        index=build("index", recipe.index, INDEXED),
         codec=codecs.codec(recipe.codec) if recipe.keeps_kv else None,
         profile=recipe.profile,
         scaling=scaling_of(recipe),
@@ -99,9 +109,9 @@ def written_out(recipe: Recipe, model: VideoModel, frame_tokens: int) -> Recipe:
     return recipe
 
 
-def _check_probe(recipe: Recipe, encode: object) -> None:
+def _check_probe(recipe: Recipe, encode: object, retain: object) -> None:
     """R18: importance comes from a probe, and a probe is for a retainer that looks at it."""
-    uses = recipe.retain.method in PROBED
+    uses = isinstance(retain, Bounded) and retain.hears
     if isinstance(encode, Chunk) and uses != (encode.probe != "none"):
         what = (
             "looks at the importance of a probe: set encode.probe"

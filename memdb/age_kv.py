@@ -105,7 +105,7 @@ def gathered(unit: Unit, spec: RecordingSpec, codec: str, keep: KeepSet) -> Unit
     blocks = unit.blocks.copy()
     blocks["tokens"][~np.isin(np.arange(len(blocks)), [int(row["block"]) for row in rows])] = 0
     if not rows:
-        return replace(unit, blocks=blocks, kv=None, keys=None, held=None)
+        return replace(unit, blocks=blocks, kv=None, keys=None, held=None, embeddings=None)
     kv = lay_out(raws, np.array(rows, SLICE_DTYPE), planes.element_bytes(codec, spec.dtype))
     none = tuple(np.zeros(len(own_ids), np.int64) for own_ids in ids)  # where they stand, the keep sets say
     return replace(unit, blocks=blocks, kv=kv, held=KeepSet(ids, none))

@@ -32,6 +32,7 @@ _BYTES_COLUMN = {
     Part.KV: "kv_bytes",
     Part.KEEP: "keep_sets_bytes",
     Part.HELD: "keep_sets_bytes",
+    Part.EMBEDDINGS: "keys_bytes",
 }
 # Kinds of record with a table of their own: the table, and its columns after recording and number.
 EVENTS: dict[Kind, tuple[str, tuple[str, ...], tuple[str, ...]]] = {

@@ -347,10 +347,17 @@ def digest(store: str, recording: str | None, tier: str, as_json: bool) -> None:
 @_json
 def recipes(as_json: bool) -> None:
     """The pipeline map: a row a recipe, a column a stage."""
-    from memdb.recipes import RECIPES
+    from memdb.recipes import CONTROLS, PROFILE_CHANGES, RECIPES
 
     if as_json:
-        _print_json({"recipes": {name: row.as_json() for name, row in RECIPES.items()}})
+        document: dict[str, object] = {
+            part: {name: row.as_json() for name, row in rows.items()}
+            for part, rows in (("recipes", RECIPES), ("controls", CONTROLS))
+        }
+        profiles = {
+            name: [*(which for owner, which in PROFILE_CHANGES if owner == name), "fixed"] for name in RECIPES
+        }
+        _print_json({"stages": list(STAGES), **document, "profiles": profiles})
         return
     table = [["recipe", *STAGES]] + [
         [name, *(row.stage(s).method for s in STAGES)] for name, row in RECIPES.items()

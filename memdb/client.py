@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from memdb.captions import CaptionIndex
     from memdb.compact import CompactProgress, CompactReport
     from memdb.forget import ForgetReport
+    from memdb.index.mean_key import MeanKey
     from memdb.ingest.run import IngestReport, Progress
     from memdb.ladder import LadderReport
     from memdb.models.caption_vectors import CaptionVectors
@@ -160,13 +161,22 @@ class Client:
                     frame_tokens = model.shape.tokens_of(grid)
                     row = written_out(row, model, frame_tokens)
                     stages = compose(row)
-                    stages.check_frames(frame_tokens)
+                    stages.check_frames(frame_tokens, grid)
                     compose_query(row)
                     vectors = self._vectors(stages.captioner.encoder) if row.keeps_captions else None
                 store.bind_model(model.identity)
                 started_ns = started_at_ns(given_ns, known, opened)
                 spec = self._spec_of(
-                    row, name, opened.info, sample_fps, seed, started_ns, model, vectors, grid
+                    row,
+                    name,
+                    opened.info,
+                    sample_fps,
+                    seed,
+                    started_ns,
+                    model,
+                    vectors,
+                    grid,
+                    stages.index,
                 )
                 done = self._done(store, spec)
                 if done is not None:
@@ -205,11 +215,13 @@ class Client:
         model: VideoModel,
         vectors: CaptionVectors | None,
         grid: tuple[int, int] | None,
+        index: MeanKey,
     ) -> RecordingSpec:
         from memdb.schemas.fingerprint import encoding_fingerprint
         from memdb.schemas.rows import RecordingSpec
 
         dtype = str(model.dtype).removeprefix("torch.")
+        frames = index.open(model)
         init_ids = tuple(model.init_ids(str(recipe.encode.params.get("init_prompt", ""))))
         return RecordingSpec(
             name=name,
@@ -231,9 +243,11 @@ class Client:
                 seed=seed,
                 dtype=dtype,
                 grid=grid,
+                frame_encoder=frames.name if frames is not None else "",
             ),
             caption_encoder=vectors.name if vectors is not None else "",
             grid=grid,
+            frame_encoder=frames.name if frames is not None else "",
         )
 
     def _done(self, store: Store, spec: RecordingSpec) -> IngestReport | None:

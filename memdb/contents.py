@@ -91,17 +91,20 @@ def without_blocks(unit: Unit, gone: npt.NDArray[np.bool_], element_bytes: int) 
     if not gone.any() or unit.kv is None:
         return replace(unit, blocks=blocks)
     if not blocks["tokens"].any():  # what was remembered then is told by the unit before
-        return replace(unit, blocks=blocks, kv=None, keys=None, keep=None, held=None)
+        return replace(unit, blocks=blocks, kv=None, keys=None, keep=None, held=None, embeddings=None)
     keep, held = (
         kept.without_blocks(unit.number, np.flatnonzero(gone)) if kept is not None else None
         for kept in (unit.keep, unit.held)
     )
-    keys = None
+    keys = embeddings = None
     if unit.keys is not None:
         keys = unit.keys.copy()
         keys[:, gone] = 0
+    if unit.embeddings is not None:
+        embeddings = unit.embeddings.copy()
+        embeddings[gone] = 0
     kv = _kept_slices(unit.kv, ~gone, element_bytes)
-    return replace(unit, blocks=blocks, kv=kv, keys=keys, keep=keep, held=held)
+    return replace(unit, blocks=blocks, kv=kv, keys=keys, keep=keep, held=held, embeddings=embeddings)
 
 
 def _kept_slices(kv: PackedKV, kept: npt.NDArray[np.bool_], element_bytes: int) -> PackedKV:
@@ -129,6 +132,15 @@ def check_unit(unit: Unit) -> None:
         raise StoreError(
             f"unit {unit.number}: keys must be float16 (L, {len(unit.blocks)}, H*D), "
             f"not {unit.keys.dtype} {unit.keys.shape}"
+        )
+    if unit.embeddings is not None and (
+        unit.embeddings.ndim != 2
+        or unit.embeddings.dtype != np.float16
+        or len(unit.embeddings) != len(unit.blocks)
+    ):
+        raise StoreError(
+            f"unit {unit.number}: embeddings must be float16 ({len(unit.blocks)}, E), "
+            f"not {unit.embeddings.dtype} {unit.embeddings.shape}"
         )
     if unit.kv is not None:
         _check_packed(unit.number, unit.kv, len(unit.blocks))
@@ -186,6 +198,8 @@ def _parts_of(unit: Unit) -> list[tuple[Part, Buffer]]:
         parts.append((Part.KEEP, keep_set.encode(unit.keep)))
     if unit.held is not None:
         parts.append((Part.HELD, keep_set.encode(unit.held)))
+    if unit.embeddings is not None:
+        parts.append((Part.EMBEDDINGS, np.ascontiguousarray(unit.embeddings, "<f2").tobytes()))
     if unit.kv is not None:
         parts.append((Part.KV, np.ascontiguousarray(unit.kv.payload).data))
     return parts
@@ -207,6 +221,14 @@ def keys_from(row: UnitRow, data: bytes) -> npt.NDArray[np.float16]:
         raise _damaged(row, "its representative keys have no known form")
     shape = (row.layers, row.block_count, len(data) // rows_bytes if rows_bytes else 0)
     return np.frombuffer(data, "<f2").reshape(shape).astype(np.float16, copy=False)
+
+
+def embeddings_from(row: UnitRow, data: bytes) -> npt.NDArray[np.float16]:
+    """(blocks, E) float16."""
+    row_bytes = np.dtype("<f2").itemsize * row.block_count
+    if not row_bytes or not data or len(data) % row_bytes:
+        raise _damaged(row, "its embeddings have no known form")
+    return np.frombuffer(data, "<f2").reshape(row.block_count, -1).astype(np.float16, copy=False)
 
 
 def keep_from(row: UnitRow, data: bytes) -> KeepSet:
@@ -265,6 +287,7 @@ def unit_from(row: UnitRow, body: bytes, element_bytes: int) -> Unit:
         parts.get(Part.KEYFRAME),
         keep_from(row, parts[Part.KEEP]) if Part.KEEP in parts else None,
         keep_from(row, parts[Part.HELD]) if Part.HELD in parts else None,
+        embeddings_from(row, parts[Part.EMBEDDINGS]) if Part.EMBEDDINGS in parts else None,
     )
 
 

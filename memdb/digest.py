@@ -1,9 +1,10 @@
 """The content of a unit as a digest: what was kept, not how it lies on disk.
 
 In it: number, span, epoch; blocks with kinds, tokens, spans and positions; slices before compression; scale
-widths; representative keys; the keep set of a bounded memory; the caption's text, tokens and vector; the key
-frame. Not in it: offsets, stored lengths, compressed bytes, times of creation, commit ids. So a resumed ingest ends
-with the digest of an uninterrupted one, however its units were grouped into commits and whatever compressed them.
+widths; representative keys; embeddings of frames; the keep set of a bounded memory; the caption's text, tokens and
+vector; the key frame. Not in it: offsets, stored lengths, compressed bytes, times of creation, commit ids. So a resumed
+ingest ends with the digest of an uninterrupted one, however its units were grouped into commits and whatever compressed
+them.
 """
 
 from __future__ import annotations
@@ -60,6 +61,9 @@ def digests_of(unit: Unit) -> TierDigests:
         kv += [b"keep", keep_set.content(unit.keep)]
     if unit.held is not None:
         kv += [b"held", keep_set.content(unit.held)]
+    if unit.embeddings is not None:
+        shape = np.array(unit.embeddings.shape, "<i8").tobytes()
+        kv += [b"embeddings", shape, np.ascontiguousarray(unit.embeddings, "<f2").tobytes()]
     captions = [b"captions", head]
     if unit.caption is not None:
         captions += [

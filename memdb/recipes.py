@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from memdb.schemas.errors import RecipeError
@@ -118,6 +119,19 @@ RECIPES: dict[str, Recipe] = {
     "hybrid": HYBRID,
 }
 
+# What every memory must beat at the same budget (H4): no paper's, no row of the map, and known by name all the same.
+_CONTROL = replace(
+    REKV,
+    unit=Stage("clip", {"frames": 8, "unit_s_max": 120.0}),
+    encode=Stage("chunk", {"chunk_frames": 8, "init_prompt": INIT_PROMPT}),
+    retrieve=Stage("all"),
+    rebuild=Stage("original"),
+)
+CONTROLS: dict[str, Recipe] = {
+    name: replace(_CONTROL, name=name, retain=Stage(name, {"budget_tokens": 6144}))
+    for name in ("uniform", "recent")
+}
+
 # Where a paper and its released code differ; `fixed` is the row above.
 PROFILE_CHANGES: dict[tuple[str, str], tuple[str, ...]] = {
     ("rekv", "paper"): ("retrieve.sim=cos",),
@@ -144,14 +158,39 @@ def recipe(
     `known`: the recipes by name, as a model may have fitted them to itself. Raises RecipeError for unknown names and
     for combinations that are not legal (the rule is in the message).
     """
-    text = str(name)
-    if text in known:
-        found = known[text]
+    text, named = str(name), {**CONTROLS, **known}
+    if text in named:
+        found = named[text]
     elif text.endswith(".toml"):
-        found = read_toml(Path(text), known)
+        found = read_toml(Path(text), named)
     else:
-        raise RecipeError(f"unknown recipe {text!r}: choose one of {', '.join(known)}, or a FILE.toml")
+        raise RecipeError(
+            f"unknown recipe {text!r}: choose one of {', '.join(known)}, or a FILE.toml; "
+            f"as controls there are {', '.join(CONTROLS)}"
+        )
     return adjusted(found, profile=profile, codec=codec, settings=settings)
+
+
+def control(found: Recipe, method: str) -> Recipe:
+    """A recipe with a bounded memory, with a control in the place of what its paper keeps: all else is equal.
+
+    So it is also without the probe, which a control does not look at. Raises RecipeError where there is no budget.
+    """
+    if method not in CONTROLS:
+        raise RecipeError(f"unknown control {method!r}: choose one of {', '.join(CONTROLS)}")
+    budget = found.retain.params.get("budget_tokens")
+    if not found.has_memory or not budget:
+        raise RecipeError(
+            f"recipe {found.name!r} has no budget that a control could have too: set encode = 'chunk' and "
+            "retain.budget_tokens"
+        )
+    encode = {name: value for name, value in found.encode.params.items() if not name.startswith("probe")}
+    return replace(
+        found,
+        name=f"{found.name}-{method}",
+        encode=Stage("chunk", encode),
+        retain=Stage(method, {"budget_tokens": budget}),
+    )
 
 
 def adjusted(
@@ -164,7 +203,7 @@ def adjusted(
         if not found.keeps_kv:
             raise RecipeError(f"recipe {found.name!r} stores no KV, so --codec {codec} has nothing to act on")
         found = found.with_stage("write", Stage(codec))
-    found = found.with_settings(settings)
+    found = _indexed(found.with_settings(settings))
     check(found)
     return found
 
@@ -179,6 +218,13 @@ def for_live(found: Recipe, hybrid: Recipe = HYBRID) -> Recipe:
     return found.with_stage("unit", found.unit.with_params(unit_s_max=LIVE_UNIT_S_MAX)).with_stage(
         "encode", found.encode.with_params(chunk_frames=LIVE_CHUNK_FRAMES)
     )
+
+
+def _indexed(found: Recipe) -> Recipe:
+    """External retrieval reads embeddings of frames: the index keeps them, without a word, beside the keys."""
+    if found.retrieve.method != "external" or found.index.method != "mean_key":
+        return found
+    return found.with_stage("index", Stage("frame_embedding", found.index.params))
 
 
 def _with_profile(found: Recipe, profile: str) -> Recipe:

@@ -26,7 +26,14 @@ import xxhash
 
 from memdb.applying import STREAM, drop_empty
 from memdb.catalog import Catalog
-from memdb.contents import caption_from, digests_from, keep_from, keys_from, stored_element_bytes
+from memdb.contents import (
+    caption_from,
+    digests_from,
+    embeddings_from,
+    keep_from,
+    keys_from,
+    stored_element_bytes,
+)
 from memdb.database import CATALOG
 from memdb.digest import TIERS, check_digest, recording_hash
 from memdb.files import unlink
@@ -235,6 +242,11 @@ class Store:
         """(L, blocks, H*D) representative keys of a unit, verified. Raises CorruptionError."""
         row, data = self._part(row, Part.KEYS)
         return None if data is None else keys_from(row, data)
+
+    def read_embeddings(self, row: UnitRow) -> npt.NDArray[np.float16] | None:
+        """(blocks, E) of a unit's frames, verified; None where there are none. Raises CorruptionError."""
+        row, data = self._part(row, Part.EMBEDDINGS)
+        return None if data is None else embeddings_from(row, data)
 
     def read_keep(self, row: UnitRow) -> KeepSet | None:
         """What a bounded memory held after a unit, verified; None where that is not told. Raises CorruptionError."""

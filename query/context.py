@@ -20,6 +20,7 @@ from memdb.query.rebuild.consecutive import Consecutive
 from memdb.query.rebuild.original import Original
 from memdb.query.rebuild.text import CaptionAt, caption_ids
 from memdb.query.retrieve.all import ActivateAll
+from memdb.query.retrieve.external import External
 from memdb.query.retrieve.pages import MemoryPages
 from memdb.query.retrieve.topk import BlockTopK, Rows, newest
 from memdb.query.scope import Opened
@@ -113,7 +114,7 @@ def retrieve(
             session, text, method, stages.rebuild, memory, chosen, decided.init, readings
         )
         return
-    assert isinstance(method, BlockTopK), "rule R1 sees to it"
+    assert isinstance(method, BlockTopK | External), "rule R1 sees to it"
 
     def fetch(layer: int, rows: Rows) -> LayerKV | None:
         found, whole = kv.read(layer, rows, model.device, model.dtype, readings)
@@ -121,13 +122,20 @@ def retrieve(
         got.kv.append(found)
         return found
 
+    rows: list[Rows] | None = None
+    layers = range(model.shape.layers)
     if plan.mode == "recent":
-        layers = range(model.shape.layers)
         rows = [newest(kv.search, layer, chosen.blocks, blocks) for layer in layers]
+    elif isinstance(method, External):
+        best = session.frames_like(text, chosen, method, blocks, readings)
+        rows = [best[kv.table.holds(layer)[best]] for layer in layers]  # R9: what a layer has not, it skips
+    if rows is not None:
         with kv.reader.pinned(), kv.knowing(rows, readings):
             for layer in layers:
                 fetch(layer, rows[layer])
         return
+
+    assert isinstance(method, BlockTopK), "the others know their blocks before a layer runs"
 
     def fetch_best(layer: int, q: torch.Tensor) -> LayerKV | None:
         query = fold(q, model.shape.kv_heads).cpu().numpy()

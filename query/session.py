@@ -9,6 +9,7 @@ from memdb.captions import CaptionIndex
 from memdb.index.key_search import default_backend
 from memdb.models.caption_vectors import CaptionVectors
 from memdb.models.decode import run_init
+from memdb.models.frame_encoder import JOINT, load_frame_encoder, question_vector
 from memdb.models.protocol import VideoModel
 from memdb.models.window import LayerKV, WindowContext
 from memdb.models.yarn import stretched
@@ -18,12 +19,13 @@ from memdb.query.cost import CostFile, Costs, cost_key
 from memdb.query.kinds import KindOf, by_rules
 from memdb.query.measure import measure
 from memdb.query.rebuild.text import around
-from memdb.query.retrieve.topk import BlockTopK
+from memdb.query.retrieve.external import External
+from memdb.query.retrieve.topk import BlockTopK, Rows
 from memdb.query.scope import Opened
 from memdb.query.stages import compose
-from memdb.query.stored import StoredKV
+from memdb.query.stored import Readings, StoredKV
 from memdb.reader import SliceReader
-from memdb.schemas.errors import CorruptionError, QuestionError
+from memdb.schemas.errors import CorruptionError, EncodingMismatch, QuestionError
 from memdb.schemas.question import Question
 from memdb.schemas.rows import RecordingRow, RecordingSpec
 from memdb.schemas.scaling import PLAIN, RopeScaling, scaling_of
@@ -99,6 +101,25 @@ class Session:
         """Let go of recordings that are gone as a whole: their keys are in memory still."""
         for recording_id in self._opened.keys() - {row.id for row in self.store.recordings()}:
             self._opened.pop(recording_id).close()
+
+    def frames_like(
+        self, text: str, opened: Opened, method: External, blocks: int, readings: Readings
+    ) -> Rows:
+        """Rows of the key table, ascending: the frames nearest to a question, one list for all layers (R14).
+
+        Raises EncodingMismatch where another encoder is at hand than the one that saw the frames.
+        """
+        spec = opened.row.spec
+        encoder = load_frame_encoder(str(spec.recipe.index.params.get("encoder", JOINT)), self.model)
+        if encoder.name != spec.frame_encoder:
+            raise EncodingMismatch(
+                f"the frames of {spec.name!r} were seen by {spec.frame_encoder!r}, and {encoder.name!r} is here: put "
+                "the encoder back that was there, or ingest again under another --recording"
+            )
+        found = opened.kv.frames.of(opened.kv.table.blocks)
+        readings.bad += found.problems
+        query = question_vector(encoder, self.model, text).cpu().numpy()
+        return method.select(found.vectors, query, opened.blocks & found.there, blocks)
 
     def init(self, spec: RecordingSpec) -> list[LayerKV]:
         """Keys and values of a recording's init prompt, computed once: it is in the recording as token ids.

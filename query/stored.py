@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from memdb.index.frame_table import FrameTable
 from memdb.index.key_search import KeySearch
 from memdb.index.key_table import KeyTable
 from memdb.models.window import LayerKV
@@ -58,6 +59,7 @@ class StoredKV:
 
         self.row, self.reader = row, reader
         self.table = KeyTable.open(store, row.id)
+        self.frames = FrameTable(store, row.id)
         self.search = KeySearch(self.table, backend=backend, sim=cast(Sim, sim))
         self._pieces = PieceTable(store, row.id)
         self._unpacker = Unpacker(row.spec)

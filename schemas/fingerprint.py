@@ -56,13 +56,14 @@ def encoding_fingerprint(
     seed: int,
     dtype: str,
     grid: tuple[int, int] | None = None,
+    frame_encoder: str = "",
 ) -> str:
     """What must be equal for two stretches of KV to stand in one context.
 
     The model, stages 1 to 5 with every parameter, the init prompt, the sample rate, the seed, the dtype of encoding
-    the grid of a frame's tokens, where the model fits it to the film, and the scaling of the rotation, where there is
-    one: the encoder rotates by it as the answer does. The storage codec is no part of it unless the encoder reads
-    back what was stored.
+    the grid of a frame's tokens, where the model fits it to the film, the encoder of frames, where all of them are to
+    be in one space with a question, and the scaling of the rotation, where there is one: the encoder rotates by it as
+    the answer does. The storage codec is no part of it unless the encoder reads back what was stored.
     """
     stages = {name: _plain(recipe.stage(name).as_json()) for name in ENCODING_STAGES}
     scaling = scaling_of(recipe)
@@ -78,6 +79,7 @@ def encoding_fingerprint(
             "dtype": dtype,
             **({"grid": list(grid)} if grid is not None else {}),
             **({} if scaling.is_plain else {"rope_scaling": rope}),
+            **({"frame_encoder": frame_encoder} if frame_encoder else {}),
         }
     )
 

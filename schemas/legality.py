@@ -28,8 +28,8 @@ _EXACT = ("raw", "fp16", "bf16")  # codecs that give keys back as they were, or 
 RULES: tuple[Rule, ...] = (
     Rule(
         "R1",
-        lambda r: r.retrieve.method == "topk" and not r.keeps_kv,
-        "per-layer retrieval reads KV slices, and this recipe writes none: set write to a codec, "
+        lambda r: r.retrieve.method in ("topk", "external") and not r.keeps_kv,
+        "retrieval of blocks reads KV slices, and this recipe writes none: set write to a codec, "
         "or retrieve to mmr",
     ),
     Rule(
@@ -68,6 +68,18 @@ RULES: tuple[Rule, ...] = (
         "R14",
         lambda r: r.retrieve.method == "mmr" and not r.keeps_captions,
         "caption retrieval needs captions: set caption to a method, or retrieve = 'topk'",
+    ),
+    Rule(
+        "R14b",
+        lambda r: r.retrieve.method == "external" and r.index.method != "frame_embedding",
+        "external retrieval gives one list of frames for all layers, by embeddings of frames that nothing here keeps: "
+        "set index = 'frame_embedding', or retrieve = 'topk'",
+    ),
+    Rule(
+        "R14c",
+        lambda r: r.index.method == "frame_embedding" and r.encode.method != "window",
+        "embeddings of frames find whole frames for all layers, past what each layer of a bounded memory keeps: set "
+        "encode = 'window', or index = 'mean_key' with retrieve = 'all'",
     ),
     Rule(
         "R15",
@@ -128,8 +140,8 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "S2",
-        lambda r: (r.index.method in ("mean_key", "page_key")) != r.keeps_kv,
-        "index mean_key and page_key belong to stored KV, and index caption to recipes without: change one of the two",
+        lambda r: (r.index.method == "caption") == r.keeps_kv,
+        "index caption belongs to recipes without KV, and every other index to stored KV: change one of the two",
     ),
     Rule(
         "S3",

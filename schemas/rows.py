@@ -27,6 +27,7 @@ class Part(IntEnum):
     KV = 5  # the payload of slices
     KEEP = 6  # the keep set of a bounded memory, see memdb/keep_set.py
     HELD = 7  # which tokens the slices of a unit hold, in the same form
+    EMBEDDINGS = 8  # fp16 little-endian (blocks, E), see memdb/index/frame_embedding.py
 
 
 # One row a part of a unit. `offset` counts from the start of the unit's body, and is 64-byte aligned.
@@ -74,6 +75,7 @@ class RecordingSpec:
     grid: tuple[int, int] | None = (
         None  # rows and columns of a frame's tokens, where the model fits them to the film
     )
+    frame_encoder: str = ""  # name of the encoder of frames, where an index of frame embeddings is kept
 
     def as_json(self) -> dict[str, object]:
         return {
@@ -96,6 +98,7 @@ class RecordingSpec:
             "encoding_fingerprint": self.encoding_fingerprint,
             "caption_encoder": self.caption_encoder,
             **({"grid": list(self.grid)} if self.grid is not None else {}),
+            **({"frame_encoder": self.frame_encoder} if self.frame_encoder else {}),
         }
 
     @classmethod
@@ -132,6 +135,7 @@ class RecordingSpec:
             encoding_fingerprint=str(data["encoding_fingerprint"]),
             caption_encoder=str(data["caption_encoder"]),
             grid=_grid(data.get("grid")),
+            frame_encoder=str(data.get("frame_encoder", "")),
         )
 
 

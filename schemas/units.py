@@ -85,12 +85,13 @@ class Unit:
     held: KeepSet | None = (
         None  # which of their tokens its slices hold, where ageing gathered those; None: all
     )
+    embeddings: npt.NDArray[np.float16] | None = None  # (blocks, E) of frames, in one space with questions
 
     @property
     def payload_bytes(self) -> int:
         """Bytes of the big parts, for back-pressure and for the pace of saved states."""
         kv = self.kv.payload.nbytes if self.kv else 0
-        keys = self.keys.nbytes if self.keys is not None else 0
+        keys = sum(part.nbytes for part in (self.keys, self.embeddings) if part is not None)
         # More than tokens at random take, see memdb/keep_set.py.
         kept = 256 + 8 * sum(self.keep.tokens) if self.keep else 0
         return kv + keys + kept + len(self.keyframe or b"")

@@ -18,6 +18,8 @@ import pytest
 from memdb import __version__
 from memdb.cli import cli, main
 from memdb.progress import IngestBar
+from memdb.recipes import RECIPES
+from memdb.schemas.recipe import STAGES
 from tests.question_cases import FILM_S, SMALL, House
 from tests.store_cases import flip
 
@@ -133,8 +135,12 @@ def test_search_export_recipes_doctor_as_json(run: Run, house: House, tmp_path: 
     done = run("export", "--store", house.store, "--recording", "hall", "--out", out, "--json")
     assert done.document == {"captions": 6, "out": str(out)}
     assert len(out.read_text().splitlines()) == 6
-    recipes = run("recipes", "--json").document["recipes"]
-    assert recipes.keys() == {"rekv", "rlivs", "hybrid"}
+    told = run("recipes", "--json").document
+    assert told["recipes"] == {name: row.as_json() for name, row in RECIPES.items()}
+    assert told["controls"].keys() == {"uniform", "recent"}
+    assert told["stages"] == list(STAGES)
+    assert told["profiles"].keys() == RECIPES.keys()
+    assert all(told["profiles"][name][-1] == "fixed" for name in RECIPES)
     checks = run("doctor", "--json").document["checks"]
     assert {"torch", "faiss", "lancedb"} <= {check["name"] for check in checks}
 
@@ -182,7 +188,7 @@ def test_an_answer_for_people_is_streamed_and_followed_by_its_evidence(run: Run,
 
 def test_the_map_of_recipes_is_printed(run: Run) -> None:
     lines = [line.split() for line in run("recipes").out.splitlines()]
-    assert [row[0] for row in lines] == ["recipe", "rekv", "rlivs", "hybrid"]
+    assert [row[0] for row in lines] == ["recipe", *RECIPES]
     assert len({len(row) for row in lines}) == 1
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import memdb
 from memdb.films import render_film
 from memdb.models import load
+from memdb.models.joint import random_head
 from memdb.models.load import load_model
 from memdb.models.random_llava import random_llava, save_random_llava
 from memdb.models.sheet import ModelSheet, read_sheet, write_sheet
@@ -67,10 +68,14 @@ def test_shards_and_the_joint_head_lie_in_one_folder(tmp_path: Path, monkeypatch
     network, _ = random_llava(seed=4, dtype=torch.bfloat16)
     (folder / "model.safetensors").unlink()
     network.save_pretrained(folder, max_shard_size="4MB")
-    save_file({"joint_clip.weight": torch.ones(2, 2)}, folder / "joint.safetensors")
+    head = random_head(network.config.text_config.hidden_size, 0, torch.device("cpu"))
+    save_file(head.state_dict(), folder / "joint.safetensors")
     write_sheet(folder, ModelSheet(joint="joint.safetensors"))
     monkeypatch.setattr(load, "EMBEDDED", folder)
-    sheet = load_model("embedded", device="cpu").sheet
+    model = load_model("embedded", device="cpu")
+    assert model.joint is not None
+    assert model.joint.name == head.name
+    sheet = model.sheet
     shards = sorted(path.name for path in folder.glob("model-*.safetensors"))
     assert len(shards) > 1
     assert list(sheet.sha256) == ["joint.safetensors", *shards, "tokenizer.json"]

@@ -48,15 +48,26 @@ class SlidingWindow:
         run_init(model, init_ids, context)
         return context
 
-    def encode(self, model: VideoModel, context: WindowContext, frames: Sequence[Tensor]) -> list[LayerKV]:
-        """Frames (N, E) through the language model, in forwards of `chunk_frames`; per layer (H, F*N, D)."""
+    def encode(
+        self,
+        model: VideoModel,
+        context: WindowContext,
+        frames: Sequence[Tensor],
+        states: list[Tensor] | None = None,
+    ) -> list[LayerKV]:
+        """Frames (N, E) through the language model, in forwards of `chunk_frames`; per layer (H, F*N, D).
+
+        `states` gets the final states of each frame, (N, E).
+        """
         parts: list[list[LayerKV]] = []
         with torch.inference_mode():
             for start in range(0, len(frames), self.chunk_frames):
                 chunk = frames[start : start + self.chunk_frames]
                 context.expect_frames([len(frame) for frame in chunk])
-                model.forward(torch.cat(list(chunk)), context)
+                final = model.forward(torch.cat(list(chunk)), context)
                 parts.append(context.fresh)
+                if states is not None:
+                    states += torch.split(final, [len(frame) for frame in chunk])
         if len(parts) == 1:
             return parts[0]
         return [

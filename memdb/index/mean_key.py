@@ -14,12 +14,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from memdb.models.frame_encoder import FrameEncoder
+from memdb.models.protocol import VideoModel
 from memdb.models.window import LayerKV
 from memdb.schemas.errors import CodecError
 
 
 @dataclass(frozen=True)
 class MeanKey:
+    def open(self, model: VideoModel) -> FrameEncoder | None:
+        """What puts frames into one space with questions, where the index keeps more than keys."""
+        return None
+
     def keys(self, layers: Sequence[Sequence[LayerKV | None]]) -> npt.NDArray[np.float16]:
         """Blocks of a unit, per layer, each (H, T, D) -> (L, blocks, H*D); zeros where a layer holds no block."""
         blank = next(kv.k for row in layers for kv in row if kv is not None)[:, :1]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from memdb.models import attention
 from memdb.models.attention import Context, NoRotation
+from memdb.models.joint import JointHead
 from memdb.models.rotary import Rotary
 from memdb.models.sheet import PLAIN, ModelSheet
 from memdb.models.yarn import is_default
@@ -29,6 +30,7 @@ class ChatModel:
     identity: ModelIdentity
     # StreamMem's figure for the family (2508.15717), where a checkpoint brings no scaling of its own.
     YARN_FACTOR: ClassVar[float] = 1.0
+    joint: JointHead | None = None
 
     def __init__(
         self, network: Any, tokenizer: Any, sheet: ModelSheet = PLAIN, sections: Sequence[int] = ()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from memdb.models.joint import load_head, random_head
 from memdb.models.protocol import VideoModel
 from memdb.models.quiet import no_progress_bars
 from memdb.models.sheet import ModelSheet, check_files, read_sheet
@@ -97,11 +98,15 @@ def _load_random(name: str, device: torch.device, dtype: torch.dtype, *, spec: s
     if kind == "random-qwen":
         qwen, words, preprocessing = random_qwen(config, seed=int(seed), dtype=dtype, device=device)
         weights = digest_of({"random-qwen": 1, "seed": int(seed), "config": config})
-        return Qwen25VL(qwen, words, preprocessing, spec, weights)
+        model: VideoModel = Qwen25VL(qwen, words, preprocessing, spec, weights)
+        model.joint = random_head(model.shape.embedding_size, int(seed), device)
+        return model
     network, tokenizer = random_llava(config, seed=int(seed), dtype=dtype, device=device)
     # Drawn from the seed alone, the same on every machine: seed and configuration say which weights they are.
     weights = digest_of({"random": 1, "seed": int(seed), "config": config})
-    return LlavaOnevision(network, tokenizer, _preprocessing(None), spec, weights)
+    model = LlavaOnevision(network, tokenizer, _preprocessing(None), spec, weights)
+    model.joint = random_head(model.shape.embedding_size, int(seed), device)
+    return model
 
 
 def _load_embedded(device: torch.device, dtype: torch.dtype) -> VideoModel:
@@ -187,7 +192,10 @@ def _load_folder(folder: Path, device: torch.device, dtype: torch.dtype, *, spec
         raise UnsupportedModel(f"{folder} is a {family!r} model: memdb carries {', '.join(FAMILIES)}")
     sheet = read_sheet(folder)
     check_files(folder, sheet)
-    return FAMILIES[family](folder, device, dtype, spec, sheet)
+    model = FAMILIES[family](folder, device, dtype, spec, sheet)
+    if sheet.joint:
+        model.joint = load_head(folder / sheet.joint, model.shape.embedding_size, device)
+    return model
 
 
 def _fetch(hub_id: str) -> Path:

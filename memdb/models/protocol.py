@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from memdb.models.attention import Context
+from memdb.models.joint import JointHead
 from memdb.models.places import Placing
 from memdb.models.rotary import Rotary
 from memdb.models.sheet import ModelSheet
@@ -40,6 +41,7 @@ class VideoModel(Protocol):
     device: torch.device
     dtype: torch.dtype
     rotary: Rotary
+    joint: JointHead | None  # frames and questions in one space, where a checkpoint has that
 
     @property
     def shape(self) -> ModelShape: ...

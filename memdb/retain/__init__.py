@@ -20,8 +20,6 @@ RETAINERS: dict[str, type[KeepAll] | type[Bounded]] = {
     "all": KeepAll,
     **BOUNDED,
 }
-# Of these, the ones that look at the importance of a probe (R18).
-PROBED = frozenset({"template", "vision_sink"})
 # By these ageing thins blocks that are stored already: they choose by place alone, without a look at the values.
 THINNERS: dict[str, type[Uniform]] = {
     "uniform": Uniform,

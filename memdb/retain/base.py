@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ class Bounded:
     merged counts as any other token. `short_frames`: the newest frames, which stay whole beside the budget, see
     `memdb.retain.pools`.
     """
+
+    hears: ClassVar[bool] = False  # whether it looks at the importance that a probe gives to tokens (R18)
 
     budget_tokens: int = 6144
     short_frames: int = field(default=0, kw_only=True)

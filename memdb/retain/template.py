@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ class Template(Bounded):
     template pays least compete like any token (ours: the paper says nothing of their later life). Of equal
     importance the newest frame stays. There is no public code to differ from.
     """
+
+    hears: ClassVar[bool] = True
 
     prototype_share: float = 0.25
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ class VisionSink(Bounded):
     and no value). Where the walk ends before M, because old stretches have few tokens left, the best of the
     remaining fill it (ours). Of equal scores the newest frame stays. There is no public code to differ from.
     """
+
+    hears: ClassVar[bool] = True
 
     budget_tokens: int = 12_288
     bucket_tokens: int = 1

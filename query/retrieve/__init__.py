@@ -1,12 +1,16 @@
 """Stage 7: what a question brings back. A method is one file and one line here."""
 
 from memdb.query.retrieve.all import ActivateAll
+from memdb.query.retrieve.external import External
 from memdb.query.retrieve.mmr import CaptionMMR
 from memdb.query.retrieve.pages import MemoryPages
 from memdb.query.retrieve.topk import BlockTopK
 
-RETRIEVERS: dict[str, type[BlockTopK] | type[CaptionMMR] | type[ActivateAll] | type[MemoryPages]] = {
+RETRIEVERS: dict[
+    str, type[BlockTopK] | type[External] | type[CaptionMMR] | type[ActivateAll] | type[MemoryPages]
+] = {
     "topk": BlockTopK,
+    "external": External,
     "mmr": CaptionMMR,
     "all": ActivateAll,
     "pages": MemoryPages,
