@@ -17,6 +17,7 @@ from torch import Tensor
 from memdb.codecs.pack import pack_unit
 from memdb.ingest.encode.base import ClipSeen, no_kv
 from memdb.ingest.encode.chunk import Chunk
+from memdb.ingest.encode.segment import SegmentWithSummary
 from memdb.ingest.encode.window import SlidingWindow
 from memdb.ingest.frames import ReadyFrame, SeenFrame
 from memdb.ingest.held import Held, Timed, is_meant, newest
@@ -29,7 +30,9 @@ from memdb.models.caption_vectors import CaptionVectors
 from memdb.models.places import LINE
 from memdb.models.protocol import VideoModel
 from memdb.models.window import LayerKV, WindowContext
+from memdb.retain.base import Bounded
 from memdb.retain.keep_all import KeepAll
+from memdb.retain.select_kv import SelectKV
 from memdb.retain.template import Prototypes, Template, prototypes
 from memdb.schemas.errors import CorruptionError
 from memdb.schemas.keep import KeepSet
@@ -94,7 +97,7 @@ class StreamEncoder:
             )
         self._memory: EncoderMemory | None = None
         if isinstance(self._stages.encode, Chunk):
-            assert not isinstance(self._stages.retain, KeepAll), "rule R8b sees to it"
+            assert isinstance(self._stages.retain, Bounded), "rule R8b sees to it"
             init = self._stages.encode.open(self._model, self._init_ids)
             self._memory = EncoderMemory(init, self._stages.retain)
         if self._window is not None or self._memory is not None:
@@ -239,6 +242,8 @@ class StreamEncoder:
         groups = self._reduce(groups)
         if self._memory is not None:  # each unit is encoded against what the one before it left in memory
             return [self._remember(group) for group in groups]
+        if isinstance(self._stages.encode, SegmentWithSummary):
+            return [self._segment(group, self._stages.encode) for group in groups]
         kv = self._encode([frame for group in groups for frame in group])
         units, at = [], 0
         for group in groups:
@@ -257,6 +262,19 @@ class StreamEncoder:
         came = [Held(frame.start_ns, frame.end_ns, len(frame.tokens)) for frame in frames]
         self._in_window = newest([*self._in_window, *came], window.local[0].tokens)
         return kv
+
+    def _segment(self, group: Sequence[SeenFrame], encode: SegmentWithSummary) -> Unit:
+        """Encode a segment and its summary, and let a guidance prompt say what each layer keeps of its frames."""
+        summary, retain = encode.summary_of(group), self._stages.retain
+        frames = [*group, *([summary] if summary is not None else ())]
+        kv = self._encode(frames)
+        guided: list[Tensor] = []
+        if isinstance(retain, SelectKV):
+            with self.laps("retain"):
+                assert kv is not None, "a window gives keys and values"
+                sizes = [len(frame.tokens) for frame in frames]
+                guided = encode.guided(self._model, kv, sizes, retain.prompt, self._placing)
+        return self._unit(group, kv, summary=summary, guided=guided)
 
     def _remember(self, group: Sequence[SeenFrame]) -> Unit:
         """Encode a unit against the memory, and let the retainer decide what of both stays."""
@@ -295,18 +313,28 @@ class StreamEncoder:
         kv: Sequence[LayerKV] | None,
         made: Prototypes | None = None,
         keep: KeepSet | None = None,
+        *,
+        summary: SeenFrame | None = None,
+        guided: Sequence[Tensor] = (),
     ) -> Unit:
-        caption = self._caption(group, kv)
+        """The commit of a group. kv: of its tokens, and of the summary behind them. guided: queries of the prompt by
+        which SelectKV scores its frames, a layer each.
+        """
+        T = sum(len(frame.tokens) for frame in group)
+        caption = self._caption(group, None if kv is None else [layer.part(0, T) for layer in kv])
+        stored = [*group, *([summary] if summary is not None else ())]
         blocks, packed, keys = no_blocks(), None, None
         if kv is not None and self._stages.codec is not None:
             with self.laps("pack"):
-                sizes = [len(frame.tokens) for frame in group]
+                sizes = [len(frame.tokens) for frame in stored]
                 whole, retain = [_split(layer, sizes) for layer in kv], self._stages.retain
                 # A bounded memory's blocks are stored as they came: what of them stays, keep sets say.
                 layers: list[list[LayerKV | None]] = [list(row) for row in whole]
                 if isinstance(retain, KeepAll):
                     layers = retain.keep(whole)
-                blocks = self._blocks(group)
+                if isinstance(retain, SelectKV):
+                    layers = retain.select(whole, guided, len(group))
+                blocks = self._blocks(stored)
                 if made is not None:
                     blocks = _add_prototypes(group, blocks, layers, made)
                 packed = pack_unit(self._stages.codec, layers, self.counters.widths, self._model.dtype)

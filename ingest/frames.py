@@ -40,6 +40,7 @@ class SeenFrame:
     saliency (N,): what the vision tower looks at, where a reducer asks for it. raster (G,): at which of the N places
     its tokens stood, None where none was taken away. count: frames that were merged. latest (E,): embedding of the
     newest of them as it came; None for a frame that is alone. likeness: cosine with the frame before it in its unit.
+    is_summary: it stands for all frames of its unit.
     """
 
     number: int
@@ -52,6 +53,7 @@ class SeenFrame:
     count: int = 1
     latest: Tensor | None = None
     likeness: float = 0.0
+    is_summary: bool = False
 
     @property
     def embedding(self) -> Tensor:
@@ -61,6 +63,8 @@ class SeenFrame:
     @property
     def kind(self) -> BlockKind:
         """Of the block that it becomes."""
+        if self.is_summary:
+            return BlockKind.SUMMARY
         return BlockKind.FRAME if self.raster is None else BlockKind.GROUP
 
     def jpeg(self) -> bytes:

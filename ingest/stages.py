@@ -20,6 +20,7 @@ from memdb.ingest.units.base import UnitStage
 from memdb.retain import PROBED, RETAINERS
 from memdb.retain.base import Bounded
 from memdb.retain.keep_all import KeepAll
+from memdb.retain.select_kv import SelectKV
 from memdb.schemas.errors import RecipeError
 from memdb.schemas.legality import check
 from memdb.schemas.params import bare, build
@@ -33,7 +34,7 @@ class IngestStages:
     encode: SlidingWindow | Chunk | NoKV
     captioner: Captioner
     recurrent: Recurrent | None
-    retain: KeepAll | Bounded
+    retain: KeepAll | SelectKV | Bounded
     index: MeanKey
     codec: Codec | None
     profile: str

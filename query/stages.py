@@ -12,6 +12,7 @@ from memdb.query.rebuild.original import Original
 from memdb.query.rebuild.text import TextOnly
 from memdb.query.retrieve import RETRIEVERS
 from memdb.query.retrieve.all import ActivateAll
+from memdb.query.retrieve.layer_adaptive import LayerAdaptive
 from memdb.query.retrieve.mmr import CaptionMMR
 from memdb.query.retrieve.topk import BlockTopK
 from memdb.schemas.params import build
@@ -20,7 +21,7 @@ from memdb.schemas.recipe import Recipe, canonical
 
 @dataclass(frozen=True)
 class QueryStages:
-    retrieve: BlockTopK | CaptionMMR | ActivateAll
+    retrieve: BlockTopK | LayerAdaptive | CaptionMMR | ActivateAll
     rebuild: Consecutive | TextOnly | Original
     answer: Greedy
     window_tokens: int | None  # the view over a long context, where the recipe keeps the window at rebuild
