@@ -11,7 +11,10 @@ from memdb.schemas.recipe import PROFILES, Recipe, Stage, read_toml
 
 INIT_PROMPT = "You are a helpful assistant."
 # StreamKV's system text asks for the same; the words are ours.
-TRACKING_PROMPT = "You are watching a video. Keep track of the people and things in it, of writing on the screen, and of what changes."
+TRACKING_PROMPT = (
+    "You are watching a video. Keep track of the people and things in it, of writing on the screen, "
+    "and of what changes."
+)
 CAPTION_PROMPT = "Describe what is happening in this video."
 
 REKV = Recipe(

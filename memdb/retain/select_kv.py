@@ -130,8 +130,9 @@ def exact_counts(
     in one order of rising p, and the first `total` of it are the answer: no search, no repair.
     """
     if total < sum(min(low, len(score)) for score in scores):
+        least = "one" if low == 1 else low
         raise RecipeError(
-            f"{total} blocks for {len(scores)} layers: every layer keeps {low}, give a larger share"
+            f"{total} blocks for {len(scores)} layers: every layer keeps {least}, give a larger share"
         )
     enters = [_enters(_sums(score, z_scores)[:high], low) for score in scores]
     layer = np.repeat(np.arange(len(enters)), [len(row) for row in enters])

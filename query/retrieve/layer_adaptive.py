@@ -79,6 +79,8 @@ class LayerAdaptive:
         query (H*D,): its folded mean query. `scale`: see `cosine_scale`; a dot product needs none.
         """
         held = np.flatnonzero(allowed & search.table.holds(layer))
+        if not len(held):
+            return np.zeros(0, np.float32)
         hits = search.search(layer, query, len(held), rows=allowed)
         found = np.zeros(len(search.table), np.float32)
         found[hits.rows] = hits.scores
