@@ -68,6 +68,17 @@ CASES: dict[str, tuple[str, ...]] = {
     "ctr": (*BASE, *CTR, "write=oqm"),
     "ctr-clip": (*BASE, "unit=clip", "unit.frames=3", *CTR, "reduce.dpc=released", "write=oqm2"),
     "segment": (*BASE, *SEGMENT, "write=int4"),
+    "streamkv": (
+        *SEGMENT,
+        "encode=segment",
+        f"encode.init_prompt={INIT_PROMPT}",
+        *BASE,
+        "retain=select_kv",
+        "retain.keep=0.5",
+        "retrieve=layer_adaptive",
+        "retrieve.blocks=3",
+        "write=int4",
+    ),
     "segment-ctr": (*BASE, *SEGMENT, *CTR, "write=oqm"),
     "merge": (*BASE, "reduce=merge", "reduce.delta=0.985", "write=int4"),
     "merge-clip": (*BASE, "unit=clip", "unit.frames=2", "reduce=merge", "reduce.delta=0.985", "write=int4"),
@@ -133,6 +144,10 @@ def test_the_cases_are_what_they_are_meant_to_be(bench: Bench) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_units_and_blocks_cover_the_film_without_holes(bench: Bench, case: str) -> None:
     rows = unit_rows(bench.whole[case])
+    positions = [(int(b["position"]), int(b["tokens"])) for row in rows for b in row.blocks]
+    if case == "streamkv":  # behind the frames of each unit stands their summary
+        assert all(row.blocks["kind"][-1] == BlockKind.SUMMARY for row in rows)
+        rows = [replace(row, blocks=row.blocks[:-1]) for row in rows]
     spans = [(int(b["start_ns"]), int(b["end_ns"])) for row in rows for b in row.blocks]
     assert spans[0][0] == 0
     assert spans[-1][1] == FRAMES * 10**9
@@ -142,7 +157,6 @@ def test_units_and_blocks_cover_the_film_without_holes(bench: Bench, case: str) 
     ]
     kind = BlockKind.GROUP if "ctr" in case else BlockKind.FRAME
     assert {int(b["kind"]) for row in rows for b in row.blocks} == {kind}
-    positions = [(int(b["position"]), int(b["tokens"])) for row in rows for b in row.blocks]
     assert all(b[0] == a[0] + a[1] for a, b in pairwise(positions))
 
 
@@ -157,7 +171,7 @@ def test_a_question_is_answered_from_what_was_kept(bench: Bench, case: str) -> N
         assert client.verify().ok
 
 
-@pytest.mark.parametrize("case", ["ctr", "ctr-clip"])
+@pytest.mark.parametrize("case", ["ctr", "ctr-clip", "streamkv"])
 def test_groups_move_to_another_store_bit_for_bit(bench: Bench, case: str, tmp_path: Path) -> None:
     with opened(bench.whole[case], bench.model, create=False) as client:
         client.export(NAME, tmp_path / "one.recording", format="memdb")
@@ -441,7 +455,7 @@ def test_the_frame_beside_which_the_next_is_reduced_is_held(bench: Bench) -> Non
     assert [unit.kv.payload.tobytes() for unit in coder.step(second) if unit.kv is not None] == kv
 
 
-@pytest.mark.parametrize("case", ["merge", "merge-clip", "segment"])
+@pytest.mark.parametrize("case", ["merge", "merge-clip", "segment", "streamkv"])
 def test_a_merged_frame_that_overlaps_what_was_forgotten_goes_whole(bench: Bench, case: str) -> None:
     coder = encoder(bench, case)
     still = next(batches(bench, 1))
