@@ -267,7 +267,7 @@ def test_k6_two_passes_find_what_plain_loops_find_and_answer_from_it(
     """Each layer its own number of blocks at its own places: the first answer's logits are those of fp64 loops."""
     r, local = 4, 2 if mode == "code" else 0
     changes = (f"retrieve.blocks={r}", f"retrieve.mode={mode}", f"retrieve.local_blocks={local}")
-    film(tmp_path / "s", *changes, shown=pictures(10))
+    film(tmp_path / "s", *changes, shown=pictures(10 if mode == "paper" else SHOWN))
     own, model, took, decided = plain(), wrapped(), [], record_decisions(monkeypatch)
     select = LayerAdaptive.select
 
