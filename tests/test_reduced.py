@@ -62,23 +62,21 @@ from tests.test_resume import Crash, crash_at, stop_at
 FRAMES = 22
 BASE = (f"encode.chunk_frames={CHUNK}", f"encode.window_tokens={WINDOW_TOKENS}")
 SEGMENT = ("unit=segment", "unit.theta=0.985", "unit.frames_min=1", "unit.frames_max=2")
+GUIDED = (
+    *SEGMENT,
+    "encode=segment",
+    f"encode.init_prompt={INIT_PROMPT}",
+    *BASE,
+    "retain=select_kv",
+    "retain.keep=0.5",
+)
 CTR = ("reduce=ctr", "reduce.tokens=2")
 # Of rekv, by name. Scenes of the film are three frames long: batches of four cut through them.
 CASES: dict[str, tuple[str, ...]] = {
     "ctr": (*BASE, *CTR, "write=oqm"),
     "ctr-clip": (*BASE, "unit=clip", "unit.frames=3", *CTR, "reduce.dpc=released", "write=oqm2"),
     "segment": (*BASE, *SEGMENT, "write=int4"),
-    "streamkv": (
-        *SEGMENT,
-        "encode=segment",
-        f"encode.init_prompt={INIT_PROMPT}",
-        *BASE,
-        "retain=select_kv",
-        "retain.keep=0.5",
-        "retrieve=layer_adaptive",
-        "retrieve.blocks=3",
-        "write=int4",
-    ),
+    "streamkv": (*GUIDED, "retrieve=layer_adaptive", "retrieve.blocks=3", "write=int4"),
     "segment-ctr": (*BASE, *SEGMENT, *CTR, "write=oqm"),
     "merge": (*BASE, "reduce=merge", "reduce.delta=0.985", "write=int4"),
     "merge-clip": (*BASE, "unit=clip", "unit.frames=2", "reduce=merge", "reduce.delta=0.985", "write=int4"),
@@ -186,6 +184,7 @@ HYBRIDS = {
     "ctr": ("unit.frames=3", *CTR, "write=oqm"),
     "merge": ("unit.frames=2", "reduce=merge", "reduce.delta=0.985"),
     "segment": SEGMENT,
+    "streamkv": (*GUIDED, "retrieve=layer_adaptive", "retrieve.blocks=3", "retrieve.caption_tokens=100"),
 }
 
 

@@ -23,17 +23,14 @@ class MeanKey:
     def keys(self, layers: Sequence[Sequence[LayerKV | None]]) -> npt.NDArray[np.float16]:
         """Blocks of a unit, per layer, each (H, T, D) -> (L, blocks, H*D); zeros where a layer holds no block."""
         blank = next(kv.k for row in layers for kv in row if kv is not None)[:, :1]
-        rows = [torch.stack([mean_key(blank * 0 if kv is None else kv.k) for kv in row]) for row in layers]
+        rows = [
+            torch.stack([(blank * 0 if kv is None else kv.k).float().mean(1).flatten() for kv in row])
+            for row in layers
+        ]
         keys = torch.stack(rows).to(torch.float16)  # accumulated in fp32, stored in fp16
         if not bool(keys.isfinite().all()):
             raise CodecError("a block's mean key exceeds fp16: try --dtype float32, or check the checkpoint")
         return keys.cpu().numpy()
-
-
-def mean_key(k: Tensor) -> Tensor:
-    """Keys of a block (H, T, D), unrotated -> (H*D,) in fp32."""
-    mean: Tensor = k.float().mean(1)
-    return mean.flatten()
 
 
 def fold(q: Tensor, kv_heads: int) -> Tensor:

@@ -11,16 +11,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from memdb.index.mean_key import fold, mean_key
+from memdb.index.mean_key import fold
 from memdb.models.window import LayerKV
 from memdb.retain.select_kv_code import code_compress_counts
 from memdb.schemas.errors import RecipeError
 from memdb.schemas.params import at_least, share
 
 GUIDANCE = (
-    "Which of these frames matter? Look for people and things that play a part, what they are like and how that "
-    "changes; what is done, by whom, when and with what result; writing, numbers and scores on the screen; how many "
-    "there are and where they stand; whatever is unexpected; and what could be mistaken for something else."
+    "Find the people and things that matter and how they change, what is done, when and why, writing and scores on "
+    "the screen, counts and places, and whatever is unexpected or easily mistaken."
 )
 MODES = ("paper", "code", "fixed")
 Floats = npt.NDArray[np.float64]
@@ -73,10 +72,10 @@ class SelectKV:
 
         queries: those of the guidance prompt, unrotated, a layer each (Hq, T, D).
         """
-        scores = [
-            guidance_scores(q, torch.stack([mean_key(kv.k) for kv in row[:frames]]), self.sim)
-            for q, row in zip(queries, layers, strict=True)
-        ]
+        scores = []
+        for q, row in zip(queries, layers, strict=True):
+            k = torch.stack([kv.k for kv in row[:frames]])  # (F, H, T, D)
+            scores.append(guidance_scores(q, k.float().mean(2).flatten(1), self.sim))
         kept = [set(own.tolist()) for own in self.choose(scores)]
         return [
             [kv if at in own or at >= frames else None for at, kv in enumerate(row)]
