@@ -15,6 +15,11 @@ TRACKING_PROMPT = (
     "You are watching a video. Keep track of the people and things in it, of writing on the screen, "
     "and of what changes."
 )
+# What its guidance prompt asks for as well, short beside a segment of four frames.
+GUIDANCE_PROMPT = (
+    "Find the people and things that matter and how they change, what is done, when and why, writing and scores on "
+    "the screen, counts and places, and whatever is unexpected or easily mistaken."
+)
 CAPTION_PROMPT = "Describe what is happening in this video."
 
 REKV = Recipe(
@@ -40,7 +45,7 @@ STREAMKV = Recipe(
     ),
     caption=Stage("none"),
     write=Stage("fp16"),
-    retain=Stage("select_kv", {"keep": 0.6, "mode": "fixed"}),  # retain.prompt: see SelectKV
+    retain=Stage("select_kv", {"keep": 0.6, "mode": "fixed", "prompt": GUIDANCE_PROMPT}),
     index=Stage("mean_key"),
     retrieve=Stage("layer_adaptive", {"blocks": 64, "mode": "fixed", "band": 0.5, "local_blocks": 0}),
     rebuild=Stage("consecutive", {"windowed": False, "time_text_s": 0.0}),

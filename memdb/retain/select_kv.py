@@ -13,14 +13,11 @@ from torch import Tensor
 
 from memdb.index.mean_key import fold
 from memdb.models.window import LayerKV
+from memdb.recipes import GUIDANCE_PROMPT
 from memdb.retain.select_kv_code import code_compress_counts
 from memdb.schemas.errors import RecipeError
 from memdb.schemas.params import at_least, share
 
-GUIDANCE = (
-    "Find the people and things that matter and how they change, what is done, when and why, writing and scores on "
-    "the screen, counts and places, and whatever is unexpected or easily mistaken."
-)
 MODES = ("paper", "code", "fixed")
 Floats = npt.NDArray[np.float64]
 
@@ -49,7 +46,7 @@ class SelectKV:
     keep: float = 0.6
     mode: str = "fixed"
     band: float = 1.0
-    prompt: str = GUIDANCE
+    prompt: str = GUIDANCE_PROMPT
 
     def __post_init__(self) -> None:
         share("retain.keep", self.keep)
