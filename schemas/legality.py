@@ -98,7 +98,9 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "R5b",
         lambda r: (
-            r.encode.method == "segment" and r.encode.params.get("summary", True) and r.reduce.method == "ctr"
+            r.encode.method == "segment"
+            and r.encode.params.get("summary") is not False
+            and r.reduce.method == "ctr"
         ),
         "a summary is the mean of frames place by place, and CTR leaves each frame other places: set encode.summary = "
         "false, or reduce = 'identity'",
