@@ -441,6 +441,27 @@ def test_a_control_in_any_stage_that_encodes_gives_another_digest(tmp_path: Path
     assert len(set(digests.values())) == len(digests)
 
 
+def test_what_is_forgotten_takes_the_summary_of_its_segment_along(tmp_path: Path) -> None:
+    """It is a mean of what was forgotten, too. The other frames of the segment stay, and so do other segments."""
+    film(tmp_path / "s", "retain.keep=0.5")
+    before = units_of(tmp_path / "s")
+    gone = int(before[0].blocks["start_ns"][1] // NS)
+    with reopened(tmp_path / "s") as db:
+        db.forget("film", start_s=gone, end_s=gone + 1)
+        for compacted in (False, True):
+            if compacted:
+                db.compact()
+            first, *others = db.store.units(db.store.recording("film").id)
+            left = [int(row["start_ns"] // NS) for row in first.blocks if row["tokens"]]
+            assert left == [0, *range(2, len(before[0].blocks) - 1)]
+            assert BlockKind.SUMMARY not in first.blocks["kind"][first.blocks["tokens"] > 0].tolist()
+            assert [unit.digest for unit in others] == [unit.digest for unit in before[1:]]
+            answer = db.ask(QUESTION, mode="kv")
+            assert not answer.warnings
+            assert answer.evidence
+            assert db.verify().ok
+
+
 def test_profiles_are_those_of_paper_and_code() -> None:
     paper, code = (recipe("streamkv", profile=name) for name in ("paper", "code"))
     assert compose(paper).retain == SelectKV(keep=0.4, mode="paper")
