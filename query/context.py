@@ -155,25 +155,37 @@ def retrieve(
         return context
 
     def best(layer: int, q: torch.Tensor, count: int) -> Rows:
-        return method.select(kv.search, layer, folded(q), chosen.blocks, count)
-
-    def folded(q: torch.Tensor) -> npt.NDArray[np.float32]:
-        vector: npt.NDArray[np.float32] = fold(q, model.shape.kv_heads).cpu().numpy()
-        return vector
+        query = fold(q, model.shape.kv_heads).cpu().numpy()
+        return method.select(kv.search, layer, query, chosen.blocks, count)
 
     counts = [blocks] * model.shape.layers
-    held = max(int((chosen.blocks & kv.table.holds(layer)).sum()) for layer in range(model.shape.layers))
-    if isinstance(method, LayerAdaptive) and held > blocks:  # else every layer takes all that it holds
-        scores = [np.zeros(0, np.float32)] * model.shape.layers
-
-        def score_all(layer: int, q: torch.Tensor) -> Rows:
-            query = folded(q)
-            scores[layer] = method.scores(kv.search, layer, query, chosen.blocks, cosine_scale(q, query))
-            return best(layer, q, blocks)
-
-        read_question(score_all)
-        counts = method.counts(scores, blocks)
+    if isinstance(method, LayerAdaptive):
+        counts = _shared_out(method, chosen, model.shape.kv_heads, counts, read_question)
     got.cache = read_question(lambda layer, q: best(layer, q, counts[layer]))
+    readings.bad[:] = dict.fromkeys(readings.bad)  # what two passes met counts once
+
+
+def _shared_out(
+    method: LayerAdaptive,
+    chosen: Opened,
+    kv_heads: int,
+    counts: list[int],
+    read_question: Callable[[Callable[[int, torch.Tensor], Rows]], object],
+) -> list[int]:
+    """The first of two passes, in which each layer brings back the same number: what each is to bring back then."""
+    search, blocks = chosen.kv.search, counts[0]
+    held = [int((chosen.blocks & search.table.holds(layer)).sum()) for layer in range(len(counts))]
+    if max(held) <= blocks:  # every layer takes all that it holds, whatever its scores
+        return counts
+    scores = [np.zeros(0, np.float32) for _ in counts]
+
+    def score_all(layer: int, q: torch.Tensor) -> Rows:
+        query: npt.NDArray[np.float32] = fold(q, kv_heads).cpu().numpy()
+        scores[layer] = method.scores(search, layer, query, chosen.blocks, cosine_scale(q, query))
+        return method.select(search, layer, query, chosen.blocks, blocks)
+
+    read_question(score_all)
+    return method.counts(scores, blocks)
 
 
 def activate(session: Session, memory: Memory, opened: Opened, got: Retrieved, readings: Readings) -> None:

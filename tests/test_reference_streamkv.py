@@ -402,6 +402,35 @@ def test_a_budget_is_a_bound_for_the_layer_that_holds_most(
     assert taken == sorted(set(taken)), "room for more is used"
 
 
+def test_a_damaged_block_is_left_out_and_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both passes meet it."""
+    film(tmp_path / "s", "retrieve.blocks=4", "retain=all")
+    [segment] = (tmp_path / "s" / "segments").iterdir()
+    data = bytearray(segment.read_bytes())
+    with reopened(tmp_path / "s") as db, SliceReader(db.store) as reader:
+        kv = StoredKV(db.store, db.store.recording("film"), reader, backend="exact", sim="dot")
+        pieces = kv.pieces([0], [np.arange(len(kv.table))]).table
+        kv.close()
+    for offset in pieces["offset"].tolist():  # the first layer of every block
+        data[offset + 5] ^= 1
+    segment.write_bytes(data)
+    took, select = [], LayerAdaptive.select
+
+    def noted(self: LayerAdaptive, search: Any, layer: int, *given: Any) -> Any:
+        rows = select(self, search, layer, *given)
+        if layer == 0:
+            took.append(set(rows.tolist()))
+        return rows
+
+    monkeypatch.setattr(LayerAdaptive, "select", noted)
+    with reopened(tmp_path / "s") as db:
+        answer = db.ask(QUESTION, mode="kv")
+    assert len(took) == 2
+    assert took[0] & took[1]
+    [warning] = answer.warnings
+    assert f"and {len(took[0] | took[1]) - 3} more; run memdb verify" in warning
+
+
 def test_the_newest_blocks_come_first_where_some_are_local(tmp_path: Path) -> None:
     film(tmp_path / "s")
     with reopened(tmp_path / "s") as db, SliceReader(db.store) as reader:
