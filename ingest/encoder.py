@@ -19,6 +19,7 @@ from memdb.codecs.pack import pack_unit
 from memdb.index.frame_embedding import unit_vectors
 from memdb.ingest.encode.base import ClipSeen, no_kv
 from memdb.ingest.encode.chunk import Chunk
+from memdb.ingest.encode.segment import SegmentWithSummary
 from memdb.ingest.encode.window import SlidingWindow
 from memdb.ingest.frames import ReadyFrame, SeenFrame
 from memdb.ingest.held import Held, Timed, is_meant, newest
@@ -34,7 +35,9 @@ from memdb.models.places import LINE
 from memdb.models.protocol import VideoModel
 from memdb.models.window import LayerKV, WindowContext
 from memdb.models.yarn import stretched
+from memdb.retain.base import Bounded
 from memdb.retain.keep_all import KeepAll
+from memdb.retain.select_kv import SelectKV
 from memdb.retain.template import Prototypes, Template, prototypes
 from memdb.schemas.errors import CorruptionError
 from memdb.schemas.keep import KeepSet
@@ -108,7 +111,7 @@ class StreamEncoder:
             )
         self._memory: EncoderMemory | None = None
         if isinstance(self._stages.encode, Chunk):
-            assert not isinstance(self._stages.retain, KeepAll), "rule R8b sees to it"
+            assert isinstance(self._stages.retain, Bounded), "rule R8b sees to it"
             init = self._stages.encode.open(self._model, self._init_ids)
             self._memory = EncoderMemory(init, self._stages.retain)
         if self._window is not None or self._memory is not None:
@@ -265,6 +268,8 @@ class StreamEncoder:
         groups = self._reduce(groups)
         if self._memory is not None:  # each unit is encoded against what the one before it left in memory
             return [self._remember(group) for group in groups]
+        if isinstance(self._stages.encode, SegmentWithSummary):
+            return [self._segment(group, self._stages.encode) for group in groups]
         frames, states = [frame for group in groups for frame in group], list[Tensor]()
         kv, embeddings = self._encode(frames, states), self._embeddings(frames, states)
         units, at, first = [], 0, 0
@@ -297,6 +302,19 @@ class StreamEncoder:
             if isinstance(self._frames, JointHead):
                 return unit_vectors([self._frames.of_frame(own) for own in states])
             return unit_vectors([frame.vector for frame in frames if frame.vector is not None])
+
+    def _segment(self, group: Sequence[SeenFrame], encode: SegmentWithSummary) -> Unit:
+        """Encode a segment and its summary, and let a guidance prompt say what each layer keeps of its frames."""
+        summary, retain = encode.summary_of(group), self._stages.retain
+        frames = [*group, *([summary] if summary is not None else ())]
+        kv = self._encode(frames, [])
+        guided: list[Tensor] = []
+        if isinstance(retain, SelectKV):
+            with self.laps("retain"):
+                assert kv is not None, "a window gives keys and values"
+                sizes = [len(frame.tokens) for frame in frames]
+                guided = encode.guided(self._model, kv, sizes, retain.prompt, self._placing)
+        return self._unit(group, kv, summary=summary, guided=guided)
 
     def _remember(self, group: Sequence[SeenFrame]) -> Unit:
         """Encode a unit against the memory, and let the retainer decide what of both stays."""
@@ -336,18 +354,28 @@ class StreamEncoder:
         made: Prototypes | None = None,
         keep: KeepSet | None = None,
         embeddings: npt.NDArray[np.float16] | None = None,
+        *,
+        summary: SeenFrame | None = None,
+        guided: Sequence[Tensor] = (),
     ) -> Unit:
-        caption = self._caption(group, kv)
+        """The commit of a group. kv: of its tokens, and of the summary behind them. guided: queries of the prompt by
+        which SelectKV scores its frames, a layer each.
+        """
+        T = sum(len(frame.tokens) for frame in group)
+        caption = self._caption(group, None if kv is None else [layer.part(0, T) for layer in kv])
+        stored = [*group, *([summary] if summary is not None else ())]
         blocks, packed, keys = no_blocks(), None, None
         if kv is not None and self._stages.codec is not None:
             with self.laps("pack"):
-                sizes = [len(frame.tokens) for frame in group]
+                sizes = [len(frame.tokens) for frame in stored]
                 whole, retain = [_split(layer, sizes) for layer in kv], self._stages.retain
                 # A bounded memory's blocks are stored as they came: what of them stays, keep sets say.
                 layers: list[list[LayerKV | None]] = [list(row) for row in whole]
                 if isinstance(retain, KeepAll):
                     layers = retain.keep(whole)
-                blocks = self._blocks(group)
+                if isinstance(retain, SelectKV):
+                    layers = retain.select(whole, guided, len(group))
+                blocks = self._blocks(stored)
                 if made is not None:
                     blocks = _add_prototypes(group, blocks, layers, made)
                 packed = pack_unit(self._stages.codec, layers, self.counters.widths, self._model.dtype)

@@ -41,6 +41,7 @@ class SeenFrame:
     its tokens stood, None where none was taken away. count: frames that were merged. latest (E,): embedding of the
     newest of them as it came; None for a frame that is alone. likeness: cosine with the frame before it in its unit.
     vector (E',): of its picture in one space with questions, where the index keeps that.
+    is_summary: it stands for all frames of its unit.
     """
 
     number: int
@@ -54,6 +55,7 @@ class SeenFrame:
     latest: Tensor | None = None
     likeness: float = 0.0
     vector: Tensor | None = None
+    is_summary: bool = False
 
     @property
     def embedding(self) -> Tensor:
@@ -63,6 +65,8 @@ class SeenFrame:
     @property
     def kind(self) -> BlockKind:
         """Of the block that it becomes."""
+        if self.is_summary:
+            return BlockKind.SUMMARY
         return BlockKind.FRAME if self.raster is None else BlockKind.GROUP
 
     def jpeg(self) -> bytes:

@@ -24,6 +24,7 @@ from memdb.models.yarn import stretched
 from memdb.retain import RETAINERS
 from memdb.retain.base import Bounded
 from memdb.retain.keep_all import KeepAll
+from memdb.retain.select_kv import SelectKV
 from memdb.retain.tar_van import TarVan
 from memdb.schemas.errors import RecipeError
 from memdb.schemas.legality import check
@@ -39,7 +40,7 @@ class IngestStages:
     encode: SlidingWindow | Chunk | NoKV
     captioner: Captioner
     recurrent: Recurrent | None
-    retain: KeepAll | Bounded
+    retain: KeepAll | SelectKV | Bounded
     index: MeanKey
     codec: Codec | None
     profile: str

@@ -90,7 +90,9 @@ for _command in (cli_keep.forget, cli_keep.compact, cli_keep.policy, *cli_copy.C
 @click.argument("source")
 @_store
 @click.option("--recording", help="Its name in the store; by default made from the source's.")
-@click.option("--recipe", default="hybrid", show_default=True, help="rekv, rlivs, hybrid or a FILE.toml.")
+@click.option(
+    "--recipe", default="hybrid", show_default=True, help="A name that memdb recipes prints, or a FILE.toml."
+)
 @click.option(
     "--profile", type=click.Choice(PROFILES), help="Follow the paper or its code where they differ."
 )

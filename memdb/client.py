@@ -115,7 +115,7 @@ class Client:
     ) -> IngestReport:
         """Put a film, folder, address or iterator of frames into the store; go on where an earlier call ended.
 
-        recording: its name, by default made from the source's. recipe: rekv, rlivs, hybrid, a TOML file or a
+        recording: its name, by default made from the source's. recipe: a name in memdb.recipes, a TOML file or a
         Recipe; profile, codec and settings (`STAGE.PARAM=VALUE`) change it; one that is named has the settings under
         it that fit the model, where its memdb.json says so. sample_fps: frames a second that
         are looked at. fps: of folders and iterators without times. started_at: ISO 8601, the wall clock at

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from memdb.index.mean_key import fold
@@ -21,6 +22,7 @@ from memdb.query.rebuild.original import Original
 from memdb.query.rebuild.text import CaptionAt, caption_ids
 from memdb.query.retrieve.all import ActivateAll
 from memdb.query.retrieve.external import External
+from memdb.query.retrieve.layer_adaptive import LayerAdaptive, cosine_scale
 from memdb.query.retrieve.pages import MemoryPages
 from memdb.query.retrieve.topk import BlockTopK, Rows, newest
 from memdb.query.scope import Opened
@@ -114,7 +116,7 @@ def retrieve(
             session, text, method, stages.rebuild, memory, chosen, decided.init, readings
         )
         return
-    assert isinstance(method, BlockTopK | External), "rule R1 sees to it"
+    assert isinstance(method, BlockTopK | LayerAdaptive | External), "rule R1 sees to it"
 
     def fetch(layer: int, rows: Rows) -> LayerKV | None:
         found, whole = kv.read(layer, rows, model.device, model.dtype, readings)
@@ -135,34 +137,69 @@ def retrieve(
                 fetch(layer, rows[layer])
         return
 
-    assert isinstance(method, BlockTopK), "the others know their blocks before a layer runs"
-
-    def fetch_best(layer: int, q: torch.Tensor) -> LayerKV | None:
-        query = fold(q, model.shape.kv_heads).cpu().numpy()
-        try:
-            rows = method.select(kv.search, layer, query, chosen.blocks, blocks)
-        except CorruptionError as error:  # its keys do not come: the layer goes without
-            readings.bad.append(f"{chosen.row.name}, layer {layer}: {error}")
-            rows = np.zeros(0, np.int64)
-        return fetch(layer, rows)
-
+    assert isinstance(method, BlockTopK | LayerAdaptive), "the others know their blocks before a layer runs"
     spec = chosen.row.spec
     placing = model.placing(spec.sample_fps, spec.grid)
 
     def seat(layer: int, start: int) -> Places:
         return place_frames(placing, start, kv.tokens(got.rows[layer]).tolist(), model.device)
 
-    context = RetrievalContext(
-        model.rotary,
-        decided.init,
-        fetch_best,
-        window=stages.window_tokens,
-        seat=None if placing == LINE else seat,
-        placing=placing,
-    )
-    with kv.reader.pinned(), torch.inference_mode():
-        model.forward(model.embed(model.encode_text(text)), context)
-    got.cache = context
+    def read_question(select: Callable[[int, torch.Tensor], Rows]) -> RetrievalContext:
+        """The question through all layers, each with the blocks that `select` gives it for its own queries."""
+        got.rows, got.kv = [], []
+
+        def fetch_selected(layer: int, q: torch.Tensor) -> LayerKV | None:
+            try:
+                rows = select(layer, q)
+            except CorruptionError as error:  # its keys do not come: the layer goes without
+                readings.bad.append(f"{chosen.row.name}, layer {layer}: {error}")
+                rows = np.zeros(0, np.int64)
+            return fetch(layer, rows)
+
+        context = RetrievalContext(
+            model.rotary,
+            decided.init,
+            fetch_selected,
+            window=stages.window_tokens,
+            seat=None if placing == LINE else seat,
+            placing=placing,
+        )
+        with kv.reader.pinned(), torch.inference_mode():
+            model.forward(model.embed(model.encode_text(text)), context)
+        return context
+
+    def best(layer: int, q: torch.Tensor, count: int) -> Rows:
+        query = fold(q, model.shape.kv_heads).cpu().numpy()
+        return method.select(kv.search, layer, query, chosen.blocks, count)
+
+    counts = [blocks] * model.shape.layers
+    if isinstance(method, LayerAdaptive):
+        counts = _shared_out(method, chosen, model.shape.kv_heads, counts, read_question)
+    got.cache = read_question(lambda layer, q: best(layer, q, counts[layer]))
+    readings.bad[:] = dict.fromkeys(readings.bad)  # what two passes met counts once
+
+
+def _shared_out(
+    method: LayerAdaptive,
+    chosen: Opened,
+    kv_heads: int,
+    counts: list[int],
+    read_question: Callable[[Callable[[int, torch.Tensor], Rows]], object],
+) -> list[int]:
+    """The first of two passes, in which each layer brings back the same number: what each is to bring back then."""
+    search, blocks = chosen.kv.search, counts[0]
+    held = [int((chosen.blocks & search.table.holds(layer)).sum()) for layer in range(len(counts))]
+    if max(held) <= blocks:  # every layer takes all that it holds, whatever its scores
+        return counts
+    scores = [np.zeros(0, np.float32) for _ in counts]
+
+    def score_all(layer: int, q: torch.Tensor) -> Rows:
+        query: npt.NDArray[np.float32] = fold(q, kv_heads).cpu().numpy()
+        scores[layer] = method.scores(search, layer, query, chosen.blocks, cosine_scale(q, query))
+        return method.select(search, layer, query, chosen.blocks, blocks)
+
+    read_question(score_all)
+    return method.counts(scores, blocks)
 
 
 def activate(session: Session, memory: Memory, opened: Opened, got: Retrieved, readings: Readings) -> None:
@@ -232,14 +269,18 @@ def everything(session: Session, opened: Opened, init: list[LayerKV], stages: Qu
             raise CorruptionError([*readings.warnings(), *memory.bad][0])
         assert isinstance(stages.rebuild, Original), "rule R2 sees to it"
         return at_original(session, stages.rebuild, opened, init, got)
-    rows = np.flatnonzero(opened.blocks)
-    layers = range(model.shape.layers)
-    found = [opened.kv.read(layer, rows, model.device, model.dtype, readings)[0] for layer in layers]
+    # A layer holds what its retainer left it.
+    rows = [
+        np.flatnonzero(opened.blocks & opened.kv.table.holds(layer)) for layer in range(model.shape.layers)
+    ]
+    found = [
+        opened.kv.read(layer, own, model.device, model.dtype, readings)[0] for layer, own in enumerate(rows)
+    ]
     if readings.bad:
         raise CorruptionError(readings.warnings()[0])
     spec, places = opened.row.spec, None
     placing = model.placing(spec.sample_fps, spec.grid)
     if placing != LINE:
-        sizes = opened.kv.tokens(rows).tolist()
-        places = [place_frames(placing, init[0].tokens, sizes, model.device)] * len(found)
+        sizes = [opened.kv.tokens(own).tolist() for own in rows]
+        places = [place_frames(placing, init[0].tokens, own, model.device) for own in sizes]
     return CacheContext(model.rotary, init, found, window=window, places=places, placing=placing)

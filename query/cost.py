@@ -81,6 +81,8 @@ class Asked:
     question_tokens: int
     prompt_tokens: int
     stamp_tokens_block: float = 0.0  # of time text, a block
+    passes: int = 1  # over the layers, until it is known what each of them brings back
+    spread: float = 1.0  # blocks of the layer that brings back most, over the mean
 
 
 def predict(mode: str, sizes: Sizes, asked: Asked, held: Holdings, costs: Costs) -> Predicted:
@@ -91,7 +93,10 @@ def predict(mode: str, sizes: Sizes, asked: Asked, held: Holdings, costs: Costs)
     blocks = min(sizes.blocks, held.blocks) if uses_kv else 0
     captions = min(sizes.caption_tokens, held.caption_tokens) if uses_captions else 0
     kv_tokens = blocks * held.block_tokens
-    read_bytes = blocks * held.layers * held.slice_bytes
+    ranks = uses_kv and mode != "recent" and memory is None
+    passes = asked.passes if ranks and blocks < held.blocks else 1  # where all is taken, one pass is enough
+    longest = blocks if passes == 1 else min(held.blocks, math.floor(blocks * asked.spread))
+    read_bytes = passes * blocks * held.layers * held.slice_bytes
     if memory is not None:
         blocks, kv_tokens, read_bytes = memory.blocks, float(memory.tokens), float(memory.read_bytes)
     stamp_tokens = blocks * asked.stamp_tokens_block
@@ -103,7 +108,7 @@ def predict(mode: str, sizes: Sizes, asked: Asked, held: Holdings, costs: Costs)
         fetch = held.layers * (costs.read_base + costs.read_block * blocks + costs.unpack_token * kv_tokens)
         if mode != "recent" and (memory is None or memory.chosen):
             fetch += held.layers * costs.search_layer + costs.forward(asked.question_tokens, context)
-        stages["retrieve"] = fetch
+        stages["retrieve"] = passes * fetch
     texts = stamp_tokens + captions
     stages["rebuild"] = costs.forward(texts, context) if texts else 0.0
     if stamp_tokens:  # with stamps everything moves, and is rotated again
@@ -113,6 +118,7 @@ def predict(mode: str, sizes: Sizes, asked: Asked, held: Holdings, costs: Costs)
     stages["decode"] = sizes.answer_tokens * costs.forward(
         1, context + asked.prompt_tokens + sizes.answer_tokens / 2
     )
+    context += (longest - blocks) * held.block_tokens
     total_tokens = math.ceil(context + asked.prompt_tokens + sizes.answer_tokens - 1e-6)
     return Predicted(
         stages_ms={stage: costs.corrected(stage, ms) for stage, ms in stages.items()},

@@ -77,7 +77,9 @@ def _forwards(model: VideoModel) -> tuple[float, float, float]:
 
 def _reads(model: VideoModel, kv: Opened) -> tuple[float, float, float]:
     """Base and slope of one layer's read over the number of blocks, and codes to tensors a token."""
-    usable = np.flatnonzero(kv.blocks)
+    usable = np.flatnonzero(kv.blocks & kv.kv.table.holds(0))  # not every layer keeps every block
+    if not len(usable):
+        return 0.0, 0.0, 0.0
     many = usable[np.unique(np.linspace(0, len(usable) - 1, min(BLOCKS, len(usable))).astype(np.intp))]
 
     def read(rows: Rows) -> tuple[float, float]:

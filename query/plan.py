@@ -122,7 +122,8 @@ def _limited(mode: str, full: Sizes, asked: Asked, held: Holdings, room: int) ->
         least = _scaled(whole, 0.0, held)
         captions = min(captions, max(0, free - memory.tokens))
         return Sizes(memory.blocks, max(captions, least.caption_tokens), answer)
-    block_tokens = max(1.0, held.block_tokens + asked.stamp_tokens_block)
+    spread = asked.spread if mode != "recent" and blocks < held.blocks else 1.0
+    block_tokens = max(1.0, spread * held.block_tokens + asked.stamp_tokens_block)
     wanted = blocks * block_tokens + captions
     if wanted > free:
         scale = free / wanted

@@ -13,6 +13,7 @@ from memdb.query.cost import Asked, Costs
 from memdb.query.memory import Memory, memory_of
 from memdb.query.plan import plan as make_plan
 from memdb.query.retrieve.all import ActivateAll
+from memdb.query.retrieve.layer_adaptive import LayerAdaptive
 from memdb.query.retrieve.mmr import CaptionMMR
 from memdb.query.retrieve.pages import MemoryPages
 from memdb.query.scope import Opened
@@ -151,6 +152,8 @@ def _plan(
         question_tokens=len(ids),
         prompt_tokens=len(session.model.prompt_ids(question.text)),
         stamp_tokens_block=_stamp_tokens(session, stages, chosen),
+        passes=2 if isinstance(stages.retrieve, LayerAdaptive) else 1,
+        spread=stages.retrieve.spread if isinstance(stages.retrieve, LayerAdaptive) else 1.0,
     )
     retrieve = stages.retrieve
     # The recording whose KV is read need not be one that has captions: rekv beside rlivs.

@@ -13,6 +13,7 @@ from memdb.query.rebuild.text import TextOnly
 from memdb.query.retrieve import RETRIEVERS
 from memdb.query.retrieve.all import ActivateAll
 from memdb.query.retrieve.external import External
+from memdb.query.retrieve.layer_adaptive import LayerAdaptive
 from memdb.query.retrieve.mmr import CaptionMMR
 from memdb.query.retrieve.pages import MemoryPages
 from memdb.query.retrieve.topk import BlockTopK
@@ -22,7 +23,7 @@ from memdb.schemas.recipe import Recipe, canonical
 
 @dataclass(frozen=True)
 class QueryStages:
-    retrieve: BlockTopK | External | CaptionMMR | ActivateAll | MemoryPages
+    retrieve: BlockTopK | LayerAdaptive | External | CaptionMMR | ActivateAll | MemoryPages
     rebuild: Consecutive | TextOnly | Original
     answer: Greedy
     window_tokens: int | None  # the view over a long context, where the recipe keeps the window at rebuild

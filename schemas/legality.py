@@ -28,7 +28,7 @@ _EXACT = ("raw", "fp16", "bf16")  # codecs that give keys back as they were, or 
 RULES: tuple[Rule, ...] = (
     Rule(
         "R1",
-        lambda r: r.retrieve.method in ("topk", "external") and not r.keeps_kv,
+        lambda r: r.retrieve.method in ("topk", "layer_adaptive", "external") and not r.keeps_kv,
         "retrieval of blocks reads KV slices, and this recipe writes none: set write to a codec, "
         "or retrieve to mmr",
     ),
@@ -100,14 +100,30 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "R8b",
-        lambda r: r.has_memory and r.retain.method == "all",
+        lambda r: r.has_memory and r.retain.method in ("all", "select_kv"),
         "chunks are encoded against a compressed memory, which nothing here compresses: set retain to a method with "
         "budget_tokens, or encode = 'window'",
     ),
     Rule(
         "R8c",
-        lambda r: not r.has_memory and r.retain.method != "all",
+        lambda r: not r.has_memory and r.retain.method not in ("all", "select_kv"),
         "a bounded memory is what the next chunk is encoded against: set encode = 'chunk', or retain = 'all'",
+    ),
+    Rule(
+        "R18b",
+        lambda r: r.retain.method == "select_kv" and r.encode.method != "segment",
+        "SelectKV scores the frames of a segment by a guidance prompt that reads the segment: set encode = 'segment', "
+        "or retain = 'all'",
+    ),
+    Rule(
+        "R5b",
+        lambda r: (
+            r.encode.method == "segment"
+            and r.encode.params.get("summary") is not False
+            and r.reduce.method == "ctr"
+        ),
+        "a summary is the mean of frames place by place, and CTR leaves each frame other places: set encode.summary = "
+        "false, or reduce = 'identity'",
     ),
     Rule(
         "R10b",

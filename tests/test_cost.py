@@ -42,6 +42,18 @@ def test_a_prediction_is_the_sum_that_can_be_done_by_hand() -> None:
     assert found.read_bytes == 10 * 4 * 2048
 
 
+def test_two_passes_are_paid_for_and_the_longest_layer_has_room() -> None:
+    """StreamKV: the question goes through the layers twice, and one of them may bring back half as much again."""
+    asked = replace(ASKED, passes=2, spread=1.5)
+    once, twice = (predict("kv", SIZES, each, HELD, COSTS) for each in (ASKED, asked))
+    assert twice.stages_ms["retrieve"] == pytest.approx(2 * once.stages_ms["retrieve"])
+    assert twice.read_bytes == 2 * once.read_bytes
+    assert twice.context_tokens == once.context_tokens + 5 * 16
+    assert {**twice.stages_ms, "retrieve": 0} == {**once.stages_ms, "retrieve": 0}
+    for sizes, mode in ((SIZES, "recent"), (SIZES, "captions"), (replace(SIZES, blocks=HELD.blocks), "kv")):
+        assert predict(mode, sizes, asked, HELD, COSTS) == predict(mode, sizes, ASKED, HELD, COSTS)
+
+
 def test_each_mode_pays_for_its_own_tiers() -> None:
     stages = {mode: set(predict(mode, SIZES, ASKED, HELD, COSTS).stages_ms) for mode in MODES[1:]}
     assert "retrieve" not in stages["captions"]

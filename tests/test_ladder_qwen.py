@@ -115,6 +115,17 @@ def test_a_long_film_gives_them_with_text_behind_the_largest_id(
     assert relative(logits_of(tmp_path / "s"), film.whole) < BOUND
 
 
+def test_segments_give_them_too_where_nothing_is_dropped_or_summed_up(film: Film, tmp_path: Path) -> None:
+    changes = (
+        "unit.theta=0.9",
+        "retain.keep=1.0",
+        "encode.summary=false",
+        f"encode.init_prompt={INIT_PROMPT}",
+    )
+    remember(tmp_path / "s", film.shown, recipe="streamkv", settings=[*changes, "encode.chunk_frames=4"])
+    assert relative(logits_of(tmp_path / "s"), film.whole) < BOUND
+
+
 def test_the_profile_code_walks_frame_by_frame_to_the_same_logits(film: Film, tmp_path: Path) -> None:
     remember(tmp_path / "s", film.shown, settings=settings_of("rekv", 64), profile="code")
     assert relative(logits_of(tmp_path / "s"), film.whole) < BOUND

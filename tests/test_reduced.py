@@ -62,12 +62,21 @@ from tests.test_resume import Crash, crash_at, stop_at
 FRAMES = 22
 BASE = (f"encode.chunk_frames={CHUNK}", f"encode.window_tokens={WINDOW_TOKENS}")
 SEGMENT = ("unit=segment", "unit.theta=0.985", "unit.frames_min=1", "unit.frames_max=2")
+GUIDED = (
+    *SEGMENT,
+    "encode=segment",
+    f"encode.init_prompt={INIT_PROMPT}",
+    *BASE,
+    "retain=select_kv",
+    "retain.keep=0.5",
+)
 CTR = ("reduce=ctr", "reduce.tokens=2")
 # Of rekv, by name. Scenes of the film are three frames long: batches of four cut through them.
 CASES: dict[str, tuple[str, ...]] = {
     "ctr": (*BASE, *CTR, "write=oqm"),
     "ctr-clip": (*BASE, "unit=clip", "unit.frames=3", *CTR, "reduce.dpc=released", "write=oqm2"),
     "segment": (*BASE, *SEGMENT, "write=int4"),
+    "streamkv": (*GUIDED, "retrieve=layer_adaptive", "retrieve.blocks=3", "write=int4"),
     "segment-ctr": (*BASE, *SEGMENT, *CTR, "write=oqm"),
     "merge": (*BASE, "reduce=merge", "reduce.delta=0.985", "write=int4"),
     "merge-clip": (*BASE, "unit=clip", "unit.frames=2", "reduce=merge", "reduce.delta=0.985", "write=int4"),
@@ -133,16 +142,20 @@ def test_the_cases_are_what_they_are_meant_to_be(bench: Bench) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_units_and_blocks_cover_the_film_without_holes(bench: Bench, case: str) -> None:
     rows = unit_rows(bench.whole[case])
-    spans = [(int(b["start_ns"]), int(b["end_ns"])) for row in rows for b in row.blocks]
+    positions = [(int(b["position"]), int(b["tokens"])) for row in rows for b in row.blocks]
+    frames = [row.blocks for row in rows]
+    if case == "streamkv":  # behind the frames of each unit stands their summary
+        assert all(blocks["kind"][-1] == BlockKind.SUMMARY for blocks in frames)
+        frames = [blocks[:-1] for blocks in frames]
+    spans = [(int(b["start_ns"]), int(b["end_ns"])) for blocks in frames for b in blocks]
     assert spans[0][0] == 0
     assert spans[-1][1] == FRAMES * 10**9
     assert all(a[1] == b[0] for a, b in pairwise(spans))
     assert [(row.start_ns, row.end_ns) for row in rows] == [
-        (int(row.blocks["start_ns"][0]), int(row.blocks["end_ns"][-1])) for row in rows
+        (int(blocks["start_ns"][0]), int(blocks["end_ns"][-1])) for blocks in frames
     ]
     kind = BlockKind.GROUP if "ctr" in case else BlockKind.FRAME
-    assert {int(b["kind"]) for row in rows for b in row.blocks} == {kind}
-    positions = [(int(b["position"]), int(b["tokens"])) for row in rows for b in row.blocks]
+    assert {int(b["kind"]) for blocks in frames for b in blocks} == {kind}
     assert all(b[0] == a[0] + a[1] for a, b in pairwise(positions))
 
 
@@ -157,7 +170,7 @@ def test_a_question_is_answered_from_what_was_kept(bench: Bench, case: str) -> N
         assert client.verify().ok
 
 
-@pytest.mark.parametrize("case", ["ctr", "ctr-clip"])
+@pytest.mark.parametrize("case", ["ctr", "ctr-clip", "streamkv"])
 def test_groups_move_to_another_store_bit_for_bit(bench: Bench, case: str, tmp_path: Path) -> None:
     with opened(bench.whole[case], bench.model, create=False) as client:
         client.export(NAME, tmp_path / "one.recording", format="memdb")
@@ -171,6 +184,7 @@ HYBRIDS = {
     "ctr": ("unit.frames=3", *CTR, "write=oqm"),
     "merge": ("unit.frames=2", "reduce=merge", "reduce.delta=0.985"),
     "segment": SEGMENT,
+    "streamkv": (*GUIDED, "retrieve=layer_adaptive", "retrieve.blocks=3", "retrieve.caption_tokens=100"),
 }
 
 
@@ -441,7 +455,7 @@ def test_the_frame_beside_which_the_next_is_reduced_is_held(bench: Bench) -> Non
     assert [unit.kv.payload.tobytes() for unit in coder.step(second) if unit.kv is not None] == kv
 
 
-@pytest.mark.parametrize("case", ["merge", "merge-clip", "segment"])
+@pytest.mark.parametrize("case", ["merge", "merge-clip", "segment", "streamkv"])
 def test_a_merged_frame_that_overlaps_what_was_forgotten_goes_whole(bench: Bench, case: str) -> None:
     coder = encoder(bench, case)
     still = next(batches(bench, 1))

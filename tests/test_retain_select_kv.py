@@ -269,3 +269,26 @@ def test_parameters_out_of_range_are_refused() -> None:
             SelectKV(**params)  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match="every layer keeps one"):
         exact_counts([torch.zeros(4)] * 3, 2, z_scores=True)
+
+
+@settings(deadline=None, max_examples=100)
+@given(scored, st.floats(0, 1), st.booleans(), st.integers(1, 4), st.integers(0, 6))
+def test_bounds_clip_the_water_line_and_leave_the_total_exact(
+    rows: list[Tensor], part: float, z_scores: bool, low: int, width: int
+) -> None:
+    """The counts of one p, each brought into its layer's bounds, stand on both sides of what is given out."""
+    high = low + width
+    least, most = (sum(min(bound, len(row)) for row in rows) for bound in (low, high))
+    total = least + int(part * (most - least))
+    counts = exact_counts(rows, total, z_scores=z_scores, low=low, high=high)
+    assert sum(counts) == total
+    sums = [plain_sums(row, z_scores) for row in rows]
+
+    def clipped(p: float) -> list[int]:
+        at = zip(plain_counts_at(sums, p), rows, strict=True)
+        return [min(max(count, low), high, len(row)) for count, row in at]
+
+    edges = sorted({0.0, 1.0, *(c for row in sums for c in row)})
+    p = next((edge for edge in edges if sum(clipped(edge + 1e-9)) >= total), 1.0)
+    below, above = clipped(p - 1e-9), clipped(p + 1e-9)
+    assert all(a <= count <= b for a, count, b in zip(below, counts, above, strict=True))

@@ -3,6 +3,7 @@
 from memdb.retain.base import Bounded
 from memdb.retain.keep_all import KeepAll
 from memdb.retain.recent import Recent
+from memdb.retain.select_kv import SelectKV
 from memdb.retain.tar_van import TarVan
 from memdb.retain.template import Template
 from memdb.retain.uniform import Uniform, UniformTokens
@@ -16,8 +17,9 @@ BOUNDED: dict[str, type[Bounded]] = {
     "uniform": UniformTokens,
     "vision_sink": VisionSink,
 }
-RETAINERS: dict[str, type[KeepAll] | type[Bounded]] = {
+RETAINERS: dict[str, type[KeepAll] | type[SelectKV] | type[Bounded]] = {
     "all": KeepAll,
+    "select_kv": SelectKV,
     **BOUNDED,
 }
 # By these ageing thins blocks that are stored already: they choose by place alone, without a look at the values.

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from memdb.index.mean_key import fold
+from memdb.models.window import LayerKV
+from memdb.recipes import GUIDANCE_PROMPT
 from memdb.retain.select_kv_code import code_compress_counts
 from memdb.schemas.errors import RecipeError
 from memdb.schemas.params import at_least, share
@@ -36,6 +38,7 @@ class SelectKV:
       into a band around the mean, whose repair goes over the layers once: the total may be missed. Frames that
       score alike make their layer keep all of them.
     `band`: half the width of that band as a share of its middle, for `code` (its script: 1.0).
+    `prompt`: the guidance prompt behind each segment, whose queries score its frames; the text is ours.
 
     Equal scores: the earlier frame stays; equal weights: the earlier layer gets it.
     """
@@ -43,17 +46,38 @@ class SelectKV:
     keep: float = 0.6
     mode: str = "fixed"
     band: float = 1.0
+    prompt: str = GUIDANCE_PROMPT
 
     def __post_init__(self) -> None:
         share("retain.keep", self.keep)
         at_least("retain.band", self.band, 0)
         if self.mode not in MODES:
             raise RecipeError(f"retain.mode = {self.mode!r}: choose one of {', '.join(MODES)}")
+        if not self.prompt.strip():
+            raise RecipeError("retain.prompt is empty: say what to keep, or set retain = 'all'")
 
     @property
     def sim(self) -> str:
         """What `guidance_scores` has to compute for this mode."""
         return "dot" if self.mode == "code" else "cos"
+
+    def select(
+        self, layers: Sequence[Sequence[LayerKV]], queries: Sequence[Tensor], frames: int
+    ) -> list[list[LayerKV | None]]:
+        """Per layer, the blocks of a segment, None where it drops one. What is behind its `frames` frames, the
+        summary, is not counted and stays in every layer (R7).
+
+        queries: those of the guidance prompt, unrotated, a layer each (Hq, T, D).
+        """
+        scores = []
+        for q, row in zip(queries, layers, strict=True):
+            k = torch.stack([kv.k for kv in row[:frames]])  # (F, H, T, D)
+            scores.append(guidance_scores(q, k.float().mean(2).flatten(1), self.sim))
+        kept = [set(own.tolist()) for own in self.choose(scores)]
+        return [
+            [kv if at in own or at >= frames else None for at, kv in enumerate(row)]
+            for own, row in zip(kept, layers, strict=True)
+        ]
 
     def choose(self, scores: Sequence[Tensor]) -> list[Tensor]:
         """Per layer, from the scores (blocks,) of a segment's frames, the indices of those that stay, ascending.
@@ -93,22 +117,30 @@ def top_blocks(scores: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
     ]
 
 
-def exact_counts(scores: Sequence[Tensor], total: int, *, z_scores: bool) -> list[int]:
-    """Blocks a layer, `total` together, or everything where that is less; at least one a layer.
+def exact_counts(
+    scores: Sequence[Tensor], total: int, *, z_scores: bool, low: int = 1, high: int | None = None
+) -> list[int]:
+    """Blocks a layer, `total` together, or everything where that is less; each `low` to `high`, None for no bound.
 
     A layer takes its next block when p passes the sum of weights it has so far. So the blocks of all layers stand
     in one order of rising p, and the first `total` of it are the answer: no search, no repair.
     """
-    if total < len(scores):
+    if total < sum(min(low, len(score)) for score in scores):
+        least = "one" if low == 1 else low
         raise RecipeError(
-            f"{total} blocks for {len(scores)} layers: every layer keeps one, give a larger share"
+            f"{total} blocks for {len(scores)} layers: every layer keeps {least}, give a larger share"
         )
-    sums = [_sums(score, z_scores) for score in scores]
-    # The first block of a layer stands before all others: nothing is summed up yet.
-    enters = np.concatenate([np.concatenate(([-1.0], row[:-1])) for row in sums])
-    layer = np.repeat(np.arange(len(sums)), [len(row) for row in sums])
-    first = np.argsort(enters, kind="stable")[:total]
-    return [int(count) for count in np.bincount(layer[first], minlength=len(sums))]
+    enters = [_enters(_sums(score, z_scores)[:high], low) for score in scores]
+    layer = np.repeat(np.arange(len(enters)), [len(row) for row in enters])
+    first = np.argsort(np.concatenate(enters), kind="stable")[:total]
+    return [int(count) for count in np.bincount(layer[first], minlength=len(enters))]
+
+
+def _enters(sums: Floats, low: int) -> Floats:
+    """(blocks,) the p at which a layer takes each of its blocks, best first; the first `low` before all others."""
+    enters = np.concatenate(([-1.0], sums[:-1]))
+    enters[:low] = -1.0
+    return enters
 
 
 def _sums(score: Tensor, z_scores: bool) -> Floats:

@@ -2,14 +2,22 @@
 
 from memdb.query.retrieve.all import ActivateAll
 from memdb.query.retrieve.external import External
+from memdb.query.retrieve.layer_adaptive import LayerAdaptive
 from memdb.query.retrieve.mmr import CaptionMMR
 from memdb.query.retrieve.pages import MemoryPages
 from memdb.query.retrieve.topk import BlockTopK
 
 RETRIEVERS: dict[
-    str, type[BlockTopK] | type[External] | type[CaptionMMR] | type[ActivateAll] | type[MemoryPages]
+    str,
+    type[BlockTopK]
+    | type[LayerAdaptive]
+    | type[External]
+    | type[CaptionMMR]
+    | type[ActivateAll]
+    | type[MemoryPages],
 ] = {
     "topk": BlockTopK,
+    "layer_adaptive": LayerAdaptive,
     "external": External,
     "mmr": CaptionMMR,
     "all": ActivateAll,

@@ -14,6 +14,7 @@ from pathlib import Path
 from memdb.models.load import EMBEDDED
 from memdb.models.sheet import ModelSheet, write_sheet
 from memdb.models.world_words import world_tokenizer
+from memdb.recipes import INIT_PROMPT
 
 TEACHERS = Path(__file__).with_name("teachers.safetensors")
 NOTE = (
@@ -28,6 +29,14 @@ SHEET = ModelSheet(
     joint="joint.safetensors",
     recipes={
         "rekv": (*_SEEN, *_FOUND, "answer.tokens_max=16"),
+        # A segment fits into the window, so that the guidance prompt sees all of it. The init prompt is the one that
+        # the model was taught with.
+        "streamkv": (
+            *_SEEN,
+            "unit.frames_max=24",
+            f"encode.init_prompt={INIT_PROMPT}",
+            "answer.tokens_max=16",
+        ),
         "infinipot-v": ("answer.tokens_max=16",),
         # As many frames as the paper's 6K hold; and no longer contexts than those it was taught with, whatever its
         # configuration says.
