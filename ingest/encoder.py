@@ -17,15 +17,18 @@ from torch import Tensor
 from memdb.codecs.pack import pack_unit
 from memdb.ingest.encode.base import ClipSeen, no_kv
 from memdb.ingest.encode.chunk import Chunk
+from memdb.ingest.encode.groups import Groups
 from memdb.ingest.encode.window import SlidingWindow
 from memdb.ingest.frames import ReadyFrame, SeenFrame
 from memdb.ingest.held import Held, Timed, is_meant, newest
 from memdb.ingest.memory import EncoderMemory, chunk_words, grid_of
 from memdb.ingest.open_frames import frame_from, frame_row, frame_tensors
+from memdb.ingest.read_back import StoredGroups
 from memdb.ingest.reduce.ctr import CausalTemporal
 from memdb.ingest.reduce.merge_frames import MergeFrames
 from memdb.ingest.stages import IngestStages
 from memdb.models.caption_vectors import CaptionVectors
+from memdb.models.groups import GroupContext
 from memdb.models.places import LINE
 from memdb.models.protocol import VideoModel
 from memdb.models.window import LayerKV, WindowContext
@@ -74,13 +77,14 @@ class StreamEncoder:
         sample_fps: float = 1.0,
         grid: tuple[int, int] | None = None,
         seed: int = 0,
+        stored: StoredGroups | None = None,
     ) -> None:
         """`sample_fps`, raw frames a second, and `grid`: the recording's, for models whose ids count them. `seed`:
-        the recording's, for reducers that draw.
+        the recording's, for reducers that draw. `stored`: the recording, for encoders whose window is what it holds.
         """
         self._placing = model.placing(sample_fps, grid)
         self._model, self._stages, self._vectors = model, stages, vectors
-        self._init_ids, self._seed = tuple(init_ids), seed
+        self._init_ids, self._seed, self._stored = tuple(init_ids), seed, stored
         self.laps = laps or Laps()
         self.start_fresh(Counters())
 
@@ -92,18 +96,34 @@ class StreamEncoder:
             self._window = self._stages.encode.open(
                 self._model, self._init_ids, profile=self._stages.profile, placing=self._placing
             )
+        self._groups: GroupContext | None = None
+        if isinstance(self._stages.encode, Groups):
+            assert self._stages.codec is not None, "rule R10 sees to it"
+            self._groups = self._stages.encode.open(
+                self._model,
+                self._init_ids,
+                self._stages.codec,
+                profile=self._stages.profile,
+                placing=self._placing,
+                widths=counters.widths,
+            )
         self._memory: EncoderMemory | None = None
         if isinstance(self._stages.encode, Chunk):
             assert not isinstance(self._stages.retain, KeepAll), "rule R8b sees to it"
             init = self._stages.encode.open(self._model, self._init_ids)
             self._memory = EncoderMemory(init, self._stages.retain)
-        if self._window is not None or self._memory is not None:
+        if self._context is not None:
             counters.position = max(counters.position, len(self._init_ids))
         self._in_window: list[Held] = []  # frames, oldest first
         self._opened: list[SeenFrame] = []  # where frames merge, the last is not yet the unit's own
         self._before: SeenFrame | None = None  # the last frame that was reduced, as it was before
         self._queue: list[Tensor] = []
         self._queued: list[Held] = []  # the clip of each entry of the queue
+
+    @property
+    def _context(self) -> WindowContext | GroupContext | EncoderMemory | None:
+        """What frames are encoded in, whichever it is."""
+        return self._window or self._groups or self._memory
 
     @property
     def reach_ns(self) -> int:
@@ -239,24 +259,34 @@ class StreamEncoder:
         groups = self._reduce(groups)
         if self._memory is not None:  # each unit is encoded against what the one before it left in memory
             return [self._remember(group) for group in groups]
-        kv = self._encode([frame for group in groups for frame in group])
+        kv, places = self._encode([frame for group in groups for frame in group])
         units, at = [], 0
         for group in groups:
+            if places:
+                self.counters.position = places[len(units)]  # of its one frame
             T = sum(len(frame.tokens) for frame in group)
             own = None if kv is None else [layer.part(at, at + T) for layer in kv]
             units.append(self._unit(group, own))
             at += T
         return units
 
-    def _encode(self, frames: Sequence[SeenFrame]) -> list[LayerKV] | None:
-        encode, window = self._stages.encode, self._window
-        if window is None or not isinstance(encode, SlidingWindow):
-            return None
-        with self.laps("encode"):
-            kv = encode.encode(self._model, window, [frame.tokens for frame in frames])
+    def _encode(self, frames: Sequence[SeenFrame]) -> tuple[list[LayerKV] | None, list[int]]:
+        """Keys and values, a layer each, and the positions of the frames where these do not just follow on."""
+        encode, window, groups = self._stages.encode, self._window, self._groups
+        tokens, places = [frame.tokens for frame in frames], list[int]()
+        if window is not None and isinstance(encode, SlidingWindow):
+            with self.laps("encode"):
+                kv = encode.encode(self._model, window, tokens)
+            held_tokens = window.local[0].tokens
+        elif groups is not None and isinstance(encode, Groups):
+            with self.laps("encode"):
+                kv, places = encode.encode(self._model, groups, tokens)
+            held_tokens = groups.held_tokens
+        else:
+            return None, places
         came = [Held(frame.start_ns, frame.end_ns, len(frame.tokens)) for frame in frames]
-        self._in_window = newest([*self._in_window, *came], window.local[0].tokens)
-        return kv
+        self._in_window = newest([*self._in_window, *came], held_tokens)
+        return kv, places
 
     def _remember(self, group: Sequence[SeenFrame]) -> Unit:
         """Encode a unit against the memory, and let the retainer decide what of both stays."""
@@ -344,7 +374,7 @@ class StreamEncoder:
             return None
         with self.laps("caption"):
             tokens = torch.cat([frame.tokens for frame in group])
-            held = self._memory or self._window
+            held = self._context
             init = held.init if held is not None and held.init else no_kv(model)
             sizes = [len(frame.tokens) for frame in group]
             clip = ClipSeen(tokens, kv, init, self._init_ids, self._queue, sizes, self._placing)
@@ -380,6 +410,7 @@ class StreamEncoder:
         meta = {
             "counters": asdict(self.counters),
             "seen": window.seen if window is not None else 0,
+            **({"frames": self._groups.frames} if self._groups is not None else {}),
             "window": [astuple(held) for held in self._in_window],
             "memory": self._memory.frame_rows() if self._memory is not None else [],
             "queue": [astuple(held) for held in self._queued],
@@ -413,6 +444,11 @@ class StreamEncoder:
             if self._memory is not None:
                 self._memory.restore(tensors, meta["memory"], device)
             self._in_window = _held(meta["window"])
+            if self._groups is not None and self._in_window:
+                assert self._stored is not None, "whoever goes on says where from"
+                # Each of its groups is a unit; the newest is the one before the next.
+                units = range(counters.unit - len(self._in_window), counters.unit)
+                self._groups.take_back(*self._stored.read(units), frames=int(meta["frames"]))
             self._queued = _held(meta["queue"])
             self._queue = [tensors[f"queue.{index}"].to(device) for index in range(len(self._queued))]
             jpeg = bytes(tensors["jpeg"].numpy()) if "jpeg" in tensors else b""

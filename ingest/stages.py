@@ -10,6 +10,7 @@ from memdb.index.mean_key import MeanKey
 from memdb.ingest.encode import CAPTIONERS, ENCODERS
 from memdb.ingest.encode.base import Captioner
 from memdb.ingest.encode.chunk import Chunk
+from memdb.ingest.encode.groups import Groups
 from memdb.ingest.encode.nothing import NoKV
 from memdb.ingest.encode.window import SlidingWindow
 from memdb.ingest.reduce import REDUCERS, Reducer
@@ -30,7 +31,7 @@ from memdb.schemas.recipe import Recipe
 class IngestStages:
     unit: UnitStage
     reduce: Reducer
-    encode: SlidingWindow | Chunk | NoKV
+    encode: SlidingWindow | Groups | Chunk | NoKV
     captioner: Captioner
     recurrent: Recurrent | None
     retain: KeepAll | Bounded
@@ -40,8 +41,11 @@ class IngestStages:
 
     def check_frames(self, frame_tokens: int) -> None:
         """Whether frames of so many tokens suit these stages. Raises RecipeError."""
+        group_tokens = frame_tokens
         if isinstance(self.reduce, CausalTemporal):
-            self.reduce.kept(frame_tokens)
+            group_tokens = self.reduce.kept(frame_tokens)
+        if isinstance(self.encode, Groups):
+            self.encode.check_group(group_tokens)
         if isinstance(self.retain, Bounded):
             least = self.retain.tokens_min(frame_tokens)
             if self.retain.budget_tokens < least:

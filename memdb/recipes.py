@@ -38,6 +38,19 @@ RLIVS = Recipe(
     rebuild=Stage("text", {"windowed": False, "time_text_s": 0.0}),
     answer=Stage("greedy", {"tokens_max": 256}),
 )
+STREAMINGTOM = Recipe(
+    name="streamingtom",  # arXiv 2510.18269
+    unit=Stage("frame"),
+    reduce=Stage("ctr", {"tokens": 0, "tau": 0.9, "neighbours": 7, "beta": 0.6, "dpc": "textbook"}),
+    encode=Stage("groups", {"window_tokens": 4_800, "chunk_frames": 32, "init_prompt": INIT_PROMPT}),
+    caption=Stage("none"),
+    write=Stage("oqm"),
+    retain=Stage("all"),
+    index=Stage("mean_key"),
+    retrieve=Stage("groups", {"budget_tokens": 12_544}),
+    rebuild=Stage("consecutive", {"windowed": False, "time_text_s": 0.0}),
+    answer=Stage("greedy", {"tokens_max": 256}),
+)
 HYBRID = Recipe(
     name="hybrid",  # ours: both tiers under one commit
     unit=Stage("clip", {"frames": 16, "unit_s_max": 120.0}),
@@ -65,12 +78,16 @@ HYBRID = Recipe(
 )
 LIVE_UNIT_S_MAX = 10.0
 LIVE_CHUNK_FRAMES = 4
-RECIPES: dict[str, Recipe] = {"rekv": REKV, "rlivs": RLIVS, "hybrid": HYBRID}
+RECIPES: dict[str, Recipe] = {"rekv": REKV, "rlivs": RLIVS, "streamingtom": STREAMINGTOM, "hybrid": HYBRID}
 
 # Where a paper and its released code differ; `fixed` is the row above.
 PROFILE_CHANGES: dict[tuple[str, str], tuple[str, ...]] = {
     ("rekv", "paper"): ("retrieve.sim=cos",),
     ("rekv", "code"): (),  # the init tokens count twice in one step: encode/window reads the profile
+    # Frames of a batch see each other as they are: encode/groups reads the profile.
+    ("streamingtom", "paper"): (),
+    # The same, and positions are those of writing, which repeat.
+    ("streamingtom", "code"): ("reduce.dpc=released", "rebuild=written"),
     ("rlivs", "paper"): ("caption.tokens_max=1024", "unit.unit_s_max=0"),
     ("rlivs", "code"): ("caption.tokens_max=1024", "unit.unit_s_max=0", "retrieve.caption_tokens=20000"),
 }

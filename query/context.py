@@ -18,7 +18,9 @@ from memdb.query.planning import Decided
 from memdb.query.rebuild.consecutive import Consecutive
 from memdb.query.rebuild.original import Original
 from memdb.query.rebuild.text import CaptionAt, caption_ids
+from memdb.query.rebuild.written import Written
 from memdb.query.retrieve.all import ActivateAll
+from memdb.query.retrieve.groups import GroupTopK
 from memdb.query.retrieve.topk import BlockTopK, Rows, newest
 from memdb.query.scope import Opened
 from memdb.query.session import Session
@@ -106,7 +108,7 @@ def retrieve(
         assert memory is not None, "whoever plans has it"
         activate(session, memory, chosen, got, readings)
         return
-    assert isinstance(method, BlockTopK), "rule R1 sees to it"
+    assert isinstance(method, BlockTopK | GroupTopK), "rule R1 sees to it"
 
     def fetch(layer: int, rows: Rows) -> LayerKV | None:
         found, whole = kv.read(layer, rows, model.device, model.dtype, readings)
@@ -134,7 +136,11 @@ def retrieve(
     spec = chosen.row.spec
     placing = model.placing(spec.sample_fps, spec.grid)
 
+    rebuilt = stages.rebuild
+
     def seat(layer: int, start: int) -> Places:
+        if isinstance(rebuilt, Written):
+            return as_written(session, rebuilt, chosen, got.rows[layer], start)
         return place_frames(placing, start, kv.tokens(got.rows[layer]).tolist(), model.device)
 
     context = RetrievalContext(
@@ -142,7 +148,7 @@ def retrieve(
         decided.init,
         fetch_best,
         window=stages.window_tokens,
-        seat=None if placing == LINE else seat,
+        seat=None if placing == LINE and not isinstance(rebuilt, Written) else seat,
         placing=placing,
     )
     with kv.reader.pinned(), torch.inference_mode():
@@ -179,6 +185,13 @@ def at_original(
     return method.rebuild(session.model, init, got.kv, got.positions, frame_tokens, placing)
 
 
+def as_written(session: Session, method: Written, opened: Opened, rows: Rows, start: int) -> Places:
+    """Places of one layer's groups, behind `start` init tokens, where the encoder wrote them."""
+    spec, stands = opened.row.spec, torch.from_numpy(opened.kv.stands(rows))
+    placing = session.model.placing(spec.sample_fps, spec.grid)
+    return method.places(session.model, start, opened.kv.tokens(rows).tolist(), stands, placing)
+
+
 def rebuild(session: Session, decided: Decided, got: Retrieved, room: int) -> CacheContext:
     """[init | blocks in time order, with times | captions in time order, with times], in at most `room` tokens."""
     stages, init, chosen = decided.stages, decided.init, decided.chosen
@@ -202,6 +215,10 @@ def rebuild(session: Session, decided: Decided, got: Retrieved, room: int) -> Ca
                 stamp_tokens_max=max(0, room - init[0].tokens - longest - len(got.caption_ids)),
                 placing=session.model.placing(spec.sample_fps, spec.grid),
             )
+        elif isinstance(stages.rebuild, Written) and got.cache is None:
+            written, start = stages.rebuild, init[0].tokens
+            places = [as_written(session, written, chosen, rows, start) for rows in got.rows]
+            context = written.rebuild(session.model, init, got.kv, places)
         else:
             assert got.cache is not None
             context = got.cache
@@ -231,6 +248,9 @@ def everything(session: Session, opened: Opened, init: list[LayerKV], stages: Qu
     if readings.bad:
         raise CorruptionError(readings.warnings()[0])
     spec, places = opened.row.spec, None
+    if isinstance(stages.rebuild, Written):
+        places = [as_written(session, stages.rebuild, opened, rows, init[0].tokens)] * len(found)
+        return stages.rebuild.rebuild(model, init, found, places)
     placing = model.placing(spec.sample_fps, spec.grid)
     if placing != LINE:
         sizes = opened.kv.tokens(rows).tolist()

@@ -12,6 +12,7 @@ from memdb.query.cost import Asked, Costs
 from memdb.query.memory import Memory, memory_of
 from memdb.query.plan import plan as make_plan
 from memdb.query.retrieve.all import ActivateAll
+from memdb.query.retrieve.groups import GroupTopK
 from memdb.query.retrieve.mmr import CaptionMMR
 from memdb.query.scope import Opened
 from memdb.query.session import Session
@@ -146,11 +147,10 @@ def _plan(
         prompt_tokens=len(session.model.prompt_ids(question.text)),
         stamp_tokens_block=_stamp_tokens(session, stages, chosen),
     )
-    retrieve = stages.retrieve
     # The recording whose KV is read need not be one that has captions: rekv beside rlivs.
     spoken = [compose(one.row.spec.recipe).retrieve for one in opened if len(one.usable_captions)]
     full = Sizes(
-        blocks=0 if isinstance(retrieve, CaptionMMR) else retrieve.blocks,
+        blocks=_blocks(stages, chosen),
         caption_tokens=max((each.caption_tokens for each in spoken), default=0),
         answer_tokens=stages.answer.tokens_max,
     )
@@ -166,6 +166,17 @@ def _plan(
         recordings=tuple(one.row.name for one in opened),
     )
     return replace(plan, reasons=plan.reasons + within.reasons), stages, init, memory
+
+
+def _blocks(stages: QueryStages, chosen: Opened | None) -> int:
+    """Blocks a layer, by the recipe."""
+    retrieve = stages.retrieve
+    if isinstance(retrieve, CaptionMMR):
+        return 0
+    if isinstance(retrieve, GroupTopK):
+        own = chosen.usable_blocks["tokens"] if chosen is not None else None
+        return retrieve.groups(int(own.max()) if own is not None and len(own) else 1)
+    return retrieve.blocks
 
 
 def _stamp_tokens(session: Session, stages: QueryStages, chosen: Opened | None) -> float:

@@ -17,6 +17,7 @@ from memdb.query.cost import CostFile, Costs, cost_key
 from memdb.query.kinds import KindOf, by_rules
 from memdb.query.measure import measure
 from memdb.query.rebuild.text import around
+from memdb.query.retrieve.groups import GroupTopK
 from memdb.query.retrieve.topk import BlockTopK
 from memdb.query.scope import Opened
 from memdb.query.stages import compose
@@ -88,7 +89,7 @@ class Session:
             known.close()
         self._close_forgotten()
         stages = compose(row.spec.recipe)
-        sim = stages.retrieve.sim if isinstance(stages.retrieve, BlockTopK) else "dot"
+        sim = stages.retrieve.sim if isinstance(stages.retrieve, BlockTopK | GroupTopK) else "dot"
         opened = self._open_kv(self.store, row, self._reader, backend=self._key_index, sim=sim)
         self._opened[row.id] = opened
         return opened

@@ -67,6 +67,7 @@ class StoredKV:
         self._keyed: Table | None = None  # the table of blocks whose keys these are
         self._keys = np.zeros(0, np.int64)
         self._store = store
+        self._positions: dict[int, npt.NDArray[np.int64]] = {}  # of the blocks of a unit, which never change
         self._held: dict[int, tuple[int, KeepSet]] = {}  # by unit, of a revision of it
 
     def read(
@@ -176,6 +177,15 @@ class StoredKV:
                 found[number] = known
         self._held = found
         return {number: kept for number, (_, kept) in found.items()}
+
+    def stands(self, rows: Rows) -> npt.NDArray[np.int64]:
+        """Where the tokens of these blocks were written in the stream, (tokens,)."""
+        named = self.table.blocks[rows]
+        for unit in set(named["unit"].tolist()) - self._positions.keys():
+            self._positions[unit] = self._store.unit(self.row.id, unit).blocks["position"]
+        starts = np.array([self._positions[int(row["unit"])][int(row["block"])] for row in named], np.int64)
+        sizes = named["tokens"].astype(np.int64)
+        return np.repeat(starts - (np.cumsum(sizes) - sizes), sizes) + np.arange(int(sizes.sum()))
 
     def tokens(self, rows: Rows) -> npt.NDArray[np.int64]:
         """Tokens of each block, (len(rows),)."""

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from memdb.schemas.recipe import ENCODING_STAGES, Recipe, canonical
+from memdb.schemas.recipe import Recipe, canonical, encoding_stages
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def encoding_fingerprint(
     and the grid of a frame's tokens, where the model fits it to the film. The storage codec is no part of it unless
     the encoder reads back what was stored.
     """
-    stages = {name: _plain(recipe.stage(name).as_json()) for name in ENCODING_STAGES}
+    stages = {name: _plain(recipe.stage(name).as_json()) for name in encoding_stages(recipe)}
     return digest_of(
         {
             "model": model,

@@ -26,7 +26,7 @@ class Rule:
 RULES: tuple[Rule, ...] = (
     Rule(
         "R1",
-        lambda r: r.retrieve.method == "topk" and not r.keeps_kv,
+        lambda r: r.retrieve.method in ("topk", "groups") and not r.keeps_kv,
         "per-layer retrieval reads KV slices, and this recipe writes none: set write to a codec, "
         "or retrieve to mmr",
     ),
@@ -100,6 +100,17 @@ RULES: tuple[Rule, ...] = (
         lambda r: (r.rebuild.method == "original") != r.has_memory,
         "original positions are those of encode chunk, which sees tokens where they stand in the stream; a window has "
         "places of its own: set both encode = 'chunk' and rebuild = 'original', or neither",
+    ),
+    Rule(
+        "R16",
+        lambda r: r.reads_back and r.unit.method != "frame",
+        "encode groups sees each frame as its own unit stores it: set unit = 'frame', or encode = 'window'",
+    ),
+    Rule(
+        "R2b",
+        lambda r: r.rebuild.method == "written" and not (r.reads_back and r.profile == "code"),
+        "positions as written are those of StreamingTOM's released code: set encode = 'groups' and profile = 'code', "
+        "or rebuild = 'consecutive'",
     ),
     Rule(
         "S1",

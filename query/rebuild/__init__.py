@@ -3,9 +3,11 @@
 from memdb.query.rebuild.consecutive import Consecutive
 from memdb.query.rebuild.original import Original
 from memdb.query.rebuild.text import TextOnly
+from memdb.query.rebuild.written import Written
 
-REBUILDERS: dict[str, type[Consecutive] | type[TextOnly] | type[Original]] = {
+REBUILDERS: dict[str, type[Consecutive] | type[TextOnly] | type[Original] | type[Written]] = {
     "consecutive": Consecutive,
     "text": TextOnly,
     "original": Original,
+    "written": Written,
 }
