@@ -238,8 +238,8 @@ class PlainModel:
 
         `seen(layer, x)` names the tokens that token x attends to and how far away each of them stands: its query
         is turned by that distance, which may be negative, and meets the unturned key. `given`: per layer keys and
-        values (H, G, D) that take the places 0..G - 1 whatever was computed there. `heard` gets (q, k, v) of every layer, unturned.
-        `reach`: the largest distance, where it is more than the tokens are.
+        values (H, G, D) that take the places 0..G - 1 whatever was computed there. `heard` gets (q, k, v) of every
+        layer, unturned. `reach`: the largest distance, where it is more than the tokens are.
         """
         language, x = self.exact.model.language_model, embeddings.double()  # x (T, E)
         group, D = self.heads // self.kv_heads, self.head_size
