@@ -13,8 +13,10 @@ import pytest
 from memdb.ingest.read_back import StoredGroups
 from memdb.ingest.stages import compose
 from memdb.models.protocol import VideoModel
+from memdb.query.stages import compose as compose_query
 from memdb.recipes import recipe as named
 from memdb.schemas.errors import CorruptionError, EncodingMismatch, Interrupted, RecipeError
+from memdb.schemas.recipe import Recipe
 from memdb.store import Store
 from tests.run_cases import (
     NAME,
@@ -259,12 +261,15 @@ def test_each_stage_decides_what_is_kept(bench: Bench, tmp_path: Path) -> None:
 def test_what_cannot_be_is_refused_with_the_reason(
     settings: tuple[str, ...], profile: str | None, message: str
 ) -> None:
-    from memdb.query.stages import compose as compose_query
-
+    row = named("streamingtom", profile=profile).with_settings(settings)
     with pytest.raises(RecipeError, match=message):
-        row = named("streamingtom", profile=profile).with_settings(settings)
-        compose(row)
-        compose_query(row)
+        composed(row)
+
+
+def composed(row: Recipe) -> None:
+    """Both halves of it."""
+    compose(row)
+    compose_query(row)
 
 
 def test_a_window_that_holds_no_group_is_refused_before_anything_is_written(
