@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 FILM_S = 120
 KINDS = ("gist", "detail", "place", "motion", "when", "absent")  # of questions, one each
-# Of the random stand-in, which fits no settings to itself: each layer has to choose, and nobody reads its words.
-STAND_IN = ("retrieve.blocks=16", "caption.tokens_max=8", "answer.tokens_max=8")
 PROOF_FPS = 0.4  # the uncut forward is a plain one, which takes long over many frames
 DIFFERENCE_MAX = 1e-4  # of the largest logit
 
@@ -39,7 +37,6 @@ def demo(seed: int, keep: Path | None, say: Callable[[str], object]) -> None:
 
 
 def _demo(seed: int, folder: Path, say: Callable[[str], object]) -> None:
-    from memdb.models.load import is_trained
     from memdb.world.films import render
     from memdb.world.questions import Asker
     from memdb.world.scenes import plan
@@ -48,12 +45,7 @@ def _demo(seed: int, folder: Path, say: Callable[[str], object]) -> None:
     scenes = plan(seed, FILM_S)
     render(film, scenes)
     say(f"rendered {film.name}: {FILM_S} s of H.264, {len(scenes)} scenes, {film.stat().st_size:,} bytes")
-    if not is_trained():
-        say(
-            "note: the embedded model has random weights here, so its words mean nothing; the path is what is shown"
-        )
-    fitted = () if is_trained() else [part for setting in STAND_IN for part in ("--set", setting)]
-    words = ("--store", str(store), "--recording", "world", "--sample-fps", "1", *fitted)
+    words = ("--store", str(store), "--recording", "world", "--sample-fps", "1")
     report = _process("memdb", "ingest", str(film), *words, "--json")
     say(
         f"ingested by one process: {report['units']} units up to {format_time(report['watermark_s'])}, recipe hybrid, "

@@ -120,8 +120,8 @@ class KeptBytes:
 
         chunk = Chunk.encode
 
-        def listening_to_chunks(own: Chunk, model: Any, *rest: Any) -> Any:
-            context = chunk(own, model, *rest)
+        def listening_to_chunks(own: Chunk, model: Any, *rest: Any, **more: Any) -> Any:
+            context = chunk(own, model, *rest, **more)
             k, tokens = context.fresh[-1].k, model.shape.frame_tokens
             for at in range(tokens, k.shape[1] + 1, tokens):
                 start, end, _ = self._tokens[len(self._keys)]

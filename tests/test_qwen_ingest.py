@@ -77,6 +77,7 @@ PAIRS = 12
 GRID, N = (2, 3), 6
 MODES = {"rekv": ("kv", "recent", "auto"), "rlivs": ("captions", "auto")}
 MODES["hybrid"] = ("kv", "captions", "both", "recent", "auto")
+MODES["bounded"] = ("kv", "recent", "auto")
 QUESTION = "what was there before the star?"
 
 

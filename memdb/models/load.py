@@ -62,8 +62,6 @@ def load_model(spec: str, *, device: str | None = None, dtype: str | None = None
     place = resolve_device(device)
     kind = resolve_dtype(dtype, place)
     if spec == "embedded":
-        if not is_trained():
-            return _load_random("random:0", place, kind, spec=spec)
         return _load_embedded(place, kind)
     if spec.startswith(("random:", "random-qwen:")):
         return _load_random(spec, place, kind, spec=spec)
@@ -76,11 +74,6 @@ def load_model(spec: str, *, device: str | None = None, dtype: str | None = None
             "safetensors, or a Hub id such as llava-hf/llava-onevision-qwen2-7b-ov-hf"
         )
     return _load_folder(_fetch(spec), place, kind, spec=spec)
-
-
-def is_trained() -> bool:
-    """Whether the embedded model is there. Until it ships, random weights stand in, whose words mean nothing."""
-    return EMBEDDED.is_dir()
 
 
 def normal_spec(spec: str) -> str:

@@ -108,7 +108,8 @@ def _answers(
     name = next(iter(groups))
     looked = torch.stack(look.losses).sum() / (torch.stack(look.losses) > 0).sum().clamp(min=1)
     marks.note(f"look_{name}", looked)
-    noted = _noted(text, batch, look, chosen, layout, said, name, marks)
+    numbers = text.numbers[whole].masked_fill(~real, IGNORED)
+    noted = _noted(text, batch, look, chosen, layout, said, numbers, name, marks)
     said_loss = text.loss(x[:, -ids.shape[1] :], labels, marks, groups)
     return [said_loss, LOOK_WEIGHT * looked, NOTE_WEIGHT * noted]
 
@@ -171,10 +172,13 @@ def _noted(
     chosen: Selection,
     layout: Layout,
     said: Tensor,
+    numbers: Tensor,
     name: str,
     marks: Marks,
 ) -> Tensor:
-    """What the tokens of times have taken up of the frames and captions that they stand behind."""
+    """What the tokens of times have taken up of the frames and captions that they stand behind, and that each number
+    is still itself.
+    """
     assert look.state is not None
     S = layout.stamp_real.shape[1]
     every = torch.cat((shown(batch["frames"]), batch["told_facts"]), 1)
@@ -189,11 +193,13 @@ def _noted(
     if said.shape[1]:
         stamps = torch.cat((stamps, said), 1)
         state = torch.cat((state, look.state[:, S * STAMP : S * STAMP + said.shape[1]]), 1)
-    wanted, losses = stamps.flatten(0, 1), []
+    own = numbers[:, : S * STAMP].unflatten(1, (S, STAMP))[:, :, 1:].flatten(1, 2)
+    own = torch.cat((own, numbers[:, S * STAMP : S * STAMP + said.shape[1]]), 1)
+    wanted, losses = torch.cat((stamps, own[..., None]), 2).flatten(0, 1), []
     for at, scores in enumerate(text.network.tell_text(state.flatten(0, 1))):
         loss, right, there = told_right(scores, wanted[:, at])
         losses.append(loss)
-        marks.add(f"noted_{name}", right, there)
+        marks.add(f"noted_{name}" if at < len(NOTED_COLUMNS) else f"number_{name}", right, there)
     return torch.stack(losses).mean()
 
 

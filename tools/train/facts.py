@@ -33,6 +33,7 @@ TOLD: dict[str, tuple[str, ...]] = {"size": SIZES, "motion": MOTIONS}  # of a sc
 NOTED = ("place", "colour", "shape", "texture", "digit", "size", "motion")
 NOTED_SIZES = tuple({**SHOWN, **{name: len(own) for name, own in TOLD.items()}}[name] for name in NOTED)
 NOTED_COLUMNS = tuple([*SHOWN, *TOLD].index(name) for name in NOTED)
+NUMBERS = 100  # of two digits, as times have them
 PLACED = 3  # x, y and radius of the main thing
 _MOVING_S = 2  # of a scene, behind which its motion can be told
 # What brings x, y and radius to about -1 to 1: their middles, and half of what they span.
@@ -85,15 +86,18 @@ def noted(scene: Scene, *, moving: bool) -> list[int]:
 
 
 class Noter(nn.Module):
-    """What single tokens of text have taken up."""
+    """What single tokens of text have taken up, and which number they still are.
+
+    A time is copied from its tokens, and nothing else in training asks them to stay what they were.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.heads = nn.ModuleList(nn.Linear(width, size) for size in NOTED_SIZES)
+        self.heads = nn.ModuleList(nn.Linear(width, size) for size in (*NOTED_SIZES, NUMBERS))
 
     def forward(self, tokens: Tensor) -> list[Tensor]:
-        """(n, E) -> the scores of every fact, (n, its values) each."""
+        """(n, E) -> the scores of every fact and of the numbers, (n, its values) each."""
         tokens = self.norm(tokens)
         return [head(tokens).float() for head in self.heads]
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tools.train.batches import INIT_PROMPT, Sizes
+from tools.train.facts import IGNORED, NUMBERS
 from tools.train.marks import Marks
 from tools.train.network import Look, Network, Stored
 from tools.train.select import Layout, Selection, memory_of
@@ -24,9 +25,12 @@ class Text:
         self.init_ids = torch.tensor(
             network.tokenizer.encode(opening, add_special_tokens=False), device=device
         )
-        self._two = self._table("{:02d}", 100)
-        self._two_spaced = self._table(" {:02d}", 100)
+        self._two = self._table("{:02d}", NUMBERS)
+        self._two_spaced = self._table(" {:02d}", NUMBERS)
         self._marks = {text: self._table(text, 1)[0] for text in ("[", ":", "]")}
+        count = torch.arange(NUMBERS, device=device)
+        none = torch.full((len(network.tokenizer),), IGNORED, device=device)
+        self.numbers = none.scatter(0, self._two, count).scatter(0, self._two_spaced, count)  # of every id
 
     def _table(self, form: str, count: int) -> Tensor:
         encode = self.network.tokenizer.encode

@@ -1,0 +1,69 @@
+"""Put the weights of a run where the package has them: `python -m tools.train.ship RUN [--to FOLDER]`.
+
+The folder is a checkpoint as transformers writes it, with the tokenizer, the sheet `memdb.json` (settings that fit
+the model, digests) and the joint head. The heads that only training uses go to tools/train, for a later run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from memdb.models.load import EMBEDDED
+from memdb.models.sheet import ModelSheet, write_sheet
+from memdb.models.world_words import world_tokenizer
+
+TEACHERS = Path(__file__).with_name("teachers.safetensors")
+NOTE = (
+    "the embedded model knows only its own synthetic world; for real footage choose a Video-LLM with --model, such "
+    "as llava-hf/llava-onevision-qwen2-7b-ov-hf"
+)
+_SEEN = ("encode.window_tokens=512", "encode.chunk_frames=8")
+_FOUND = ("retrieve.sim=cos", "retrieve.blocks=64")  # the keys were taught by their cosine
+SHEET = ModelSheet(
+    name="memdb-world",
+    note=NOTE,
+    joint="joint.safetensors",
+    recipes={
+        "rekv": (*_SEEN, *_FOUND, "answer.tokens_max=16"),
+        "rlivs": ("unit.frames=8", "encode.chunk_frames=8", "caption.tokens_max=48", "answer.tokens_max=16"),
+        "hybrid": (
+            *_SEEN,
+            *_FOUND,
+            "unit.frames=8",
+            "caption.tokens_max=48",
+            "retrieve.caption_tokens=240",
+            "answer.tokens_max=16",
+        ),
+    },
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--to", type=Path, default=EMBEDDED)
+    given = parser.parse_args()
+    ship(given.run, given.to)
+    return 0
+
+
+def ship(run: Path, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.safetensors"):
+        old.unlink()
+    for path in (*run.glob("*.json"), *run.glob("model*.safetensors"), run / SHEET.joint):
+        if path.name != "log.json":
+            shutil.copyfile(path, folder / path.name)
+    world_tokenizer().save_pretrained(folder)
+    write_sheet(folder, SHEET)
+    if folder == EMBEDDED:
+        shutil.copyfile(run / TEACHERS.name, TEACHERS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
