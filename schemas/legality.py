@@ -102,7 +102,7 @@ RULES: tuple[Rule, ...] = (
         "places of its own: set both encode = 'chunk' and rebuild = 'original', or neither",
     ),
     Rule(
-        "R16",
+        "R16b",
         lambda r: r.reads_back and r.unit.method != "frame",
         "encode groups sees each frame as its own unit stores it: set unit = 'frame', or encode = 'window'",
     ),

@@ -21,7 +21,7 @@ from memdb.query.answer import ANSWERERS
 from memdb.query.rebuild import REBUILDERS
 from memdb.query.retrieve import RETRIEVERS
 from memdb.query.stages import compose as compose_query
-from memdb.recipes import HYBRID, PROFILE_CHANGES, RECIPES, REKV, RLIVS, recipe
+from memdb.recipes import HYBRID, PROFILE_CHANGES, RECIPES, REKV, RLIVS, STREAMINGTOM, recipe
 from memdb.retain import RETAINERS
 from memdb.schemas.errors import RecipeError
 from memdb.schemas.fingerprint import encoding_fingerprint
@@ -205,7 +205,9 @@ def test_files_that_are_no_recipe_are_refused(tmp_path: Path, text: str, says: s
 
 
 def test_names_that_are_no_recipe_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"choose one of rekv, rlivs, hybrid, or a FILE\.toml"):
+    with pytest.raises(
+        RecipeError, match=r"choose one of rekv, rlivs, streamingtom, hybrid, or a FILE\.toml"
+    ):
         recipe("soup")
     with pytest.raises(RecipeError, match="cannot read the recipe"):
         recipe(tmp_path / "missing.toml")
@@ -224,7 +226,7 @@ def test_profiles_change_what_they_say() -> None:
         for change in changes:
             target, _, value = change.partition("=")
             stage, _, param = target.partition(".")
-            assert str(row.stage(stage).params[param]) == value
+            assert (str(row.stage(stage).params[param]) if param else row.stage(stage).method) == value
         compose(row)
         compose_query(row)
     assert recipe("rekv", profile="fixed") == REKV
@@ -258,6 +260,8 @@ BROKEN: dict[str, Recipe] = {
     "R8c": REKV.with_stage("retain", Stage("recent")),
     "R10b": MEMORY.with_stage("retrieve", Stage("topk")),
     "R2": MEMORY.with_stage("rebuild", Stage("consecutive")),
+    "R16b": STREAMINGTOM.with_stage("unit", Stage("clip")),
+    "R2b": STREAMINGTOM.with_stage("rebuild", Stage("written")),
     "S1": RLIVS.with_stage("caption", Stage("none"))
     .with_stage("reduce", Stage("identity"))
     .with_stage("retrieve", Stage("none")),

@@ -247,7 +247,7 @@ def test_each_stage_decides_what_is_kept(bench: Bench, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "profile", "message"),
     [
-        (("unit=clip",), None, "R16.*unit = 'frame'"),
+        (("unit=clip",), None, "R16b.*unit = 'frame'"),
         (("rebuild=written",), None, "R2b.*profile = 'code'"),
         (("encode=window", "rebuild=written"), "code", "R2b"),
         (("write=none",), None, "R1"),
