@@ -35,7 +35,7 @@ from memdb.models.window import LayerKV, WindowContext
 from memdb.retain.keep_all import KeepAll
 from memdb.retain.template import Prototypes, Template, prototypes
 from memdb.schemas.errors import CorruptionError
-from memdb.schemas.keep import KeepSet
+from memdb.schemas.keep import KeepSet, token_ids
 from memdb.schemas.recording import Tombstone
 from memdb.schemas.units import BLOCK_DTYPE, BlockKind, Caption, Table, Unit, no_blocks
 from memdb.timing import Laps
@@ -260,13 +260,14 @@ class StreamEncoder:
         if self._memory is not None:  # each unit is encoded against what the one before it left in memory
             return [self._remember(group) for group in groups]
         kv, places = self._encode([frame for group in groups for frame in group])
-        units, at = [], 0
+        units: list[Unit] = []
+        at = 0
         for group in groups:
             if places:
                 self.counters.position = places[len(units)]  # of its one frame
             T = sum(len(frame.tokens) for frame in group)
             own = None if kv is None else [layer.part(at, at + T) for layer in kv]
-            units.append(self._unit(group, own))
+            units.append(self._unit(group, own, keep=self._stood(group)))
             at += T
         return units
 
@@ -280,13 +281,24 @@ class StreamEncoder:
             held_tokens = window.local[0].tokens
         elif groups is not None and isinstance(encode, Groups):
             with self.laps("encode"):
-                kv, places = encode.encode(self._model, groups, tokens)
+                known = [frame.raster for frame in frames if frame.raster is not None]
+                rasters = torch.stack(known) if known else None
+                kv, places = encode.encode(self._model, groups, tokens, rasters)
             held_tokens = groups.held_tokens
         else:
             return None, places
         came = [Held(frame.start_ns, frame.end_ns, len(frame.tokens)) for frame in frames]
         self._in_window = newest([*self._in_window, *came], held_tokens)
         return kv, places
+
+    def _stood(self, group: Sequence[SeenFrame]) -> KeepSet | None:
+        """Where in their frame the tokens of a unit stood, if ids depend on it and some were left out."""
+        raster, number = group[0].raster, self.counters.unit
+        if self._groups is None or self._placing == LINE or raster is None:
+            return None
+        ids, places = token_ids(number, 0, np.arange(len(raster))), raster.cpu().numpy().astype(np.int64)
+        L = self._model.shape.layers
+        return KeepSet((ids,) * L, (places,) * L)
 
     def _remember(self, group: Sequence[SeenFrame]) -> Unit:
         """Encode a unit against the memory, and let the retainer decide what of both stays."""

@@ -26,9 +26,9 @@ class StoredGroups:
     recording_id: str
     model: VideoModel
 
-    def read(self, units: range) -> tuple[list[LayerKV], Tensor]:
-        """Keys and values of these units, one group each, a layer each (H, tokens, D), and where each token was
-        written, (tokens,).
+    def read(self, units: range) -> tuple[list[LayerKV], Tensor, Tensor | None]:
+        """Keys and values of these units, one group each, a layer each (H, tokens, D); where each token was written,
+        (tokens,); and where in its frame it stood, (tokens,), where that is kept.
 
         Raises CorruptionError where they are not what was first written: damaged, thinned by ageing, or forgotten.
         """
@@ -66,7 +66,11 @@ class StoredGroups:
             LayerKV(_joined(ks[at :: shape.layers]), _joined(vs[at :: shape.layers]))
             for at in range(shape.layers)
         ]
-        return layers, _stands(rows, G)
+        kept = [found for row in rows if (found := self.store.read_keep(row)) is not None]
+        raster = np.concatenate([found.positions[0] for found in kept]) if kept else None
+        if raster is not None and len(raster) != len(rows) * G:
+            raise _changed("it is not kept of every token where it stood")
+        return layers, _stands(rows, G), None if raster is None else torch.from_numpy(raster)
 
 
 def _joined(groups: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from memdb.index.mean_key import fold
 from memdb.models.cache import CacheContext, RetrievalContext
-from memdb.models.places import LINE, Places, place_frames
+from memdb.models.places import LINE, Grid, Places, Placing, place_frames
 from memdb.models.window import LayerKV
 from memdb.query import captions as caption_tier
 from memdb.query.memory import Memory, memory_of, newest_of
@@ -141,7 +141,9 @@ def retrieve(
     def seat(layer: int, start: int) -> Places:
         if isinstance(rebuilt, Written):
             return as_written(session, rebuilt, chosen, got.rows[layer], start)
-        return place_frames(placing, start, kv.tokens(got.rows[layer]).tolist(), model.device)
+        rows = got.rows[layer]
+        raster = raster_of(chosen, placing, rows)
+        return place_frames(placing, start, kv.tokens(rows).tolist(), model.device, raster)
 
     context = RetrievalContext(
         model.rotary,
@@ -189,7 +191,15 @@ def as_written(session: Session, method: Written, opened: Opened, rows: Rows, st
     """Places of one layer's groups, behind `start` init tokens, where the encoder wrote them."""
     spec, stands = opened.row.spec, torch.from_numpy(opened.kv.stands(rows))
     placing = session.model.placing(spec.sample_fps, spec.grid)
-    return method.places(session.model, start, opened.kv.tokens(rows).tolist(), stands, placing)
+    raster, sizes = raster_of(opened, placing, rows), opened.kv.tokens(rows).tolist()
+    return method.places(session.model, start, sizes, stands, placing, raster)
+
+
+def raster_of(opened: Opened, placing: Placing, rows: Rows) -> Rows | None:
+    """Where in their frames the tokens of these blocks stand, if a question needs to be told."""
+    if not isinstance(placing, Grid) or not opened.row.spec.recipe.reads_back:
+        return None
+    return opened.kv.raster(rows, placing.tokens)
 
 
 def rebuild(session: Session, decided: Decided, got: Retrieved, room: int) -> CacheContext:
@@ -205,6 +215,7 @@ def rebuild(session: Session, decided: Decided, got: Retrieved, room: int) -> Ca
             got.cache = None
             longest = max(0 if kv is None else kv.tokens for kv in got.kv)
             spec = chosen.row.spec
+            placing = session.model.placing(spec.sample_fps, spec.grid)
             context = stages.rebuild.rebuild(
                 session.model,
                 init,
@@ -213,12 +224,15 @@ def rebuild(session: Session, decided: Decided, got: Retrieved, room: int) -> Ca
                 got.kv,
                 stages.window_tokens,
                 stamp_tokens_max=max(0, room - init[0].tokens - longest - len(got.caption_ids)),
-                placing=session.model.placing(spec.sample_fps, spec.grid),
+                placing=placing,
+                rasters=[raster_of(chosen, placing, rows) for rows in got.rows],
             )
         elif isinstance(stages.rebuild, Written) and got.cache is None:
             written, start = stages.rebuild, init[0].tokens
             places = [as_written(session, written, chosen, rows, start) for rows in got.rows]
-            context = written.rebuild(session.model, init, got.kv, places)
+            spec = chosen.row.spec
+            placing = session.model.placing(spec.sample_fps, spec.grid)
+            context = written.rebuild(session.model, init, got.kv, places, placing)
         else:
             assert got.cache is not None
             context = got.cache
@@ -248,11 +262,12 @@ def everything(session: Session, opened: Opened, init: list[LayerKV], stages: Qu
     if readings.bad:
         raise CorruptionError(readings.warnings()[0])
     spec, places = opened.row.spec, None
+    placing = model.placing(spec.sample_fps, spec.grid)
     if isinstance(stages.rebuild, Written):
         places = [as_written(session, stages.rebuild, opened, rows, init[0].tokens)] * len(found)
-        return stages.rebuild.rebuild(model, init, found, places)
-    placing = model.placing(spec.sample_fps, spec.grid)
+        return stages.rebuild.rebuild(model, init, found, places, placing)
     if placing != LINE:
         sizes = opened.kv.tokens(rows).tolist()
-        places = [place_frames(placing, init[0].tokens, sizes, model.device)] * len(found)
+        raster = raster_of(opened, placing, rows)
+        places = [place_frames(placing, init[0].tokens, sizes, model.device, raster)] * len(found)
     return CacheContext(model.rotary, init, found, window=window, places=places, placing=placing)

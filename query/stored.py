@@ -68,6 +68,7 @@ class StoredKV:
         self._keys = np.zeros(0, np.int64)
         self._store = store
         self._positions: dict[int, npt.NDArray[np.int64]] = {}  # of the blocks of a unit, which never change
+        self._rasters: dict[int, npt.NDArray[np.int64] | None] = {}
         self._held: dict[int, tuple[int, KeepSet]] = {}  # by unit, of a revision of it
 
     def read(
@@ -186,6 +187,23 @@ class StoredKV:
         starts = np.array([self._positions[int(row["unit"])][int(row["block"])] for row in named], np.int64)
         sizes = named["tokens"].astype(np.int64)
         return np.repeat(starts - (np.cumsum(sizes) - sizes), sizes) + np.arange(int(sizes.sum()))
+
+    def raster(self, rows: Rows, frame_tokens: int) -> npt.NDArray[np.int64]:
+        """At which place of its frame each token of these blocks stands, (tokens,), one block a unit.
+
+        Of a block of which that is not known, or not any more, its tokens are taken to lie as `Uniform` chooses.
+        """
+        found = [np.zeros(0, np.int64)]
+        for row in self.table.blocks[rows]:
+            unit, size = int(row["unit"]), int(row["tokens"])
+            if unit not in self._rasters:
+                with suppress(CorruptionError):
+                    kept = self._store.read_keep(self._store.unit(self.row.id, unit))
+                    self._rasters[unit] = None if kept is None else kept.positions[0]
+            known = self._rasters.get(unit)
+            even = (2 * np.arange(size) + 1) * frame_tokens // (2 * max(size, 1))
+            found.append(even if known is None or len(known) != size else known)
+        return np.concatenate(found)
 
     def tokens(self, rows: Rows) -> npt.NDArray[np.int64]:
         """Tokens of each block, (len(rows),)."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from memdb.ingest.reduce.ctr import CausalTemporal
+from memdb.models.places import Grid
+from memdb.query.rebuild.stamps import Stamp, layer_places
 from memdb.schemas.errors import Interrupted
 from tests.model_cases import INIT_PROMPT, QUESTION, pictures, record_decisions, relative, reopened
 from tests.qwen_cases import COLUMNS, ROWS, N, Seen, ids_by_hand, plain_qwen, qwen, remember
@@ -17,7 +21,6 @@ from tests.test_resume import stop_at
 
 FRAMES, G, WINDOW, BATCH, STEP = 9, 3, 10, 4, 4  # frames are pairs; three groups and a third in the window
 KEPT = WINDOW // G
-PLACES = (1, 3, 5)  # of 6: where three tokens of a frame are taken to stand
 CUT = (
     f"reduce.tokens={G}",
     f"encode.window_tokens={WINDOW}",
@@ -32,14 +35,17 @@ def in_view(profile: str, frame: int) -> tuple[int, int]:
     return max(0, until - KEPT), until
 
 
-def ids_of(profile: str, n: int, prompt: int) -> Tensor:
-    """(3, T) of [init | frames | prompt]: where each stands, for the question and, in `code`, for other frames."""
+def ids_of(profile: str, n: int, prompt: int, raster: Tensor) -> Tensor:
+    """(3, T) of [init | frames | prompt]: where each stands, for the question and, in `code`, for other frames.
+
+    raster (F, G): at which of its places a frame's tokens were.
+    """
     rows = [[at] * 3 for at in range(n)]
     for frame in range(FRAMES):
         first, until = in_view(profile, frame)
         place = until - first + frame % BATCH if profile == "code" else frame
         t = n + math.floor(place * STEP)
-        rows += [[t, n + place // COLUMNS, n + place % COLUMNS] for place in PLACES]
+        rows += [[t, n + place // COLUMNS, n + place % COLUMNS] for place in raster[frame].tolist()]
     behind = n + STEP * (FRAMES - 1) + 1
     return torch.tensor(rows + [[behind + at] * 3 for at in range(prompt)]).T
 
@@ -67,21 +73,31 @@ def test_groups_over_a_window_are_the_plain_loop(
     decided = record_decisions(monkeypatch)
     remember(tmp_path / "s", shown, recipe="streamingtom", profile=profile, settings=CUT)
     with reopened(tmp_path / "s") as db:
-        assert not db.ask(QUESTION, mode="kv").warnings
+        for mode in ("kv", "recent"):  # the newest blocks are all of them
+            assert not db.ask(QUESTION, mode=mode).warnings
         assert [len(unit.blocks) for unit in db.store.units(db.store.recording("film").id)] == [1] * FRAMES
     tokens, saliency = model.salient_tokens([model.prepare(picture, (ROWS, COLUMNS)) for picture in shown])
     kind = "released" if profile == "code" else "textbook"
-    frames, _ = CausalTemporal(tokens=G, dpc=kind).reduce(
+    frames, raster = CausalTemporal(tokens=G, dpc=kind).reduce(
         tokens, saliency, None, seed=0, numbers=range(0, 18, 2)
     )
     init, prompt = model.init_ids(INIT_PROMPT), model.prompt_ids(QUESTION)
     embeddings = torch.cat((own.embed(init), frames.flatten(0, 1), own.embed(prompt)))
-    ids = ids_of(profile, len(init), len(prompt))
+    ids = ids_of(profile, len(init), len(prompt), raster)
     truth = own.loop(embeddings, seen_by(profile, ids, len(init)))[-1]
     assert relative(decided[0].double(), truth) < BOUND
+    assert relative(decided[1].double(), truth) < BOUND
     for other in {"fixed", "paper", "code"} - {profile}:
-        wrong = own.loop(embeddings, seen_by(other, ids_of(other, len(init), len(prompt)), len(init)))[-1]
+        wrong = own.loop(
+            embeddings, seen_by(other, ids_of(other, len(init), len(prompt), raster), len(init))
+        )[-1]
         assert relative(wrong, truth) > 20 * BOUND
+    even = torch.tensor([1, 3, 5]).expand(FRAMES, G)
+    assert not torch.equal(raster, even)
+    wrong = own.loop(embeddings, seen_by(profile, ids_of(profile, len(init), len(prompt), even), len(init)))[
+        -1
+    ]
+    assert relative(wrong, truth) > 20 * BOUND, "where in the frame they stood matters"
 
 
 @pytest.mark.parametrize("profile", ["fixed", "paper", "code"])
@@ -99,6 +115,21 @@ def test_t8_nothing_lost_is_full_attention(
     truth = own.forward(embeddings, ids_by_hand(len(init), 5, len(prompt), STEP))[-1]
     assert embeddings.shape[0] == len(init) + 5 * N + len(prompt)
     assert relative(decided[0], truth) < BOUND
+
+
+def test_a_time_stamp_between_groups_does_not_move_them_in_their_frame() -> None:
+    """Two groups, a stamp of two tokens behind the first: rows and columns by hand, of 2 x 3 places."""
+    raster = np.array([0, 4, 5, 1, 2, 3])
+    found = layer_places(
+        7, np.array([3, 8]), np.array([3, 3]), [Stamp(3, "")], [2], Grid(2, 3, Fraction(4)), raster
+    ).of_blocks(torch.device("cpu"))
+    # The first frame begins at 7 and reaches to column 9; the stamp takes 10 and 11; the next frame begins at 12.
+    assert found.ids.tolist() == [
+        [7, 7, 7, 12, 12, 12],
+        [7, 8, 8, 12, 12, 13],
+        [7, 8, 9, 13, 14, 12],
+    ]
+    assert found.order.tolist() == [7, 8, 9, 12, 13, 14]
 
 
 @pytest.mark.parametrize("profile", ["fixed", "code"])

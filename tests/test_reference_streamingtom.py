@@ -18,8 +18,10 @@ from torch import Tensor
 
 from memdb import codecs
 from memdb.codecs.affine import Affine
+from memdb.codecs.pack import pack_unit
 from memdb.ingest.encode.groups import Groups
 from memdb.ingest.reduce.ctr import CausalTemporal
+from memdb.models.window import LayerKV
 from memdb.query.retrieve.groups import GroupTopK
 from memdb.schemas.units import BlockKind
 from tests.model_cases import (
@@ -194,6 +196,28 @@ def test_x6_where_batches_are_cut_matters_to_papers_alone(profile: str, tmp_path
         assert (relative(other, found[0]) < 1e-5) == (profile == "fixed")
 
 
+def test_a_layer_that_widens_its_scales_is_seen_as_it_is_stored() -> None:
+    """The third group overflows fp16 scales: it and all after it have wide ones, in context and store alike."""
+    codec, generator = codecs.codec("oqm"), torch.Generator().manual_seed(1)
+    k, v = torch.randn(2, 2, 5 * G, 8, generator=generator).unbind()  # (H, 5 * G, D) each
+    k[:, 2 * G : 3 * G] *= 2e4
+    context = Groups().open(wrapped(), [5], codec, profile="fixed")
+    context.expect_frames([G] * 5)
+    back, widths, stored = context._as_stored(0, k, v), dict[int, int](), []
+    for group in range(5):
+        own = LayerKV(k, v).part(group * G, (group + 1) * G)
+        packed = pack_unit(codec, [[own]], widths, torch.float32)
+        [row] = packed.slices
+        widths = {0: int(row["scale_bytes"])}
+        raw = torch.from_numpy(packed.payload[int(row["offset"]) :][: int(row["raw_bytes"])])[None]
+        found = codec.unpack(raw, torch.float32, widths[0], 2, G, 8, torch.float32)
+        stored.append([part[0] for part in found])
+    assert context.widths == widths == {0: 4}
+    assert torch.equal(back.k, torch.cat([pair[0] for pair in stored], 1))
+    assert torch.equal(back.v, torch.cat([pair[1] for pair in stored], 1))
+    assert not torch.equal(back.v, context._as_stored(0, k, v).v), "the first two would be wide by now"
+
+
 # T7
 
 
@@ -220,8 +244,6 @@ def test_t7_the_released_code_writes_all_later_batches_at_the_same_places() -> N
 
 
 def _noted(context: Any, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    from memdb.models.window import LayerKV
-
     context.fresh.append(LayerKV(k, v))
     known = context.held[layer].plus(LayerKV(k, v))
     context._next.append(known.part(max(0, known.tokens - 4_800)))

@@ -72,17 +72,23 @@ class Groups:
         )
 
     def encode(
-        self, model: VideoModel, context: GroupContext, frames: Sequence[Tensor]
+        self,
+        model: VideoModel,
+        context: GroupContext,
+        frames: Sequence[Tensor],
+        rasters: Tensor | None = None,
     ) -> tuple[list[LayerKV], list[int]]:
         """Frames (G, E), in forwards of `chunk_frames`: per layer (H, F*G, D) at compute precision, and the position
-        at which each frame is written where the profile keeps those, else none.
+        at which each frame is written where the profile keeps those, else none. rasters (F, G): where in their frames
+        these tokens stand, where a reducer left some only.
         """
         parts: list[list[LayerKV]] = []
         places: list[int] = []
         with torch.inference_mode():
             for start in range(0, len(frames), self.chunk_frames):
                 chunk = frames[start : start + self.chunk_frames]
-                context.expect_frames([len(frame) for frame in chunk])
+                own = None if rasters is None else rasters[start : start + self.chunk_frames]
+                context.expect_frames([len(frame) for frame in chunk], own)
                 if context.keeps_places:
                     places += [context.place + nth * len(frame) for nth, frame in enumerate(chunk)]
                 model.forward(torch.cat(list(chunk)), context)

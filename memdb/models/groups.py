@@ -26,7 +26,7 @@ from torch import Tensor
 
 from memdb.codecs.base import Codec
 from memdb.models.attention import softmax_attention
-from memdb.models.places import Placing
+from memdb.models.places import Grid, Placing
 from memdb.models.rotary import Rotary, turn
 from memdb.models.window import LayerKV
 
@@ -57,8 +57,12 @@ class GroupContext:
         self.keeps_places, self._alone = profile == "code", profile == "fixed"
         self.held, self.stands, self.frames = list(none), torch.zeros(0, dtype=torch.long), 0
         self.widths = dict(widths)
+        self.raster = torch.zeros(
+            0, dtype=torch.long
+        )  # of held tokens: at which place of its frame each stands
         self.fresh: list[LayerKV] = []
-        self._group = 0  # tokens of each frame
+        self._next: list[LayerKV] = []
+        self._group = self._frame = 0  # tokens of each frame, and places that it has
 
     @property
     def held_tokens(self) -> int:
@@ -69,31 +73,45 @@ class GroupContext:
         """The position behind everything that is in view, at which `code` writes what comes next."""
         return self.init[0].tokens + self.held_tokens
 
-    def take_back(self, held: Sequence[LayerKV], stands: Tensor, frames: int) -> None:
-        """The window as it was, from what is stored."""
+    def take_back(self, held: Sequence[LayerKV], stands: Tensor, raster: Tensor | None, frames: int) -> None:
+        """The window as it was, from what is stored. `raster`: None where frames are whole, or have no grid."""
         self.held, self.stands, self.frames = list(held), stands, frames
+        self.raster = torch.zeros_like(stands) if raster is None else raster
 
-    def expect_frames(self, sizes: Sequence[int]) -> None:
-        """The coming forward feeds frames of so many tokens each: as many as in all frames before."""
+    def expect_frames(self, sizes: Sequence[int], raster: Tensor | None = None) -> None:
+        """The coming forward feeds frames of so many tokens each: as many as in all frames before.
+
+        raster (F, G): at which places of their frames these stand, where a reducer left some only.
+        """
         self._group = sizes[0]
+        self._whole = raster is None or not isinstance(self._placing, Grid)
+        self._frame = (
+            self._placing.tokens if isinstance(self._placing, Grid) and not self._whole else sizes[0]
+        )
+        own = torch.arange(self._group).repeat(len(sizes)) if raster is None else raster.flatten().cpu()
+        self._rasters = torch.cat((self.raster, own))
         assert set(sizes) == {self._group}, "a reducer gives every frame of a recording as many tokens"
         assert self.held_tokens % self._group == 0, "groups of another size are in the window"
         self._kept_tokens = self._window // self._group * self._group
 
     def begin(self, tokens: int) -> None:
-        n, w = self.init[0].tokens, self.held_tokens
+        n, w, G = self.init[0].tokens, self.held_tokens, self._group
         self.fresh, self._next = [], []
         if self.keeps_places:
             self._numbers = torch.cat((self.stands, self.place + torch.arange(tokens)))
-            ids = self._placing.at(n, self._numbers, self._group)
         else:
-            oldest = n + (self.frames * self._group - w)
-            self._numbers = oldest + torch.arange(w + tokens)
-            ids = self._placing.at(n, self._numbers, self._group)
-            first = self._placing.at(n, torch.tensor([n]), self._group)
-            ids = ids - (ids[..., :1] - first)  # a window's positions never grow
-        # How much later than the oldest group each token stands, (..., w + tokens): on a grid in time alone.
-        self._later = torch.zeros_like(ids) if self.keeps_places else ids - ids[..., :1]
+            self._numbers = n + self.frames * G - w + torch.arange(w + tokens)
+        nth = (self._numbers - n) // G  # of the stream's frames, or of those that stood in view in `code`
+        within = (self._numbers - n) % G if self._whole else self._rasters
+        ids = self._placing.at(
+            n, n + nth * self._frame + within, self._frame
+        )  # (w + tokens,) or (3, w + tokens)
+        begins = self._placing.at(n, n + nth * self._frame, self._frame)
+        self._later = torch.zeros_like(ids)
+        if not self.keeps_places:  # a window's positions never grow: they count from its oldest frame
+            first = self._placing.at(n, torch.tensor([n]), self._frame)
+            ids = ids - (begins[..., :1] - first)
+            self._later = begins - begins[..., :1]  # on a grid in time alone
         self._top = max(int(ids.max()) + 1, n + int(self._later.max()) + 1)
         self._turns = self._rotary.rows(ids.to(self.init[0].k.device), self._top)  # (w + tokens, R) each
 
@@ -118,6 +136,7 @@ class GroupContext:
     def end(self, tokens: int) -> None:
         self.held = self._next
         self.stands = self._numbers[len(self._numbers) - self.held_tokens :]
+        self.raster = self._rasters[len(self._rasters) - self.held_tokens :]
         self.frames += tokens // self._group
 
     def _init_before(self, layer: int, first: int) -> LayerKV:
@@ -130,7 +149,7 @@ class GroupContext:
         """New keys and values (H, T, D) as the codec gives them back, each group on its own."""
         H, T, D = k.shape
         G, codec, dtype = self._group, self._codec, k.dtype
-        ks, vs = (x.unflatten(1, (T // G, G)).transpose(0, 1).contiguous() for x in (k, v))  # (F, H, G, D)
+        ks, vs = (x.reshape(H, T // G, G, D).transpose(0, 1).contiguous() for x in (k, v))  # (F, H, G, D)
         width = self.widths.get(layer, 0)
         widest = max(width, codec.scale_bytes(ks, vs))
         own = [widest] * (T // G)

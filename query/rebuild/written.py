@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from memdb.models.cache import CacheContext
-from memdb.models.places import LINE, Next, Places, Placing, place_frames
+from memdb.models.places import LINE, Grid, Next, Places, Placing, place_frames
 from memdb.models.protocol import VideoModel
 from memdb.models.window import LayerKV
+from memdb.query.retrieve.topk import Rows
 
 
 @dataclass(frozen=True)
@@ -26,15 +27,26 @@ class Written:
     time_text_s: ClassVar[float] = 0.0  # a position that is taken twice leaves no room for text
 
     def places(
-        self, model: VideoModel, start: int, sizes: Sequence[int], stands: Tensor, placing: Placing = LINE
+        self,
+        model: VideoModel,
+        start: int,
+        sizes: Sequence[int],
+        stands: Tensor,
+        placing: Placing = LINE,
+        raster: Rows | None = None,
     ) -> Places:
         """Of groups of these sizes behind `start` init tokens; stands (tokens,): where their tokens were written.
+        `raster` (tokens,): at which place of its frame each stood, where that is known.
 
         Who sees whom goes by their order in time. What comes next stands where it would behind consecutive groups.
         """
         end = place_frames(placing, start, sizes, stands.device).end
         order = torch.arange(start, start + len(stands))
-        ids = placing.at(start, stands, sizes[0]) if len(stands) else order
+        group = max(sizes, default=1)
+        ids = placing.at(start, stands, group) if len(stands) else order
+        if raster is not None and isinstance(placing, Grid):
+            frames = (stands - start) // group * placing.tokens
+            ids = placing.at(start, start + frames + torch.from_numpy(raster), placing.tokens)
         model.rotary.tables(
             _highest(ids) + 1
         )  # a cache makes room up to `end` alone, and these stand beyond it
