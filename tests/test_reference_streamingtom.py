@@ -180,7 +180,7 @@ def test_what_is_stored_enters_the_encoding_and_each_profile_does_so_in_its_way(
 def test_x6_where_batches_are_cut_matters_to_papers_alone(profile: str, tmp_path: Path) -> None:
     """In `fixed` no frame sees another of its batch otherwise than it will be read back."""
     found = []
-    for chunk in (1, 3, 64):
+    for chunk in (1, 3):
         settings = (CUT[0], f"encode.chunk_frames={chunk}", "reduce.dpc=textbook")
         ingest(
             tmp_path / str(chunk),
@@ -192,8 +192,7 @@ def test_x6_where_batches_are_cut_matters_to_papers_alone(profile: str, tmp_path
         )
         with reopened(tmp_path / str(chunk)) as db:
             found.append(stored_kv(db)[-1].k)
-    for other in found[1:]:
-        assert (relative(other, found[0]) < 1e-5) == (profile == "fixed")
+    assert (relative(*found) < 1e-5) == (profile == "fixed")
 
 
 def test_a_layer_that_widens_its_scales_is_seen_as_it_is_stored() -> None:
@@ -292,7 +291,7 @@ def test_t6_as_many_groups_as_the_budget_takes() -> None:
     assert GroupTopK(1).groups(50) == 1
 
 
-@pytest.mark.parametrize("budget", [1, 10, 12, 13, 999])
+@pytest.mark.parametrize("budget", [1, 13, 999])
 def test_t6_the_best_by_cosine_and_only_they_are_dequantised(
     stores: dict[str, Path], budget: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
