@@ -11,11 +11,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from memdb import age
+from memdb.clock import set_policy
+from memdb.compact import compact
 from memdb.ingest.reduce.ctr import CausalTemporal
 from memdb.models.places import Grid
+from memdb.policy import Age, Policy
 from memdb.query.rebuild.stamps import Stamp, layer_places
+from memdb.retain import THINNERS
 from memdb.schemas.errors import Interrupted
-from tests.model_cases import INIT_PROMPT, QUESTION, pictures, record_decisions, relative, reopened
+from memdb.schemas.keep import token_ids
+from memdb.store import Store
+from tests.age_cases import DAY_NS
+from tests.model_cases import INIT_PROMPT, NS, QUESTION, pictures, record_decisions, relative, reopened
 from tests.qwen_cases import COLUMNS, ROWS, N, Seen, ids_by_hand, plain_qwen, qwen, remember
 from tests.test_resume import stop_at
 
@@ -147,3 +155,28 @@ def test_it_goes_on_from_what_is_stored(profile: str, tmp_path: Path) -> None:
             digests.append(db.digest("film")["film"])
             assert db.verify().ok
     assert digests[0] == digests[1]
+
+
+def test_a_group_that_ageing_thinned_can_still_be_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left of a frame's tokens stands where it stood."""
+    monkeypatch.setattr(age, "LATE_NS", 0)
+    remember(tmp_path / "s", pictures(2 * FRAMES), recipe="streamingtom", settings=CUT)
+    with Store.open(tmp_path / "s", write=True) as store:
+        row = store.recording("film")
+        later_ns = row.created_ns + 20 * DAY_NS
+        set_policy(store, Policy(ages=(Age(NS, "", "uniform", 700_000),)), now_ns=later_ns)
+        units = store.units(row.id)
+        before = [keep for unit in units if (keep := store.read_keep(unit)) is not None]
+        compact(store, now_ns=later_ns)
+        units = store.units(row.id)
+        after = [keep for unit in units if (keep := store.read_keep(unit)) is not None]
+    assert len(before) == len(after) == FRAMES
+    for unit, old, new in zip(units, before, after, strict=True):
+        assert new.ids[0].tolist() == token_ids(unit.number, 0, np.arange(2)).tolist()
+        for stood, stands in zip(old.positions, new.positions, strict=True):
+            assert stands.tolist() == stood[THINNERS["uniform"]().choose(G, 2)].tolist()
+    with reopened(tmp_path / "s") as db:
+        assert db.verify().ok
+        assert not db.ask(QUESTION, mode="kv").warnings

@@ -10,14 +10,20 @@ from typing import Any
 
 import pytest
 
+from memdb import age
+from memdb.clock import set_policy
+from memdb.compact import compact
 from memdb.ingest.read_back import StoredGroups
 from memdb.ingest.stages import compose
 from memdb.models.protocol import VideoModel
+from memdb.policy import Age, Policy
 from memdb.query.stages import compose as compose_query
 from memdb.recipes import recipe as named
 from memdb.schemas.errors import CorruptionError, EncodingMismatch, Interrupted, RecipeError
 from memdb.schemas.recipe import Recipe
 from memdb.store import Store
+from tests.age_cases import DAY_NS
+from tests.model_cases import NS
 from tests.run_cases import (
     NAME,
     content,
@@ -280,3 +286,28 @@ def test_a_window_that_holds_no_group_is_refused_before_anything_is_written(
         run(bench, tmp_path / "s", "oqm", "encode.window_tokens=1")
     with opened(tmp_path / "s", bench.model) as client:
         assert client.recordings() == []
+
+
+def thin(path: Path) -> None:
+    """Half of the tokens of every group that there is."""
+    with Store.open(path, write=True) as store:
+        later_ns = store.recording(NAME).created_ns + 20 * DAY_NS
+        set_policy(store, Policy(ages=(Age(NS, "", "uniform", 500_000),)), now_ns=later_ns)
+        compact(store, now_ns=later_ns)
+        units = store.units(store.recording(NAME).id)
+        assert {int(unit.blocks["tokens"][0]) for unit in units} == {G // 2}
+
+
+def test_a_window_that_ageing_thinned_is_encoded_again(
+    bench: Bench, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """What is left of it is not what the encoder saw; what follows is what an ingest without a break gives."""
+    monkeypatch.setattr(age, "LATE_NS", 0)  # a film of seconds has no days
+    stopped(bench, tmp_path / "s", 2)
+    thin(tmp_path / "s")
+    report = run(bench, tmp_path / "s")
+    assert (report.resumed_from_unit, report.replayed_units, report.epoch) == (0, 3 * CHUNK, 0)
+    assert unit_digests(tmp_path / "s")[3 * CHUNK :] == unit_digests(bench.whole["oqm"])[3 * CHUNK :]
+    with opened(tmp_path / "s", bench.model, create=False) as client:
+        assert client.verify().ok
+        assert not client.ask("What was there?", mode="kv").warnings
