@@ -19,16 +19,19 @@ from memdb.codecs.pack import pack_unit
 from memdb.index.frame_embedding import unit_vectors
 from memdb.ingest.encode.base import ClipSeen, no_kv
 from memdb.ingest.encode.chunk import Chunk
+from memdb.ingest.encode.groups import Groups
 from memdb.ingest.encode.segment import SegmentWithSummary
 from memdb.ingest.encode.window import SlidingWindow
 from memdb.ingest.frames import ReadyFrame, SeenFrame
 from memdb.ingest.held import Held, Timed, is_meant, newest
 from memdb.ingest.memory import EncoderMemory, chunk_words, grid_of
 from memdb.ingest.open_frames import frame_from, frame_row, frame_tensors
+from memdb.ingest.read_back import StoredGroups
 from memdb.ingest.reduce.ctr import CausalTemporal
 from memdb.ingest.reduce.merge_frames import MergeFrames
 from memdb.ingest.stages import IngestStages
 from memdb.models.caption_vectors import CaptionVectors
+from memdb.models.groups import GroupContext
 from memdb.models.image_text import ImageText
 from memdb.models.joint import JointHead
 from memdb.models.places import LINE
@@ -40,7 +43,7 @@ from memdb.retain.keep_all import KeepAll
 from memdb.retain.select_kv import SelectKV
 from memdb.retain.template import Prototypes, Template, prototypes
 from memdb.schemas.errors import CorruptionError
-from memdb.schemas.keep import KeepSet
+from memdb.schemas.keep import KeepSet, token_ids
 from memdb.schemas.recording import Tombstone
 from memdb.schemas.units import BLOCK_DTYPE, BlockKind, Caption, Table, Unit, no_blocks
 from memdb.timing import Laps
@@ -89,15 +92,16 @@ class StreamEncoder:
         sample_fps: float = 1.0,
         grid: tuple[int, int] | None = None,
         seed: int = 0,
+        stored: StoredGroups | None = None,
     ) -> None:
         """`sample_fps`, raw frames a second, and `grid`: the recording's, for models whose ids count them. `seed`:
-        the recording's, for reducers that draw.
+        the recording's, for reducers that draw. `stored`: the recording, for encoders whose window is what it holds.
         """
         model = stretched(model, stages.scaling)
         self._placing = model.placing(sample_fps, grid)
         self._model, self._stages, self._vectors = model, stages, vectors
         self._frames = stages.index.open(model)
-        self._init_ids, self._seed = tuple(init_ids), seed
+        self._init_ids, self._seed, self._stored = tuple(init_ids), seed, stored
         self.laps = laps or Laps()
         self.start_fresh(Counters())
 
@@ -109,18 +113,34 @@ class StreamEncoder:
             self._window = self._stages.encode.open(
                 self._model, self._init_ids, profile=self._stages.profile, placing=self._placing
             )
+        self._groups: GroupContext | None = None
+        if isinstance(self._stages.encode, Groups):
+            assert self._stages.codec is not None, "rule R10 sees to it"
+            self._groups = self._stages.encode.open(
+                self._model,
+                self._init_ids,
+                self._stages.codec,
+                profile=self._stages.profile,
+                placing=self._placing,
+                widths=counters.widths,
+            )
         self._memory: EncoderMemory | None = None
         if isinstance(self._stages.encode, Chunk):
             assert isinstance(self._stages.retain, Bounded), "rule R8b sees to it"
             init = self._stages.encode.open(self._model, self._init_ids)
             self._memory = EncoderMemory(init, self._stages.retain)
-        if self._window is not None or self._memory is not None:
+        if self._context is not None:
             counters.position = max(counters.position, len(self._init_ids))
         self._in_window: list[Held] = []  # frames, oldest first
         self._opened: list[SeenFrame] = []  # where frames merge, the last is not yet the unit's own
         self._before: SeenFrame | None = None  # the last frame that was reduced, as it was before
         self._queue: list[Tensor] = []
         self._queued: list[Held] = []  # the clip of each entry of the queue
+
+    @property
+    def _context(self) -> WindowContext | GroupContext | EncoderMemory | None:
+        """What frames are encoded in, whichever it is."""
+        return self._window or self._groups or self._memory
 
     @property
     def reach_ns(self) -> int:
@@ -271,26 +291,51 @@ class StreamEncoder:
         if isinstance(self._stages.encode, SegmentWithSummary):
             return [self._segment(group, self._stages.encode) for group in groups]
         frames, states = [frame for group in groups for frame in group], list[Tensor]()
-        kv, embeddings = self._encode(frames, states), self._embeddings(frames, states)
-        units, at, first = [], 0, 0
+        kv, places = self._encode(frames, states)
+        embeddings = self._embeddings(frames, states)
+        units: list[Unit] = []
+        at, first = 0, 0
         for group in groups:
+            if places:
+                self.counters.position = places[len(units)]  # of its one frame
             T = sum(len(frame.tokens) for frame in group)
             own = None if kv is None else [layer.part(at, at + T) for layer in kv]
             found = None if embeddings is None else embeddings[first : first + len(group)]
-            units.append(self._unit(group, own, embeddings=found))
+            units.append(self._unit(group, own, keep=self._stood(group), embeddings=found))
             at, first = at + T, first + len(group)
         return units
 
-    def _encode(self, frames: Sequence[SeenFrame], states: list[Tensor]) -> list[LayerKV] | None:
-        encode, window = self._stages.encode, self._window
-        if window is None or not isinstance(encode, SlidingWindow):
-            return None
-        with self.laps("encode"):
-            asked = states if isinstance(self._frames, JointHead) else None
-            kv = encode.encode(self._model, window, [frame.tokens for frame in frames], asked)
+    def _encode(
+        self, frames: Sequence[SeenFrame], states: list[Tensor]
+    ) -> tuple[list[LayerKV] | None, list[int]]:
+        """Keys and values, a layer each, and the positions of the frames where these do not just follow on."""
+        encode, window, groups = self._stages.encode, self._window, self._groups
+        tokens, places = [frame.tokens for frame in frames], list[int]()
+        if window is not None and isinstance(encode, SlidingWindow):
+            with self.laps("encode"):
+                asked = states if isinstance(self._frames, JointHead) else None
+                kv = encode.encode(self._model, window, tokens, asked)
+            held_tokens = window.local[0].tokens
+        elif groups is not None and isinstance(encode, Groups):
+            with self.laps("encode"):
+                known = [frame.raster for frame in frames if frame.raster is not None]
+                rasters = torch.stack(known) if known else None
+                kv, places = encode.encode(self._model, groups, tokens, rasters)
+            held_tokens = groups.held_tokens
+        else:
+            return None, places
         came = [Held(frame.start_ns, frame.end_ns, len(frame.tokens)) for frame in frames]
-        self._in_window = newest([*self._in_window, *came], window.local[0].tokens)
-        return kv
+        self._in_window = newest([*self._in_window, *came], held_tokens)
+        return kv, places
+
+    def _stood(self, group: Sequence[SeenFrame]) -> KeepSet | None:
+        """Where in their frame the tokens of a unit stood, if ids depend on it and some were left out."""
+        raster, number = group[0].raster, self.counters.unit
+        if self._groups is None or self._placing == LINE or raster is None:
+            return None
+        ids, places = token_ids(number, 0, np.arange(len(raster))), raster.cpu().numpy().astype(np.int64)
+        L = self._model.shape.layers
+        return KeepSet((ids,) * L, (places,) * L)
 
     def _embeddings(
         self, frames: Sequence[SeenFrame], states: Sequence[Tensor]
@@ -307,7 +352,7 @@ class StreamEncoder:
         """Encode a segment and its summary, and let a guidance prompt say what each layer keeps of its frames."""
         summary, retain = encode.summary_of(group), self._stages.retain
         frames = [*group, *([summary] if summary is not None else ())]
-        kv = self._encode(frames, [])
+        kv, _ = self._encode(frames, [])
         guided: list[Tensor] = []
         if isinstance(retain, SelectKV):
             with self.laps("retain"):
@@ -414,7 +459,7 @@ class StreamEncoder:
             return None
         with self.laps("caption"):
             tokens = torch.cat([frame.tokens for frame in group])
-            held = self._memory or self._window
+            held = self._context
             init = held.init if held is not None and held.init else no_kv(model)
             sizes = [len(frame.tokens) for frame in group]
             clip = ClipSeen(tokens, kv, init, self._init_ids, self._queue, sizes, self._placing)
@@ -450,6 +495,7 @@ class StreamEncoder:
         meta = {
             "counters": asdict(self.counters),
             "seen": window.seen if window is not None else 0,
+            **({"frames": self._groups.frames} if self._groups is not None else {}),
             "window": [astuple(held) for held in self._in_window],
             "memory": self._memory.frame_rows() if self._memory is not None else [],
             "queue": [astuple(held) for held in self._queued],
@@ -483,6 +529,11 @@ class StreamEncoder:
             if self._memory is not None:
                 self._memory.restore(tensors, meta["memory"], device)
             self._in_window = _held(meta["window"])
+            if self._groups is not None and self._in_window:
+                assert self._stored is not None, "whoever goes on says where from"
+                # Each of its groups is a unit; the newest is the one before the next.
+                units = range(counters.unit - len(self._in_window), counters.unit)
+                self._groups.take_back(*self._stored.read(units), frames=int(meta["frames"]))
             self._queued = _held(meta["queue"])
             self._queue = [tensors[f"queue.{index}"].to(device) for index in range(len(self._queued))]
             jpeg = bytes(tensors["jpeg"].numpy()) if "jpeg" in tensors else b""

@@ -11,6 +11,7 @@ import torch
 from memdb.ingest.encoder import StreamEncoder
 from memdb.ingest.frames import ReadyFrame, thumbnail
 from memdb.ingest.queues import Sink, Stream
+from memdb.ingest.read_back import StoredGroups
 from memdb.ingest.resume import reconnected, resume
 from memdb.ingest.run import IngestReport, Progress, Run
 from memdb.ingest.sampling import sample_with_gaps
@@ -74,6 +75,7 @@ def ingest(
                 sample_fps=spec.sample_fps,
                 grid=spec.grid,
                 seed=spec.seed,
+                stored=StoredGroups(store, writer.recording.id, model),
             )
             resumed = resume(store, writer, encoder, new_epoch, live=live)
         gap = (

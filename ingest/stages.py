@@ -12,6 +12,7 @@ from memdb.index.methods import INDEXED
 from memdb.ingest.encode import CAPTIONERS, ENCODERS
 from memdb.ingest.encode.base import Captioner
 from memdb.ingest.encode.chunk import Chunk
+from memdb.ingest.encode.groups import Groups
 from memdb.ingest.encode.nothing import NoKV
 from memdb.ingest.encode.window import SlidingWindow
 from memdb.ingest.reduce import REDUCERS, Reducer
@@ -37,7 +38,7 @@ from memdb.schemas.scaling import RopeScaling, scaling_of
 class IngestStages:
     unit: UnitStage
     reduce: Reducer
-    encode: SlidingWindow | Chunk | NoKV
+    encode: SlidingWindow | Groups | Chunk | NoKV
     captioner: Captioner
     recurrent: Recurrent | None
     retain: KeepAll | SelectKV | Bounded
@@ -51,8 +52,11 @@ class IngestStages:
 
         grid: rows and columns of a frame, where a recording has its own.
         """
+        group_tokens = frame_tokens
         if isinstance(self.reduce, CausalTemporal):
-            self.reduce.kept(frame_tokens)
+            group_tokens = self.reduce.kept(frame_tokens)
+        if isinstance(self.encode, Groups):
+            self.encode.check_group(group_tokens)
         squared = math.isqrt(frame_tokens) ** 2 == frame_tokens
         if isinstance(self.retain, TarVan) and self.retain.pooling != "none" and grid is None and not squared:
             raise RecipeError(

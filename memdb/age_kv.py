@@ -74,7 +74,32 @@ def thinned(unit: Unit, spec: RecordingSpec, codec: str, retainer: str, from_ppm
     blocks = unit.blocks.copy()
     blocks["tokens"] = [kept_tokens(int(tokens), from_ppm, to_ppm) for tokens in blocks["tokens"]]
     kv = lay_out(raws, slices, planes.element_bytes(codec, spec.dtype))
-    return replace(unit, blocks=blocks, kv=kv)
+    keep = unit.keep
+    if keep is not None:  # no memory's, which nothing thins: it says where in their frame these tokens stand
+        pairs = zip(unit.blocks["tokens"].tolist(), blocks["tokens"].tolist(), strict=True)
+        none = np.zeros(0, np.int64)  # of a block that was forgotten
+        keep = _renumbered(keep, unit.number, [choose(old, new) if old else none for old, new in pairs])
+    return replace(unit, blocks=blocks, kv=kv, keep=keep)
+
+
+def _renumbered(keep: KeepSet, unit: int, chosen: list[Ids]) -> KeepSet:
+    """The tokens `chosen` of each block of a unit, counted anew; where they stand they keep."""
+    ids, positions = [], []
+    for own, at in zip(keep.ids, keep.positions, strict=True):
+        _, blocks, tokens = split_ids(own)
+        left = [
+            np.flatnonzero((blocks == block) & np.isin(tokens, kept)) for block, kept in enumerate(chosen)
+        ]
+        ids.append(
+            np.concatenate(
+                [
+                    token_ids(unit, block, np.searchsorted(chosen[block], tokens[rows]))
+                    for block, rows in enumerate(left)
+                ]
+            )
+        )
+        positions.append(at[np.concatenate(left)])
+    return KeepSet(tuple(ids), tuple(positions))
 
 
 def gathered(unit: Unit, spec: RecordingSpec, codec: str, keep: KeepSet) -> Unit:

@@ -109,6 +109,19 @@ STREAMMEM = Recipe(
     rebuild=Stage("yarn", {"factor": 0.0, "trained_tokens": 0}),  # zeros: the model's own
     answer=Stage("greedy", {"tokens_max": 256}),
 )
+STREAMINGTOM = Recipe(
+    name="streamingtom",  # arXiv 2510.18269
+    unit=Stage("frame"),
+    reduce=Stage("ctr", {"tokens": 0, "tau": 0.9, "neighbours": 7, "beta": 0.6, "dpc": "textbook"}),
+    encode=Stage("groups", {"window_tokens": 4_800, "chunk_frames": 32, "init_prompt": INIT_PROMPT}),
+    caption=Stage("none"),
+    write=Stage("oqm"),
+    retain=Stage("all"),
+    index=Stage("mean_key"),
+    retrieve=Stage("groups", {"budget_tokens": 12_544}),
+    rebuild=Stage("consecutive", {"windowed": False, "time_text_s": 0.0}),
+    answer=Stage("greedy", {"tokens_max": 256}),
+)
 HYBRID = Recipe(
     name="hybrid",  # ours: both tiers under one commit
     unit=Stage("clip", {"frames": 16, "unit_s_max": 120.0}),
@@ -142,6 +155,7 @@ RECIPES: dict[str, Recipe] = {
     "infinipot-v": INFINIPOT_V,
     "streammem": STREAMMEM,
     "livevlm": LIVEVLM,
+    "streamingtom": STREAMINGTOM,
     "rlivs": RLIVS,
     "hybrid": HYBRID,
 }
@@ -183,6 +197,10 @@ PROFILE_CHANGES: dict[tuple[str, str], tuple[str, ...]] = {
     ("infinipot-v", "code"): ("unit.unit_s_max=0", "retain.pooling=none"),  # rule R4 says why it cannot be
     ("streammem", "paper"): ("unit.unit_s_max=0", "reduce.unit_s_max=0"),
     ("livevlm", "paper"): ("unit.unit_s_max=0",),
+    # Frames of a batch see each other as they are: encode/groups reads the profile.
+    ("streamingtom", "paper"): (),
+    # The same, and positions are those of writing, which repeat.
+    ("streamingtom", "code"): ("reduce.dpc=released", "rebuild=written"),
     ("rlivs", "paper"): ("caption.tokens_max=1024", "unit.unit_s_max=0"),
     ("rlivs", "code"): ("caption.tokens_max=1024", "unit.unit_s_max=0", "retrieve.caption_tokens=20000"),
 }

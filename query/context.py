@@ -11,7 +11,7 @@ import torch
 
 from memdb.index.mean_key import fold
 from memdb.models.cache import CacheContext, RetrievalContext
-from memdb.models.places import LINE, Places, place_frames
+from memdb.models.places import LINE, Grid, Places, Placing, place_frames
 from memdb.models.window import LayerKV
 from memdb.query import captions as caption_tier
 from memdb.query.memory import Memory, frame_tokens, memory_of, newest_of, read_tokens
@@ -20,8 +20,10 @@ from memdb.query.planning import Decided
 from memdb.query.rebuild.consecutive import Consecutive
 from memdb.query.rebuild.original import Original
 from memdb.query.rebuild.text import CaptionAt, caption_ids
+from memdb.query.rebuild.written import Written
 from memdb.query.retrieve.all import ActivateAll
 from memdb.query.retrieve.external import External
+from memdb.query.retrieve.groups import GroupTopK
 from memdb.query.retrieve.layer_adaptive import LayerAdaptive, cosine_scale
 from memdb.query.retrieve.pages import MemoryPages
 from memdb.query.retrieve.topk import BlockTopK, Rows, newest
@@ -116,7 +118,7 @@ def retrieve(
             session, text, method, stages.rebuild, memory, chosen, decided.init, readings
         )
         return
-    assert isinstance(method, BlockTopK | LayerAdaptive | External), "rule R1 sees to it"
+    assert isinstance(method, BlockTopK | LayerAdaptive | GroupTopK | External), "rule R1 sees to it"
 
     def fetch(layer: int, rows: Rows) -> LayerKV | None:
         found, whole = kv.read(layer, rows, model.device, model.dtype, readings)
@@ -137,12 +139,20 @@ def retrieve(
                 fetch(layer, rows[layer])
         return
 
-    assert isinstance(method, BlockTopK | LayerAdaptive), "the others know their blocks before a layer runs"
+    assert isinstance(method, BlockTopK | LayerAdaptive | GroupTopK), (
+        "the others know their blocks before a layer runs"
+    )
     spec = chosen.row.spec
     placing = model.placing(spec.sample_fps, spec.grid)
 
+    rebuilt = stages.rebuild
+
     def seat(layer: int, start: int) -> Places:
-        return place_frames(placing, start, kv.tokens(got.rows[layer]).tolist(), model.device)
+        if isinstance(rebuilt, Written):
+            return as_written(session, rebuilt, chosen, got.rows[layer], start)
+        rows = got.rows[layer]
+        raster = raster_of(chosen, placing, rows)
+        return place_frames(placing, start, kv.tokens(rows).tolist(), model.device, raster)
 
     def read_question(select: Callable[[int, torch.Tensor], Rows]) -> RetrievalContext:
         """The question through all layers, each with the blocks that `select` gives it for its own queries."""
@@ -161,7 +171,7 @@ def retrieve(
             decided.init,
             fetch_selected,
             window=stages.window_tokens,
-            seat=None if placing == LINE else seat,
+            seat=None if placing == LINE and not isinstance(rebuilt, Written) else seat,
             placing=placing,
         )
         with kv.reader.pinned(), torch.inference_mode():
@@ -223,6 +233,21 @@ def at_original(
     return method.rebuild(session.rotated(spec), init, got.kv, got.positions, frame_tokens(opened), placing)
 
 
+def as_written(session: Session, method: Written, opened: Opened, rows: Rows, start: int) -> Places:
+    """Places of one layer's groups, behind `start` init tokens, where the encoder wrote them."""
+    spec, stands = opened.row.spec, torch.from_numpy(opened.kv.stands(rows))
+    placing = session.model.placing(spec.sample_fps, spec.grid)
+    raster, sizes = raster_of(opened, placing, rows), opened.kv.tokens(rows).tolist()
+    return method.places(session.model, start, sizes, stands, placing, raster)
+
+
+def raster_of(opened: Opened, placing: Placing, rows: Rows) -> Rows | None:
+    """Where in their frames the tokens of these blocks stand, if a question needs to be told."""
+    if not isinstance(placing, Grid) or not opened.row.spec.recipe.reads_back:
+        return None
+    return opened.kv.raster(rows, placing.tokens)
+
+
 def rebuild(session: Session, decided: Decided, got: Retrieved, room: int) -> CacheContext:
     """[init | blocks in time order, with times | captions in time order, with times], in at most `room` tokens."""
     stages, init, chosen = decided.stages, decided.init, decided.chosen
@@ -236,6 +261,7 @@ def rebuild(session: Session, decided: Decided, got: Retrieved, room: int) -> Ca
             got.cache = None
             longest = max(0 if kv is None else kv.tokens for kv in got.kv)
             spec = chosen.row.spec
+            placing = session.model.placing(spec.sample_fps, spec.grid)
             context = stages.rebuild.rebuild(
                 session.model,
                 init,
@@ -244,8 +270,15 @@ def rebuild(session: Session, decided: Decided, got: Retrieved, room: int) -> Ca
                 got.kv,
                 stages.window_tokens,
                 stamp_tokens_max=max(0, room - init[0].tokens - longest - len(got.caption_ids)),
-                placing=session.model.placing(spec.sample_fps, spec.grid),
+                placing=placing,
+                rasters=[raster_of(chosen, placing, rows) for rows in got.rows],
             )
+        elif isinstance(stages.rebuild, Written) and got.cache is None:
+            written, start = stages.rebuild, init[0].tokens
+            places = [as_written(session, written, chosen, rows, start) for rows in got.rows]
+            spec = chosen.row.spec
+            placing = session.model.placing(spec.sample_fps, spec.grid)
+            context = written.rebuild(session.model, init, got.kv, places, placing)
         else:
             assert got.cache is not None
             context = got.cache
@@ -280,7 +313,12 @@ def everything(session: Session, opened: Opened, init: list[LayerKV], stages: Qu
         raise CorruptionError(readings.warnings()[0])
     spec, places = opened.row.spec, None
     placing = model.placing(spec.sample_fps, spec.grid)
+    if isinstance(stages.rebuild, Written):
+        places = [as_written(session, stages.rebuild, opened, own, init[0].tokens) for own in rows]
+        return stages.rebuild.rebuild(model, init, found, places, placing)
     if placing != LINE:
-        sizes = [opened.kv.tokens(own).tolist() for own in rows]
-        places = [place_frames(placing, init[0].tokens, own, model.device) for own in sizes]
+        places = []
+        for own in rows:
+            sizes, raster = opened.kv.tokens(own).tolist(), raster_of(opened, placing, own)
+            places.append(place_frames(placing, init[0].tokens, sizes, model.device, raster))
     return CacheContext(model.rotary, init, found, window=window, places=places, placing=placing)

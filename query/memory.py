@@ -15,7 +15,8 @@ from memdb.query.retrieve.pages import MemoryPages
 from memdb.query.scope import Opened
 from memdb.query.session import Session
 from memdb.query.stored import Readings, StoredKV
-from memdb.retain import BOUNDED
+from memdb.retain import RETAINERS
+from memdb.retain.base import Bounded
 from memdb.retain.pools import short_from
 from memdb.schemas.keep import KeepSet, token_ids
 from memdb.schemas.params import build
@@ -62,7 +63,8 @@ def memory_of(store: Store, opened: Opened) -> Memory:
 
 def _short_from(store: Store, opened: Opened, unit: int) -> int:
     """Where the short-term pool began after a unit: age is counted from the unit's end, whatever was forgotten."""
-    short_frames = build("retain", opened.row.spec.recipe.retain, BOUNDED).short_frames
+    retain = build("retain", opened.row.spec.recipe.retain, RETAINERS)
+    short_frames = retain.short_frames if isinstance(retain, Bounded) else 0
     blocks, size = store.unit(opened.row.id, unit).blocks, frame_tokens(opened)
     frames = blocks[blocks["kind"] != BlockKind.PROTOTYPE]
     return short_from(int(frames["position"].max()) + size, short_frames, size)

@@ -13,6 +13,7 @@ from memdb.query.cost import Asked, Costs
 from memdb.query.memory import Memory, memory_of
 from memdb.query.plan import plan as make_plan
 from memdb.query.retrieve.all import ActivateAll
+from memdb.query.retrieve.groups import GroupTopK
 from memdb.query.retrieve.layer_adaptive import LayerAdaptive
 from memdb.query.retrieve.mmr import CaptionMMR
 from memdb.query.retrieve.pages import MemoryPages
@@ -155,11 +156,10 @@ def _plan(
         passes=2 if isinstance(stages.retrieve, LayerAdaptive) else 1,
         spread=stages.retrieve.spread if isinstance(stages.retrieve, LayerAdaptive) else 1.0,
     )
-    retrieve = stages.retrieve
     # The recording whose KV is read need not be one that has captions: rekv beside rlivs.
     spoken = [compose(one.row.spec.recipe).retrieve for one in opened if len(one.usable_captions)]
     full = Sizes(
-        blocks=0 if isinstance(retrieve, CaptionMMR) else retrieve.blocks,
+        blocks=_blocks(stages, chosen),
         caption_tokens=max((each.caption_tokens for each in spoken), default=0),
         answer_tokens=stages.answer.tokens_max,
     )
@@ -176,6 +176,17 @@ def _plan(
     )
     plan = replace(plan, reasons=plan.reasons + within.reasons)
     return Decided(plan, stages, session.rotated(spec), init, chosen, ranked, memory)
+
+
+def _blocks(stages: QueryStages, chosen: Opened | None) -> int:
+    """Blocks a layer, by the recipe."""
+    retrieve = stages.retrieve
+    if isinstance(retrieve, CaptionMMR):
+        return 0
+    if isinstance(retrieve, GroupTopK):
+        own = chosen.usable_blocks["tokens"] if chosen is not None else None
+        return retrieve.groups(int(own.max()) if own is not None and len(own) else 1)
+    return retrieve.blocks
 
 
 def _stamp_tokens(session: Session, stages: QueryStages, chosen: Opened | None) -> float:

@@ -20,6 +20,7 @@ from memdb.query.kinds import KindOf, by_rules
 from memdb.query.measure import measure
 from memdb.query.rebuild.text import around
 from memdb.query.retrieve.external import External
+from memdb.query.retrieve.groups import GroupTopK
 from memdb.query.retrieve.layer_adaptive import LayerAdaptive
 from memdb.query.retrieve.topk import BlockTopK, Rows
 from memdb.query.scope import Opened
@@ -93,7 +94,8 @@ class Session:
             known.close()
         self._close_forgotten()
         stages = compose(row.spec.recipe)
-        sim = stages.retrieve.similarity if isinstance(stages.retrieve, BlockTopK | LayerAdaptive) else "dot"
+        retrieve = stages.retrieve
+        sim = retrieve.similarity if isinstance(retrieve, BlockTopK | LayerAdaptive | GroupTopK) else "dot"
         opened = self._open_kv(self.store, row, self._reader, backend=self._key_index, sim=sim)
         self._opened[row.id] = opened
         return opened

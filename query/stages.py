@@ -10,9 +10,11 @@ from memdb.query.rebuild import REBUILDERS
 from memdb.query.rebuild.consecutive import Consecutive
 from memdb.query.rebuild.original import Original
 from memdb.query.rebuild.text import TextOnly
+from memdb.query.rebuild.written import Written
 from memdb.query.retrieve import RETRIEVERS
 from memdb.query.retrieve.all import ActivateAll
 from memdb.query.retrieve.external import External
+from memdb.query.retrieve.groups import GroupTopK
 from memdb.query.retrieve.layer_adaptive import LayerAdaptive
 from memdb.query.retrieve.mmr import CaptionMMR
 from memdb.query.retrieve.pages import MemoryPages
@@ -23,8 +25,8 @@ from memdb.schemas.recipe import Recipe, canonical
 
 @dataclass(frozen=True)
 class QueryStages:
-    retrieve: BlockTopK | LayerAdaptive | External | CaptionMMR | ActivateAll | MemoryPages
-    rebuild: Consecutive | TextOnly | Original
+    retrieve: BlockTopK | LayerAdaptive | GroupTopK | External | CaptionMMR | ActivateAll | MemoryPages
+    rebuild: Consecutive | TextOnly | Original | Written
     answer: Greedy
     window_tokens: int | None  # the view over a long context, where the recipe keeps the window at rebuild
 

@@ -69,6 +69,8 @@ class StoredKV:
         self._keyed: Table | None = None  # the table of blocks whose keys these are
         self._keys = np.zeros(0, np.int64)
         self._store = store
+        self._positions: dict[int, npt.NDArray[np.int64]] = {}  # of the blocks of a unit, which never change
+        self._rasters: dict[int, npt.NDArray[np.int64] | None] = {}
         self._held: dict[int, tuple[int, KeepSet]] = {}  # by unit, of a revision of it
 
     def read(
@@ -189,6 +191,32 @@ class StoredKV:
                 found[number] = known
         self._held = found
         return {number: kept for number, (_, kept) in found.items()}
+
+    def stands(self, rows: Rows) -> npt.NDArray[np.int64]:
+        """Where the tokens of these blocks were written in the stream, (tokens,)."""
+        named = self.table.blocks[rows]
+        for unit in set(named["unit"].tolist()) - self._positions.keys():
+            self._positions[unit] = self._store.unit(self.row.id, unit).blocks["position"]
+        starts = np.array([self._positions[int(row["unit"])][int(row["block"])] for row in named], np.int64)
+        sizes = named["tokens"].astype(np.int64)
+        return np.repeat(starts - (np.cumsum(sizes) - sizes), sizes) + np.arange(int(sizes.sum()))
+
+    def raster(self, rows: Rows, frame_tokens: int) -> npt.NDArray[np.int64]:
+        """At which place of its frame each token of these blocks stands, (tokens,), one block a unit.
+
+        Of a block of which that is not known, or not any more, its tokens are taken to lie as `Uniform` chooses.
+        """
+        found = [np.zeros(0, np.int64)]
+        for row in self.table.blocks[rows]:
+            unit, size = int(row["unit"]), int(row["tokens"])
+            if unit not in self._rasters:
+                with suppress(CorruptionError):
+                    kept = self._store.read_keep(self._store.unit(self.row.id, unit))
+                    self._rasters[unit] = None if kept is None else kept.positions[0]
+            known = self._rasters.get(unit)
+            even = (2 * np.arange(size) + 1) * frame_tokens // (2 * max(size, 1))
+            found.append(even if known is None or len(known) != size else known)
+        return np.concatenate(found)
 
     def tokens(self, rows: Rows) -> npt.NDArray[np.int64]:
         """Tokens of each block, (len(rows),)."""

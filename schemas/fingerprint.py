@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from memdb.schemas.recipe import ENCODING_STAGES, Recipe, canonical
+from memdb.schemas.recipe import Recipe, canonical, encoding_stages
 from memdb.schemas.scaling import scaling_of
 
 
@@ -65,7 +65,7 @@ def encoding_fingerprint(
     be in one space with a question, and the scaling of the rotation, where there is one: the encoder rotates by it as
     the answer does. The storage codec is no part of it unless the encoder reads back what was stored.
     """
-    stages = {name: _plain(recipe.stage(name).as_json()) for name in ENCODING_STAGES}
+    stages = {name: _plain(recipe.stage(name).as_json()) for name in encoding_stages(recipe)}
     scaling = scaling_of(recipe)
     rope = [float(scaling.factor), scaling.trained_tokens]
     return digest_of(

@@ -28,7 +28,7 @@ _EXACT = ("raw", "fp16", "bf16")  # codecs that give keys back as they were, or 
 RULES: tuple[Rule, ...] = (
     Rule(
         "R1",
-        lambda r: r.retrieve.method in ("topk", "layer_adaptive", "external") and not r.keeps_kv,
+        lambda r: r.retrieve.method in ("topk", "layer_adaptive", "groups", "external") and not r.keeps_kv,
         "retrieval of blocks reads KV slices, and this recipe writes none: set write to a codec, "
         "or retrieve to mmr",
     ),
@@ -148,6 +148,17 @@ RULES: tuple[Rule, ...] = (
         lambda r: (r.retrieve.method == "pages") != (r.index.method == "page_key"),
         "pages are found by page keys, and by nothing else: set both retrieve = 'pages' and index = 'page_key', or "
         "neither",
+    ),
+    Rule(
+        "R16b",
+        lambda r: r.reads_back and r.unit.method != "frame",
+        "encode groups sees each frame as its own unit stores it: set unit = 'frame', or encode = 'window'",
+    ),
+    Rule(
+        "R2b",
+        lambda r: r.rebuild.method == "written" and not (r.reads_back and r.profile == "code"),
+        "positions as written are those of StreamingTOM's released code: set encode = 'groups' and profile = 'code', "
+        "or rebuild = 'consecutive'",
     ),
     Rule(
         "S1",

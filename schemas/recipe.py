@@ -67,6 +67,11 @@ class Recipe:
         return self.encode.method == "chunk"
 
     @property
+    def reads_back(self) -> bool:
+        """Whether the encoder sees older tokens as they are stored, so that the codec decides what is encoded."""
+        return self.encode.method == "groups"
+
+    @property
     def codec(self) -> str:
         return self.write.method
 
@@ -127,6 +132,11 @@ class Recipe:
         if profile not in PROFILES:
             raise RecipeError(f"unknown profile {profile!r}: choose one of {', '.join(PROFILES)}")
         return cls(name=str(data.get("name", base.name if base else "custom")), profile=profile, **stages)
+
+
+def encoding_stages(recipe: Recipe) -> tuple[str, ...]:
+    """The stages that decide what is encoded: the codec is one where the encoder reads back what was stored."""
+    return (*ENCODING_STAGES, "write") if recipe.reads_back else ENCODING_STAGES
 
 
 def read_toml(path: Path, bases: Mapping[str, Recipe]) -> Recipe:

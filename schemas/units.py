@@ -81,7 +81,9 @@ class Unit:
     keys: npt.NDArray[np.float16] | None  # (L, blocks, H*D) representative keys
     caption: Caption | None
     keyframe: bytes | None  # JPEG
-    keep: KeepSet | None = None  # what a bounded memory holds after this unit
+    # What a bounded memory holds after this unit; or, of a frame on a grid that was reduced, its tokens, and as
+    # positions at which of the frame's places they stand.
+    keep: KeepSet | None = None
     held: KeepSet | None = (
         None  # which of their tokens its slices hold, where ageing gathered those; None: all
     )

@@ -237,9 +237,9 @@ class PlainModel:
         """Logits (T, V) in fp64, token by token from the formulas.
 
         `seen(layer, x)` names the tokens that token x attends to and how far away each of them stands: its query
-        is turned by that distance and meets the unturned key. `given`: per layer keys and values (H, G, D) that
-        take the places 0..G - 1 whatever was computed there. `heard` gets (q, k, v) of every layer, unturned.
-        `reach`: the largest distance, where it is more than the tokens are.
+        is turned by that distance, which may be negative, and meets the unturned key. `given`: per layer keys and
+        values (H, G, D) that take the places 0..G - 1 whatever was computed there. `heard` gets (q, k, v) of every
+        layer, unturned. `reach`: the largest distance, where it is more than the tokens are.
         """
         language, x = self.exact.model.language_model, embeddings.double()  # x (T, E)
         group, D = self.heads // self.kv_heads, self.head_size
@@ -261,7 +261,8 @@ class PlainModel:
             rows = []
             for place in range(len(x)):
                 tokens, distance = seen(number, place)
-                turned = turn(q[:, place : place + 1], cos[distance], sin[distance])  # (Hq, n, D)
+                far, way = distance.abs(), distance.sign()[:, None]
+                turned = turn(q[:, place : place + 1], cos[far], sin[far] * way)  # (Hq, n, D)
                 scores = (turned * wide_k[:, tokens]).sum(-1) / math.sqrt(D)
                 rows.append((scores.softmax(-1)[:, None] @ wide_v[:, tokens])[:, 0])
             out = torch.stack(rows).flatten(1)  # (T, Hq * D)

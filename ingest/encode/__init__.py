@@ -4,13 +4,15 @@ from memdb.ingest.encode.base import Captioner
 from memdb.ingest.encode.caption_blocks import CaptionOverBlocks
 from memdb.ingest.encode.caption_clip import CaptionOverClip
 from memdb.ingest.encode.chunk import Chunk
+from memdb.ingest.encode.groups import Groups
 from memdb.ingest.encode.nothing import NoCaption, NoKV
 from memdb.ingest.encode.segment import SegmentWithSummary
 from memdb.ingest.encode.window import SlidingWindow
 
-ENCODERS: dict[str, type[SlidingWindow] | type[Chunk] | type[NoKV]] = {
+ENCODERS: dict[str, type[SlidingWindow] | type[Groups] | type[Chunk] | type[NoKV]] = {
     "window": SlidingWindow,
     "segment": SegmentWithSummary,
+    "groups": Groups,
     "chunk": Chunk,
     "none": NoKV,
 }

@@ -76,10 +76,11 @@ class Places:
 class Placing(Protocol):
     """How a model gives ids to a sequence of texts and frames, for one sample rate."""
 
-    def ids(self, start: int, sizes: Ints, visual: Bools) -> tuple[Ints, int]:
+    def ids(self, start: int, sizes: Ints, visual: Bools, raster: Ints | None = None) -> tuple[Ints, int]:
         """Ids (T,) or (3, T) of segments that follow one another from the id `start` on, and the next id.
 
-        sizes (S,): tokens of each segment; visual (S,): whether it is a frame, else it is text.
+        sizes (S,): tokens of each segment; visual (S,): whether it is a frame, else it is text. raster (T,): at which
+        place of its frame each token stands, where that is known; of text it says nothing.
         """
         ...
 
@@ -106,7 +107,7 @@ class Placing(Protocol):
 class Line:
     """One id a token, text and frames alike: it is the token's place."""
 
-    def ids(self, start: int, sizes: Ints, visual: Bools) -> tuple[Ints, int]:
+    def ids(self, start: int, sizes: Ints, visual: Bools, raster: Ints | None = None) -> tuple[Ints, int]:
         end = start + int(sizes.sum())
         return np.arange(start, end), end
 
@@ -143,7 +144,8 @@ class Grid:
 
     A block that ageing thinned holds the tokens that `Uniform` chose and has their ids; one that was thinned twice
     has ids that differ from the true ones by less than one of the larger stretches. Frames that CTR reduced are given
-    such ids as well, when they are encoded and ever after: where in the frame their tokens stood is not stored.
+    such ids as well, when they are encoded and ever after, unless the encoder is one that keeps where in the frame
+    their tokens stood (encode `groups`).
     """
 
     rows: int
@@ -154,7 +156,7 @@ class Grid:
     def tokens(self) -> int:
         return self.rows * self.columns
 
-    def ids(self, start: int, sizes: Ints, visual: Bools) -> tuple[Ints, int]:
+    def ids(self, start: int, sizes: Ints, visual: Bools, raster: Ints | None = None) -> tuple[Ints, int]:
         S = len(sizes)
         if not S:
             return np.zeros((3, 0), np.int64), start
@@ -168,7 +170,8 @@ class Grid:
         taken = np.where(visual, np.where(ends, reach, 0), sizes)
         base = start + np.cumsum(taken) - taken  # (S,)
         within = np.arange(int(sizes.sum())) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # (T,)
-        raster = self._raster(within, np.repeat(sizes, sizes))
+        if raster is None:
+            raster = self._raster(within, np.repeat(sizes, sizes))
         axes = np.stack((np.repeat(t, sizes), raster // self.columns, raster % self.columns))  # (3, T)
         ids: Ints = np.repeat(base, sizes) + np.where(np.repeat(visual, sizes), axes, within)
         return ids, start + int(taken.sum())
@@ -199,15 +202,24 @@ class Grid:
         return np.minimum(raster, self.tokens - 1)  # of text, which has no place in a frame
 
 
-def place_frames(placing: Placing, start: int, sizes: Sequence[int], device: torch.device) -> Places:
+def place_frames(
+    placing: Placing, start: int, sizes: Sequence[int], device: torch.device, raster: Ints | None = None
+) -> Places:
     """Places of frames of these sizes, one run from `start` on, behind as many tokens of text."""
     own = np.asarray(sizes, np.int64)
-    return place(placing, start, own, np.ones(len(own), np.bool_), device)
+    return place(placing, start, own, np.ones(len(own), np.bool_), device, raster)
 
 
-def place(placing: Placing, start: int, sizes: Ints, visual: Bools, device: torch.device) -> Places:
+def place(
+    placing: Placing,
+    start: int,
+    sizes: Ints,
+    visual: Bools,
+    device: torch.device,
+    raster: Ints | None = None,
+) -> Places:
     """Places of segments that follow one another behind `start` tokens of text (see `Placing.ids`)."""
-    ids, end = placing.ids(start, sizes, visual)
+    ids, end = placing.ids(start, sizes, visual, raster)
     stop = start + int(sizes.sum())
     order = torch.arange(start, stop, device=device)
     if ids.ndim == 1:

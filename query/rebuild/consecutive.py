@@ -43,13 +43,15 @@ class Consecutive:
         window: int | None,
         stamp_tokens_max: int | None = None,
         placing: Placing = LINE,
+        rasters: Sequence[Rows | None] | None = None,
     ) -> CacheContext:
         """[init | stamps and blocks in time order], a list of blocks per layer.
 
         blocks: the key table's. rows: per layer, its blocks, ascending. found: their keys and values, joined.
         The stamps are prefilled in one forward in which each sees only what stands before it. Where they would
         take more than `stamp_tokens_max` they are thinned out. Where a token has three ids, blocks are renumbered in
-        time alone, each layer's own, and keep their rows and columns (methods.md 1.11).
+        time alone, each layer's own, and keep their rows and columns; `rasters`: a layer each, of their tokens, where
+        these are not all of a frame's (see `Placing.ids`).
         """
         union = np.unique(np.concatenate(rows)) if rows else np.zeros(0, np.int64)
         marks, texts = self._stamps(model, blocks, union, stamp_tokens_max) if self.time_text_s else ([], [])
@@ -58,8 +60,8 @@ class Consecutive:
         sizes = [len(ids) for ids in texts]
         start = init[0].tokens
         own = [
-            layer_places(start, mine, blocks["tokens"][mine].astype(np.int64), marks, sizes, placing)
-            for mine in rows
+            layer_places(start, mine, blocks["tokens"][mine].astype(np.int64), marks, sizes, placing, raster)
+            for mine, raster in zip(rows, rasters or [None] * len(rows), strict=True)
         ]
         context = CacheContext(
             model.rotary,

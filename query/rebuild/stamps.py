@@ -86,12 +86,13 @@ def layer_places(
     stamps: Sequence[Stamp],
     stamp_tokens: Sequence[int],
     placing: Placing = LINE,
+    raster: npt.NDArray[np.int64] | None = None,
 ) -> LayerPlaces:
     """Consecutive places from `start` on for one layer: its own blocks, and every stamp in its turn.
 
-    rows: the blocks that this layer holds, ascending; tokens: of each. A stamp stands behind the block of its
-    row, also in a layer that does not hold that block. On a grid it ends a run: the blocks behind it begin their
-    rows and columns behind its last id, and their times as well.
+    rows: the blocks that this layer holds, ascending; tokens: of each; raster: of their tokens, see `Placing.ids`. A
+    stamp stands behind the block of its row, also in a layer that does not hold that block. On a grid it ends a run:
+    the blocks behind it begin their rows and columns behind its last id, and their times as well.
     """
     # Sort blocks and stamps together by row, a stamp behind the block of the same row.
     order = np.argsort(
@@ -103,7 +104,11 @@ def layer_places(
     begins[order] = start + np.concatenate(([0], np.cumsum(sizes[order])[:-1])) if len(sizes) else 0
     ids, end_id = None, start + int(sizes.sum())
     if placing != LINE:
-        ids, end_id = placing.ids(start, sizes[order], order >= len(stamps))
+        if raster is not None:  # that of the stamps says nothing
+            texts = [np.zeros(size, np.int64) for size in stamp_tokens]
+            parts = [*texts, *np.split(raster, np.cumsum(tokens)[:-1])] if len(tokens) else texts
+            raster = np.concatenate([parts[index] for index in order]) if parts else None
+        ids, end_id = placing.ids(start, sizes[order], order >= len(stamps), raster)
     return LayerPlaces(
         blocks=_spread(begins[len(stamps) :], tokens),
         stamps=_spread(begins[: len(stamps)], np.asarray(stamp_tokens, np.int64)),

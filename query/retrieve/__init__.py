@@ -2,6 +2,7 @@
 
 from memdb.query.retrieve.all import ActivateAll
 from memdb.query.retrieve.external import External
+from memdb.query.retrieve.groups import GroupTopK
 from memdb.query.retrieve.layer_adaptive import LayerAdaptive
 from memdb.query.retrieve.mmr import CaptionMMR
 from memdb.query.retrieve.pages import MemoryPages
@@ -11,6 +12,7 @@ RETRIEVERS: dict[
     str,
     type[BlockTopK]
     | type[LayerAdaptive]
+    | type[GroupTopK]
     | type[External]
     | type[CaptionMMR]
     | type[ActivateAll]
@@ -18,6 +20,7 @@ RETRIEVERS: dict[
 ] = {
     "topk": BlockTopK,
     "layer_adaptive": LayerAdaptive,
+    "groups": GroupTopK,
     "external": External,
     "mmr": CaptionMMR,
     "all": ActivateAll,
