@@ -12,6 +12,7 @@ import pytest
 from memdb.client import Client, connect
 from memdb.films import render_film
 
+MODEL = "random:0"  # its words mean nothing, and every path is gone
 FILM_S = 24.0
 FRAMES = 24  # at one a second
 # Small enough for a test, many enough to choose from: 24 blocks of a frame, 6 clips of 4 frames.
@@ -58,7 +59,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> House:
     folder = tmp_path_factory.mktemp("house")
     film, store = folder / "film.mp4", folder / "house.memdb"
     render_film(film, seconds=FILM_S, fps=8, width=160, height=96, scene_s=3.0)
-    with connect(store) as client:
+    with connect(store, model=MODEL) as client:
         ingest_small(client, film, "hall", "hybrid", started_at="2026-11-20T08:00:00Z")
         ingest_small(client, film, "yard", "rekv")
         ingest_small(client, film, "roof", "rlivs")

@@ -20,7 +20,7 @@ from memdb.cli import cli, main
 from memdb.progress import IngestBar
 from memdb.recipes import RECIPES
 from memdb.schemas.recipe import STAGES
-from tests.question_cases import FILM_S, SMALL, House
+from tests.question_cases import FILM_S, MODEL, SMALL, House
 from tests.store_cases import flip
 
 DETAIL = "What colour was the star?"
@@ -109,7 +109,7 @@ def test_verify_stats_digest_recordings_as_json(run: Run, house: House) -> None:
         assert row["duration_s"] == row["watermark_s"] == FILM_S
         assert (row["bytes"]["kv"] > 0) == (row["name"] != "roof")
         assert (row["bytes"]["captions"] > 0) == (row["name"] != "yard")
-    assert stats["model"]["spec"] == "embedded"
+    assert stats["model"]["spec"] == "random:0"
 
     digest = run("digest", "--store", house.store, "--json").document
     with house.open() as client:
@@ -157,7 +157,7 @@ def test_ingest_as_json_and_again(run: Run, house: House, tmp_path: Path) -> Non
         1,
     ]
     words += [word for setting in SMALL["hybrid"] for word in ("--set", setting)]
-    words += ["--started-at", "2026-11-20T08:00:00Z", "--json"]
+    words += ["--started-at", "2026-11-20T08:00:00Z", "--model", MODEL, "--json"]
     first = run(*words)
     assert (first.code, first.err) == (0, "")
     assert first.document["recording"] == "hall"

@@ -25,7 +25,7 @@ from memdb.reader import SliceReader
 from memdb.schemas.answer import Answer
 from memdb.schemas.errors import BudgetError, ModelMismatch, NoPlanFits, QuestionError, UnknownRecording
 from memdb.schemas.question import Budget, Question
-from tests.question_cases import FILM_S, House, ingest_small
+from tests.question_cases import FILM_S, MODEL, House, ingest_small
 from tests.store_cases import directory_digest
 
 DETAIL = "What colour was the star?"
@@ -202,7 +202,7 @@ def half(house: House, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli
     folder = tmp_path_factory.mktemp("half")
     film = folder / "half.mp4"
     render_film(film, seconds=FILM_S / 2, fps=8, width=160, height=96, scene_s=3.0)
-    with connect(folder / "half.memdb") as client:
+    with connect(folder / "half.memdb", model=MODEL) as client:
         ingest_small(client, film, "hall", "hybrid")
         ingest_small(client, film, "roof", "rlivs")
         yield client
@@ -272,7 +272,7 @@ def test_without_a_name_captions_come_from_all_and_kv_from_one(client: Client) -
 
 
 def test_only_rlivs_has_captions_and_only_rekv_has_kv(house: House, tmp_path: Path) -> None:
-    with connect(tmp_path / "two.memdb") as client:
+    with connect(tmp_path / "two.memdb", model=MODEL) as client:
         ingest_small(client, house.film, "yard", "rekv")
         ingest_small(client, house.film, "roof", "rlivs")
         answer = client.ask(DETAIL, mode="both")
@@ -284,7 +284,7 @@ def test_only_rlivs_has_captions_and_only_rekv_has_kv(house: House, tmp_path: Pa
 
 
 def test_two_recordings_of_kv_alone_say_which_was_read(house: House, tmp_path: Path) -> None:
-    with connect(tmp_path / "kv.memdb") as client:
+    with connect(tmp_path / "kv.memdb", model=MODEL) as client:
         ingest_small(client, house.film, "first", "rekv")
         ingest_small(client, house.film, "second", "rekv")
         answer = client.ask(DETAIL)

@@ -92,7 +92,7 @@ class TappedKV(StoredKV):
     ) -> tuple[LayerKV | None, Rows]:
         tap = self._tap
         if tap.pick is not None:
-            held = np.flatnonzero(self._held(layer))
+            held = np.flatnonzero(self._layer_holds(layer))
             choice = Choice(layer, rows, held, self.table, tap.truth, tap.blocks, tap.seed)
             rows = tap.pick(choice)
         content = self._shuffled()[rows] if tap.content == "shuffled" else rows
@@ -105,7 +105,7 @@ class TappedKV(StoredKV):
             whole = rows  # their times and places, with the content of others
         return found, whole
 
-    def _held(self, layer: int) -> npt.NDArray[np.bool_]:
+    def _layer_holds(self, layer: int) -> npt.NDArray[np.bool_]:
         at_s = self._tap.truth.at_s
         held = self.table.holds(layer) & (self.table.blocks["tokens"] > 0)
         if at_s is None:
