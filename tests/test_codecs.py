@@ -376,7 +376,10 @@ class OqmContract(AffineContract):
         for x, back in zip((k, v), self.unpacked(case, packed, width), strict=True):
             low, high = x.double().amin(2, keepdim=True), x.double().amax(2, keepdim=True)
             step = (high - low) / self.levels
-            ulp = torch.maximum(low.abs(), high.abs()) * 2.0**-10 + 2.0**-24  # of fp16
+            largest = torch.maximum(low.abs(), high.abs())
+            ulp = largest * 2.0**-10 + 2.0**-24  # of fp16
+            ulp = ulp + self.levels * 2.0**-25  # a scale below fp16's smallest number is 0
+            ulp = ulp + largest * torch.finfo(x.dtype).eps  # what comes back is rounded as it was
             assert bool(((back.double() - x.double()).abs() <= step / 2 * (1 + 2.0**-9) + ulp).all())
 
     @pytest.mark.parametrize("T", range(1, 10))

@@ -109,8 +109,8 @@ class KeptBytes:
         seen = self._model.visual_tokens([frame.pixels for frame in batch])
         self._tokens += [(f.start_ns, f.end_ns, raw(tokens)) for f, tokens in zip(batch, seen, strict=True)]
 
-        def listening(own: SlidingWindow, model: Any, context: Any, frames: Any) -> Any:
-            kv = encode(own, model, context, frames)
+        def listening(own: SlidingWindow, model: Any, context: Any, frames: Any, *rest: Any) -> Any:
+            kv = encode(own, model, context, frames, *rest)
             at = 0
             for tokens in frames:
                 at += len(tokens)

@@ -15,7 +15,7 @@ from memdb.captions import CaptionIndex
 from memdb.index.key_search import KeySearch
 from memdb.index.key_table import KeyTable
 from memdb.store import Store
-from tests.question_cases import SMALL, House
+from tests.question_cases import MODEL, SMALL, House
 
 LOOK = """
 import json, sys
@@ -42,7 +42,7 @@ def late(house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A recording whose derived indexes were never made."""
     monkeypatch.setattr(memdb.client, "_indexer", lambda store, spec: lambda flush: None)
     path = tmp_path / "late.memdb"
-    with memdb.client.connect(path) as client:
+    with memdb.client.connect(path, model=MODEL) as client:
         client.ingest(house.film, recording="late", recipe="hybrid", settings=SMALL["hybrid"], sample_fps=1.0)
     assert not (path / "keys").exists()
     assert not (path / "captions.lance").exists()
