@@ -131,8 +131,8 @@ def retrieve(
     if plan.mode == "recent":
         rows = [newest(kv.search, layer, chosen.blocks, blocks) for layer in layers]
     elif isinstance(method, External):
-        best = session.frames_like(text, chosen, method, blocks, readings)
-        rows = [best[kv.table.holds(layer)[best]] for layer in layers]  # R9: what a layer has not, it skips
+        nearest = session.frames_like(text, chosen, method, blocks, readings)
+        rows = [nearest[kv.table.holds(layer)[nearest]] for layer in layers]  # R9: what a layer has not, it skips
     if rows is not None:
         with kv.reader.pinned(), kv.knowing(rows, readings):
             for layer in layers:
