@@ -177,7 +177,7 @@ class _Verification:
             where = "SELECT count(*), max(number) FROM units WHERE recording = ?"
             [(count, last)] = self.store.catalog.database.execute(where, (recording.id,))
             rows = int(count or 0)
-            if rows < recording.units:
+            if not 0 <= recording.units <= rows:
                 self.add(CATALOG, f"{rows} of {recording.units} rows of units are there", recording)
             there = min(rows + LOST_MAX, int(last) + 1 if isinstance(last, int) else 0)
         return min(there, recording.units)
