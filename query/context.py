@@ -132,7 +132,9 @@ def retrieve(
         rows = [newest(kv.search, layer, chosen.blocks, blocks) for layer in layers]
     elif isinstance(method, External):
         nearest = session.frames_like(text, chosen, method, blocks, readings)
-        rows = [nearest[kv.table.holds(layer)[nearest]] for layer in layers]  # R9: what a layer has not, it skips
+        rows = [
+            nearest[kv.table.holds(layer)[nearest]] for layer in layers
+        ]  # R9: what a layer has not, it skips
     if rows is not None:
         with kv.reader.pinned(), kv.knowing(rows, readings):
             for layer in layers:
