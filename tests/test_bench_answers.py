@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import memdb
 from memdb.client import connect
 from memdb.world.questions import ABSENT, KINDS
 from tools.answers.asking import run
@@ -27,7 +26,6 @@ from tools.answers.table import write
 from tools.answers.tap import Truth
 from tools.bench_answers import quick
 
-EMBEDDED = Path(memdb.__file__).parent / "models" / "embedded"
 BLOCKS = 6
 
 
@@ -321,7 +319,6 @@ def test_marks_compare_the_rows_that_there_are() -> None:
 # The quick form
 
 
-@pytest.mark.skipif(not EMBEDDED.is_dir(), reason="the embedded model's weights are not here yet")
 def test_the_memory_remembers(tmp_path: Path) -> None:
     """A broken memory fails the build: both tiers are far above the last frames, and above chance."""
     outcomes, _ = run(replace(quick(tmp_path), rows=("kv", "both", "last4")), quiet)

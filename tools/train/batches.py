@@ -157,13 +157,11 @@ class Writer:
         ids, labels = self._blank(R, self.sizes.prompt)
         evidence, allowed = np.zeros((R, N), np.bool_), np.ones((R, N), np.bool_)
         kind = np.asarray([KINDS.index(question.kind) for question in questions], np.int64)
-        answer_at = np.zeros(R, np.int64)
         for row, question in enumerate(questions):
             moved, answer = later(question, offset_s)
             own = self.ids(moved)[: self.sizes.question]
             query[row, : len(own)] = own
             prompt = self.ids(f"\n{moved}<|im_end|>\n<|im_start|>assistant\n")
-            answer_at[row] = len(prompt)
             self._put(ids[row], labels[row], prompt, self.ids(f" {answer}<|im_end|>"))
             for start_s, end_s in question.spans:
                 evidence[row, -(-start_s // stride_s) : -(-end_s // stride_s)] = True
@@ -182,7 +180,6 @@ class Writer:
             "evidence": evidence,
             "allowed": allowed,
             "kind": kind,
-            "answer_at": answer_at,
         }
 
     @staticmethod
