@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from memdb.ingest.frames import SeenFrame
+from memdb.ingest.units.base import extend_to
 from memdb.schemas.params import at_least
-from memdb.schemas.times import to_ns
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,7 @@ class FixedBlock:
     def extend(
         self, opened: Sequence[SeenFrame], frame: SeenFrame
     ) -> tuple[list[list[SeenFrame]], list[SeenFrame]]:
-        closed: list[list[SeenFrame]] = []
-        block = list(opened)
-        if block and 0 < to_ns(self.unit_s_max) < frame.end_ns - block[0].start_ns:
-            closed.append(block)
-            block = []
-        block.append(frame)
-        if len(block) >= (self.frames if block[0].number else self.first_frames):
-            closed.append(block)
-            block = []
-        return closed, block
+        return extend_to(self._count, self.unit_s_max, opened, frame)
+
+    def _count(self, block: Sequence[SeenFrame]) -> int:
+        return self.frames if block[0].number else self.first_frames

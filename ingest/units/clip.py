@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from memdb.ingest.frames import SeenFrame
+from memdb.ingest.units.base import extend_to
 from memdb.schemas.params import at_least
-from memdb.schemas.times import to_ns
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,4 @@ class Clip:
     def extend(
         self, opened: Sequence[SeenFrame], frame: SeenFrame
     ) -> tuple[list[list[SeenFrame]], list[SeenFrame]]:
-        closed: list[list[SeenFrame]] = []
-        clip = list(opened)
-        if clip and 0 < to_ns(self.unit_s_max) < frame.end_ns - clip[0].start_ns:
-            closed.append(clip)
-            clip = []
-        clip.append(frame)
-        if len(clip) == self.frames:
-            closed.append(clip)
-            clip = []
-        return closed, clip
+        return extend_to(lambda clip: self.frames, self.unit_s_max, opened, frame)
