@@ -30,6 +30,7 @@ Preadv = Callable[[int, Sequence[memoryview], int], int]
 # Small enough that a run is still in the cache of the core that read it when it is hashed.
 RUN_BYTES_MAX = 512 << 10
 _SMALL = 32 << 10  # bytes that are copied as fast as they are asked for apart
+_THROUGH = np.iinfo(np.int64).min  # no place: through a scratch
 RWF_NOWAIT = getattr(os, "RWF_NOWAIT", 0)  # read what lies in the page cache, or fail at once
 
 
@@ -55,6 +56,7 @@ class Runs:
     raw_bytes: npt.NDArray[np.int64]
     element_bytes: npt.NDArray[np.int64]
     indices: npt.NDArray[np.intp] | None  # in the order asked for, where that is another one
+    length_bytes: int  # of all runs
 
     def __len__(self) -> int:
         return len(self.runs)
@@ -62,10 +64,6 @@ class Runs:
     def index(self, slice_: int) -> int:
         """Of a slice in the order of the files, its place in the order asked for."""
         return slice_ if self.indices is None else int(self.indices[slice_])
-
-    @property
-    def length_bytes(self) -> int:
-        return sum(run[3] for run in self.runs)
 
 
 def plan_runs(
@@ -78,16 +76,11 @@ def plan_runs(
     indices = readable
     if indices is not None:
         table, starts = table[indices], starts[indices]
-    places = (
-        starts if (table["stored_bytes"] == table["raw_bytes"]).all() else _straight_places(table, starts)
-    )
-    runs = _walk(table, places, fds)
-    if runs is None:
+    if not _in_file_order(table):
         order = np.lexsort((table["offset"], table["file"]))
-        table, starts, places = table[order], starts[order], places[order]
+        table, starts = table[order], starts[order]
         indices = order if indices is None else indices[order]
-        runs = _walk(table, places, fds, ordered=True)
-        assert runs is not None
+    runs = _join(table, np.where(table["stored_bytes"] == table["raw_bytes"], starts, -1), fds)
     return Runs(
         runs,
         table["offset"].tolist(),
@@ -97,48 +90,51 @@ def plan_runs(
         table["raw_bytes"],
         table["element_bytes"],
         indices,
+        sum([run[3] for run in runs]),
     )
 
 
-def _straight_places(table: Table, starts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """(n,) where each slice goes as it is read; -1 for one that is compressed."""
-    return np.where(table["stored_bytes"] == table["raw_bytes"], starts, -1)
+def _in_file_order(table: Table) -> bool:
+    file, offset = table["file"], table["offset"]
+    behind = offset[1:] >= offset[:-1] + table["stored_bytes"][:-1]
+    return bool(((file[1:] > file[:-1]) | ((file[1:] == file[:-1]) & behind)).all())
 
 
-def _walk(
-    table: Table, places: npt.NDArray[np.int64], fds: Mapping[int, int], *, ordered: bool = False
-) -> list[Run] | None:
-    """The runs of slices in the order of the files. None where they come in another order, unless `ordered`."""
-    files, offsets, sizes = table["file"].tolist(), table["offset"].tolist(), table["stored_bytes"].tolist()
-    runs: list[Run] = []
-    held, first, begin, end, target, shift = -1, 0, 0, 0, 0, 0
-    for index, (file, offset, size, place) in enumerate(
-        zip(files, offsets, sizes, places.tolist(), strict=True)
-    ):
-        if file == held:
-            # Straight to their places, both through a scratch, or too little to be worth a read of its own.
-            if (
-                0 <= offset - end < ALIGNMENT_BYTES
-                and (length := offset + size - begin) <= RUN_BYTES_MAX
-                and (
-                    (target == place < 0)
-                    or (place >= 0 <= target and place - offset == shift)
-                    or length <= _SMALL
-                )
-            ):
-                if place - offset != shift:
-                    target = -1
-                end = offset + size
-                continue
-            if not ordered and offset < end:
-                return None
-        elif not ordered and file < held:
-            return None
-        if held >= 0:
-            runs.append((len(runs), fds[held], begin, end - begin, target, first, index))
-        held, first, begin, end, target, shift = file, index, offset, offset + size, place, place - offset
-    runs.append((len(runs), fds[held], begin, end - begin, target, first, len(sizes)))
+def _join(table: Table, places: npt.NDArray[np.int64], fds: Mapping[int, int]) -> list[Run]:
+    """The runs of slices in the order of the files. places: where each goes as it is read, -1 for a compressed one."""
+    file, offset = table["file"], table["offset"].astype(np.int64)
+    end = offset + table["stored_bytes"].astype(np.int64)
+    gap = offset[1:] - end[:-1]
+    near = (file[1:] == file[:-1]) & (gap >= 0) & (gap < ALIGNMENT_BYTES)
+    shift = np.where(
+        places >= 0, places - offset, _THROUGH
+    )  # the same: they lie in the buffer as in the file
+    joined = near & (shift[1:] == shift[:-1])
+    chains = np.concatenate(([0], np.cumsum(~joined)))
+    reach = end - offset[np.concatenate(([0], np.flatnonzero(~joined) + 1))][chains]
+    part = (reach - 1) // RUN_BYTES_MAX
+    joined &= part[1:] == part[:-1]
+    firsts = np.concatenate(([0], np.flatnonzero(~joined) + 1))
+    lasts = np.concatenate((firsts[1:], [len(file)]))
+    begins, ends = offset[firsts], end[lasts - 1]
+    numbers = [fds[number] for number in file[firsts].tolist()]
+    columns = (begins, ends - begins, places[firsts], firsts, lasts)
+    runs = list(zip(range(len(firsts)), numbers, *(column.tolist() for column in columns), strict=True))
+    if (near[firsts[1:] - 1] & (ends[1:] - begins[:-1] <= _SMALL)).any():
+        runs = _join_small(runs, near.tolist())
     return runs
+
+
+def _join_small(runs: list[Run], near: list[bool]) -> list[Run]:
+    """Little that lies side by side in a file is one run, through a scratch, wherever it goes in the buffer."""
+    found: list[Run] = []
+    for _, fd, offset, length, place, first, last in runs:
+        if found and near[first - 1] and offset + length - found[-1][2] <= _SMALL:
+            number, _, begin, _, _, before, _ = found[-1]
+            found[-1] = (number, fd, begin, offset + length - begin, -1, before, last)
+        else:
+            found.append((len(found), fd, offset, length, place, first, last))
+    return found
 
 
 class Left(Exception):

@@ -26,7 +26,9 @@ from memdb.schemas.units import Table
 from memdb.slice_batch import SliceBatch, bad_slice
 from memdb.store import Store
 
-TOGETHER_BYTES = 8 << 20
+TOGETHER_BYTES = (
+    24 << 20
+)  # of one read: less starts threads too often, more falls out of the processor's cache
 
 
 @dataclass
