@@ -26,10 +26,7 @@ from memdb.schemas.units import Table
 from memdb.slice_batch import SliceBatch, bad_slice
 from memdb.store import Store
 
-# Of one read: less starts threads too often, more leaves the processor's cache.
-TOGETHER_BYTES = (
-    16 << 20
-)  # of one read: less starts threads too often, more falls out of the processor's cache
+TOGETHER_BYTES = 16 << 20  # of one read: less starts threads too often, more leaves the cache
 
 
 @dataclass
