@@ -142,7 +142,15 @@ HYBRID = Recipe(
     retain=Stage("all"),
     index=Stage("mean_key"),
     retrieve=Stage(
-        "topk", {"blocks": 64, "group": 1, "sim": "dot", "caption_tokens": 2_000, "relevance": 0.5}
+        "topk",
+        {
+            "blocks": 64,
+            "group": 1,
+            "sim": "dot",
+            "caption_tokens": 2_000,
+            "relevance": 0.5,
+            "newest_now": True,
+        },
     ),
     rebuild=Stage("consecutive", {"windowed": False, "time_text_s": 4.0}),
     answer=Stage("greedy", {"tokens_max": 64}),

@@ -154,6 +154,13 @@ def _narrowed(
     return masks
 
 
+def newest_first(ranked: Ranked) -> Ranked:
+    """The same captions from the last one back, each with the score of a block that was not looked for: 1."""
+    candidates, _ = ranked
+    rows = sorted(range(len(candidates)), key=lambda row: -candidates[row].start_ns)
+    return candidates, ((row, 1.0) for row in rows)
+
+
 def pick(ranked: Sequence[Ranked], budget_tokens: int) -> list[Picked]:
     """Captions within the budget, best first. Several encoders take turns: their cosines do not compare."""
     whole = sum(row.tokens for candidates, _ in ranked for row in candidates)

@@ -84,6 +84,8 @@ def take_captions(
     plan, stages, ranked = decided.plan, decided.stages, decided.ranked
     if ranked is None:
         ranked = session.rank(opened, text, warnings, stages.retrieve.relevance)
+    if decided.newest:
+        ranked = [caption_tier.newest_first(own) for own in ranked]
     picked = caption_tier.pick(ranked, plan.sizes.caption_tokens)
     found = caption_tier.read(session.store, opened, picked, session.model.identity.fingerprint, warnings)
     got.lost = bool(picked) and not found
@@ -128,7 +130,7 @@ def retrieve(
 
     rows: list[Rows] | None = None
     layers = range(model.shape.layers)
-    if plan.mode == "recent":
+    if decided.newest:
         rows = [newest(kv.search, layer, chosen.blocks, blocks) for layer in layers]
     elif isinstance(method, External):
         nearest = session.frames_like(text, chosen, method, blocks, readings)

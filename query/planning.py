@@ -17,6 +17,7 @@ from memdb.query.retrieve.groups import GroupTopK
 from memdb.query.retrieve.layer_adaptive import LayerAdaptive
 from memdb.query.retrieve.mmr import CaptionMMR
 from memdb.query.retrieve.pages import MemoryPages
+from memdb.query.retrieve.topk import BlockTopK
 from memdb.query.scope import Opened
 from memdb.query.session import Session
 from memdb.query.stages import QueryStages, compose
@@ -41,6 +42,7 @@ class Decided:
     chosen: Opened | None
     ranked: list[caption_tier.Ranked] | None
     memory: Memory | None = None  # of the chosen recording, where it has one
+    newest: bool = False  # the newest of each tier is read, not what resembles the question
 
 
 def decide(
@@ -174,8 +176,14 @@ def _plan(
         budget=question.budget,
         recordings=tuple(one.row.name for one in opened),
     )
-    plan = replace(plan, reasons=plan.reasons + within.reasons)
-    return Decided(plan, stages, session.rotated(spec), init, chosen, ranked, memory)
+    newest = plan.mode == "recent" or (
+        kind == "now" and isinstance(stages.retrieve, BlockTopK) and stages.retrieve.newest_now
+    )
+    reasons = plan.reasons + within.reasons
+    if newest and plan.mode != "recent":
+        reasons += ("it is about this moment: the newest that is stored is read (retrieve.newest_now)",)
+    plan = replace(plan, reasons=reasons)
+    return Decided(plan, stages, session.rotated(spec), init, chosen, ranked, memory, newest)
 
 
 def _blocks(stages: QueryStages, chosen: Opened | None) -> int:

@@ -59,6 +59,11 @@ def content(answer: Answer) -> tuple[Any, ...]:
     )
 
 
+def starts(answer: Answer, tier: str) -> list[float]:
+    """Where the evidence of a tier begins, in time order."""
+    return sorted(item.start_s for item in answer.evidence if item.tier == tier)
+
+
 # Modes
 
 
@@ -254,6 +259,25 @@ def test_recent_is_the_newest_blocks_and_says_how_old(client: Client) -> None:
     assert (answer.as_of_s, answer.lag_s) == (FILM_S, 0.0)
     late = client.ask(DETAIL, recording="hall", mode="recent", at=60)
     assert (late.as_of_s, late.lag_s) == (60.0, 60.0 - FILM_S)
+
+
+@pytest.mark.parametrize("mode", ["kv", "both"])
+def test_hybrid_answers_for_now_from_the_newest(client: Client, mode: str) -> None:
+    """Keys find what fits a question, and cannot tell which of it is there now."""
+    for at in (None, 10.0):
+        answer = client.ask("What is seen right now?", recording="hall", mode=mode, at=at)
+        end_s = FILM_S if at is None else at
+        blocks = sorted((item.start_s, item.end_s) for item in answer.evidence if item.tier == "kv")
+        assert blocks[0][0] == end_s - answer.plan.sizes.blocks
+        assert blocks[-1][1] == end_s
+        assert all(end == start for (_, end), (start, _) in itertools.pairwise(blocks))
+        assert any("this moment" in reason for reason in answer.plan.reasons)
+        captions = starts(answer, "captions")
+        assert bool(captions) == (mode == "both")
+        last = 4.0 * (end_s // 4 - 1)  # the last clip that is whole: those of the house have 4 s
+        assert captions == [last - 4.0 * back for back in reversed(range(len(captions)))]
+    searched = client.ask(DETAIL, recording="hall", mode=mode)
+    assert not any("this moment" in reason for reason in searched.plan.reasons)
 
 
 # Several recordings

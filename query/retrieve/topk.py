@@ -22,6 +22,9 @@ class BlockTopK:
 
     `sim`: dot as in the released code, cos as in the paper. `caption_tokens` and `relevance` are for the
     captions that mode `both` adds (see CaptionMMR).
+
+    `newest_now`: a question of kind `now` reads the newest blocks and captions, whatever resembles it. Ours: no paper
+    asks about this moment, and keys cannot tell which of the frames that fit a question is the last one.
     """
 
     blocks: int = 64
@@ -29,6 +32,7 @@ class BlockTopK:
     sim: str = "dot"
     caption_tokens: int = 0
     relevance: float = 0.5
+    newest_now: bool = False
 
     def __post_init__(self) -> None:
         at_least("retrieve.blocks", self.blocks, 1)

@@ -16,6 +16,7 @@ from tools.train.text import Text
 Batch = dict[str, Tensor]
 LOOK_WEIGHT, NOTE_WEIGHT = 0.3, 0.5
 TIME = 5  # tokens of a time in an answer
+_KEPT = (0.25, 0.75)  # of the tokens of a row's frames, where some are dropped: from this share to that
 _HALVINGS = 3  # rows read all, a half, a quarter or an eighth of the most frames; two in five read all
 
 
@@ -58,7 +59,9 @@ def answers(
         batch["told_ids"],
         batch["told_labels"],
     )
+    own = batch["kind"][seen:]
     kinds = {"told": ~alone, "captions": alone}
+    kinds |= {f"told_{name}": ~alone & (own == number) for number, name in enumerate(KINDS)}
     losses += _answers(
         text, batch, stored, stage, stage.told, scores, slice(seen, None), told, alone, kinds, marks, train
     )
@@ -100,8 +103,10 @@ def _answers(
     keep = None
     R = len(ids)
     if train:
-        half = torch.rand(R, 1, 1, device=text.device) < stage.disturbed / 3
-        keep = ~half | (torch.rand(R, chosen.frames.shape[1], network.tokens, device=text.device) < 0.5)
+        thinned = torch.rand(R, 1, 1, device=text.device) < stage.disturbed / 2
+        share = _KEPT[0] + (_KEPT[1] - _KEPT[0]) * torch.rand(R, 1, 1, device=text.device)
+        lot = torch.rand(R, chosen.frames.shape[1], network.tokens, device=text.device)
+        keep = ~thinned | (lot < share)
     look = _look(layout, labels, evidence, chosen, inside, kind, alone)
     x = network.embed(whole).to(stored.k[0].dtype)
     x = text.read(x, stored, chosen, layout, behind, real, keep, look, stamped=True)

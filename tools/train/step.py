@@ -52,7 +52,7 @@ class Stepper:
         torch.cuda.current_stream().wait_stream(side)
         self._clear()
         first = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(first):
+        with torch.cuda.graph(first, capture_error_mode="thread_local"):
             self._gradients()
         self._first = first
         if self._second is None:
@@ -62,7 +62,7 @@ class Stepper:
                 self._descend()  # the optimiser makes its state
             torch.cuda.current_stream().wait_stream(side)
             second = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(second):
+            with torch.cuda.graph(second, capture_error_mode="thread_local"):
                 self._descend()
             self._second = second
 
