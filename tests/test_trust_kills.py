@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tools.trust import kills
-from tools.trust.check import check
+from tools.trust.check import check, finish, remains
 from tools.trust.model import Model
 from tools.trust.runner import Runner
-from tools.trust.script import ScriptMaker
+from tools.trust.script import Op, ScriptMaker
+from tools.trust.units import UNIT_NS
 
 SEED, TRIALS = 11, 60
 
@@ -42,3 +44,26 @@ def test_the_check_sees_what_is_missing(tmp_path: Path, too_much: str) -> None:
         told = told.after(maker.about("state", "lobby"))
         told.kept["lobby"].units -= 1
     assert check(tmp_path / "s.memdb", [told])[0].lost
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_copy_may_hold_what_its_original_forgot_and_the_original_may_not(
+    tmp_path: Path, whole: bool
+) -> None:
+    """An imported recording is one of its own: forgetting where it came from takes nothing of it."""
+    path, maker = tmp_path / "s.memdb", ScriptMaker(3)
+    ops = [maker.append("lobby", 3), maker.about("pages", "lobby"), Op("captions")]
+    ops.append(replace(maker.about("import", "lobby"), why="copy"))
+    ops.append(maker.forget_all("lobby") if whole else maker.forget("lobby", 0, 2 * UNIT_NS))
+    model = Model()
+    for op in ops:
+        model = model.after(op)
+    with Runner(path) as runner:
+        runner.run(ops[:-1])
+        own = runner.store.recording("lobby").id
+        runner.run(ops[-1:])
+    left = {Path(what.split(" still holds ")[0]) for what in remains(path, model)}
+    assert {file.parent.name for file in left} == {"segments", "keys"}
+    assert all(file.name.startswith(own) for file in left)
+    ending = finish(path, model, [Op("compact")], 0)
+    assert ending.ok, str(ending)

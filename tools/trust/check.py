@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from tools.trust.script import Op
 from tools.trust.units import UNIT_NS, make_unit, marks
 
 REPAIRING = ("repair", "wound")  # operations of which a repair is a part
+OWN_FOLDERS = ("segments", "state", "keys")  # the name of a file in them begins with the id of its recording
 
 
 @dataclass
@@ -175,31 +176,59 @@ def _why_other(kept: Kept, number: int, digest: bytes | str) -> str:
 def remains(path: Path, model: Model, excused: str = "") -> list[str]:
     """Files that still hold the bytes of something that was forgotten, after a compaction.
 
-    `excused`: what the compaction itself said that it left.
+    What a recording forgot, another one that was imported from it may remember: its files hold it rightly, and
+    those that all recordings share. `excused`: what the compaction itself said that it left.
     """
-    forgotten: dict[bytes, str] = {}
+    forgotten = _forgotten(model)
+    if not forgotten:
+        return []
+    remembering = _remembering(path, model, forgotten)
+    found = []
+    for file in files_of(path):
+        data = b"" if file.name in excused else file.read_bytes()
+        name = file.relative_to(path)
+        found += [
+            f"{name} still holds the {what}"
+            for mark, what in forgotten.items()
+            if mark in data and not _may_hold(name, remembering.get(mark, []))
+        ]
+    return found
+
+
+def _forgotten(model: Model) -> dict[bytes, str]:
+    """What recordings forgot, in words, by its mark."""
+    found: dict[bytes, str] = {}
     for kept in model.gone:
         for number in range(kept.units):
             for what, mark in marks(make_unit(kept.stream, number), kept.stream).items():
-                forgotten[mark] = f"{what} of unit {number} of {kept.stream.name}, forgotten as a whole"
+                found[mark] = f"{what} of unit {number} of {kept.stream.name}, forgotten as a whole"
     for kept in model.kept.values():
         for number in range(kept.units):
             if spans := kept.spans_of(number):
                 before = marks(make_unit(kept.stream, number), kept.stream)
                 left = marks(kept.remembered(number), kept.stream)
                 for what in before.keys() - left.keys():
-                    forgotten[before[what]] = f"{what} of unit {number} of {kept.stream.name}, {spans}"
-    if not forgotten:
-        return []
-    found = []
-    for file in files_of(path):
-        data = b"" if file.name in excused else file.read_bytes()
-        found += [
-            f"{file.relative_to(path)} still holds the {what}"
-            for mark, what in forgotten.items()
-            if mark in data
-        ]
+                    found[before[what]] = f"{what} of unit {number} of {kept.stream.name}, {spans}"
     return found
+
+
+def _remembering(path: Path, model: Model, forgotten: Container[bytes]) -> dict[bytes, list[str]]:
+    """The ids of the recordings that remember what another one forgot, by its mark."""
+    with Store.open(path) as store:
+        ids = {row.name: row.id for row in store.recordings()}
+    found: dict[bytes, list[str]] = {}
+    for name, kept in model.kept.items():
+        for number in range(kept.units if name in ids else 0):
+            for mark in marks(kept.remembered(number), kept.stream).values():
+                if mark in forgotten:
+                    found.setdefault(mark, []).append(ids[name])
+    return found
+
+
+def _may_hold(file: Path, remembering: Iterable[str]) -> bool:
+    """Whether a file, relative to the store, is one of these recordings' or shared by all."""
+    is_shared = file.parts[0] not in OWN_FOLDERS
+    return any(is_shared or file.name.startswith(recording_id) for recording_id in remembering)
 
 
 def finish(
