@@ -166,9 +166,11 @@ class EncoderMemory:
 
     def keep_set(self) -> KeepSet:
         """What it holds, for the commit of the unit that came in last; in the order of ids."""
+        sizes = [len(own.id) for own in self.layers]
+        words = [*(own.id for own in self.layers), *(own.position for own in self.layers)]
+        flat = torch.cat(words).cpu().numpy().reshape(2, -1)  # off a GPU at once, not layer by layer
         ids, positions = [], []
-        for own in self.layers:
-            mine, at = own.id.cpu().numpy(), own.position.cpu().numpy()
+        for mine, at in zip(*(np.split(row, np.cumsum(sizes)[:-1]) for row in flat), strict=True):
             order = np.argsort(mine)
             ids.append(mine[order])
             positions.append(at[order])
