@@ -198,7 +198,21 @@ class _Repair:
             self._warn_of_tails(truth, row.name)
             self.report.notes += [f"{row.name}: {note}" for note in truth.notes]
             found.append((truth, row))
-        return self._named(found)
+        return self._named(self._without_empty_ones(found))
+
+    def _without_empty_ones(
+        self, found: list[tuple[Truth, RecordingRow]]
+    ) -> list[tuple[Truth, RecordingRow]]:
+        """Of recordings of one name those that were begun, never filled and begun anew are none."""
+        kept: list[tuple[Truth, RecordingRow]] = []
+        for truth, row in sorted(
+            found, key=lambda item: (not len(item[0].found), -item[1].created_ns, item[0].id)
+        ):
+            if len(truth.found) or row.name not in {other.name for _, other in kept}:
+                kept.append((truth, row))
+            else:
+                self.report.notes.append(f"a recording {row.name!r} that holds nothing was left out")
+        return kept
 
     def _put_on_record(self, catalog: Catalog, truth: Truth) -> None:
         """Write the tombstone of a recording again, where only the old catalog knows of it."""

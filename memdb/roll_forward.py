@@ -107,14 +107,47 @@ def beyond(catalog: Catalog, folder: Path, recording_id: str) -> Iterator[Beyond
                 continue  # foreign, or left unfinished: it never counted
         else:
             role = row.role
-        if catalog.state(recording_id) is None and not _describes(found.records, segment):
+        if not found.records:
             continue
+        if catalog.state(recording_id) is None and (row.end_bytes or not _describes(found.records, segment)):
+            continue  # forgotten since the catalog was asked for its segments, or no recording
+        if (
+            catalog.state(recording_id) is None
+            and is_empty(found.records)
+            and _is_named(catalog, found.records)
+        ):
+            continue  # begun, never filled, and begun anew: it would come back beside the one that has its name
         records = _that_go_on(catalog, recording_id, found.records, segment, role)
         if records:
             end = records[-1]
             yield Beyond(
                 SegmentRow(recording_id, sequence, name, end.end, end.footer_hash, role), tuple(records)
             )
+
+
+def is_empty(records: tuple[Record, ...]) -> bool:
+    """Whether records hold the beginning of a recording and nothing of it."""
+    return all(record.kind not in (Kind.UNIT, Kind.TOMBSTONE, Kind.KEEP_SET) for record in records)
+
+
+def _is_named(catalog: Catalog, records: tuple[Record, ...]) -> bool:
+    """Whether a recording in the catalog has the name that these records begin one with."""
+    return catalog.find(spec_of(records[0]).name) is not None
+
+
+def empty_ones(catalog: Catalog, folder: Path, name: str) -> Iterator[str]:
+    """Ids of recordings that the catalog does not know, begun under this name and never filled."""
+    known = {row.id for row in catalog.recordings()} | set(catalog.forgotten())
+    for recording_id, files in sorted(segment_files(folder).items()):
+        if recording_id in known or len(files) > 1:
+            continue
+        with reading(folder, files[0][1]) as segment:
+            header = first_header(segment, catalog.store_id)
+            spec = header.meta.get("spec") if header else None
+            if isinstance(spec, dict) and spec.get("name") == name:
+                records = scan(segment, 0, previous=b"", bodies=True).records
+                if role_of(records[0]) == STREAM and is_empty(records):
+                    yield recording_id
 
 
 def lost_recording(catalog: Catalog, folder: Path, name: str, without: Collection[str] = ()) -> str | None:

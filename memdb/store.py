@@ -14,7 +14,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -42,10 +42,11 @@ from memdb.folder import open_folder
 from memdb.locks import FileLock, is_held, writer_lock
 from memdb.network import check_locks_hold
 from memdb.records import read_body, read_record
-from memdb.roll_forward import lost_recording, roll_forward, see_beyond
+from memdb.roll_forward import empty_ones, lost_recording, roll_forward, see_beyond
 from memdb.schemas.errors import (
     CorruptionError,
     EncodingMismatch,
+    LockedError,
     ModelMismatch,
     SourceMismatch,
     StoreError,
@@ -348,9 +349,22 @@ class Store:
                 lock.close()
                 raise
             if found is not None or known_id is None:
+                self._drop_empty_ones(catalog, spec.name, recording_id)
                 return recording_id, found, lock
             lock.close()  # what had the name is gone: it is another's by now, or free
             tried.add(known_id)
+
+    def _drop_empty_ones(self, catalog: Catalog, name: str, but: str) -> None:
+        """Files of recordings that were begun under this name, held nothing and were begun anew.
+
+        A power cut may bring them back before the folder was synced; once the name is free they would be recordings.
+        """
+        for recording_id in list(empty_ones(catalog, self.segments_path, name)):
+            if recording_id == but:
+                continue
+            with suppress(LockedError), FileLock(writer_lock(self.path, recording_id)):
+                for _, file in segment_files(self.segments_path).get(recording_id, []):
+                    unlink(self.segments_path / file)
 
 
 def recording_digest(store: Store, name: str, tier: str = "all") -> str:
