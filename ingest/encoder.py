@@ -24,7 +24,7 @@ from memdb.ingest.encode.segment import SegmentWithSummary
 from memdb.ingest.encode.window import SlidingWindow
 from memdb.ingest.frames import ReadyFrame, SeenFrame
 from memdb.ingest.held import Held, Timed, is_meant, newest
-from memdb.ingest.memory import EncoderMemory, chunk_words, grid_of
+from memdb.ingest.memory import EncoderMemory, grid_of
 from memdb.ingest.open_frames import frame_from, frame_row, frame_tensors
 from memdb.ingest.read_back import StoredGroups
 from memdb.ingest.reduce.ctr import CausalTemporal
@@ -39,9 +39,7 @@ from memdb.models.protocol import VideoModel
 from memdb.models.window import LayerKV, WindowContext
 from memdb.models.yarn import stretched
 from memdb.retain.base import Bounded
-from memdb.retain.keep_all import KeepAll
-from memdb.retain.select_kv import SelectKV
-from memdb.retain.template import Prototypes, Template, prototypes
+from memdb.retain.prototypes import Prototypes
 from memdb.schemas.errors import CorruptionError
 from memdb.schemas.keep import KeepSet, token_ids
 from memdb.schemas.recording import Tombstone
@@ -354,7 +352,7 @@ class StreamEncoder:
         frames = [*group, *([summary] if summary is not None else ())]
         kv, _ = self._encode(frames, [])
         guided: list[Tensor] = []
-        if isinstance(retain, SelectKV):
+        if retain.prompt:
             with self.laps("retain"):
                 assert kv is not None, "a window gives keys and values"
                 sizes = [len(frame.tokens) for frame in frames]
@@ -380,14 +378,9 @@ class StreamEncoder:
                 placing=self._placing,
             )
         with self.laps("retain"):
-            made: Prototypes | None = None
-            if isinstance(retain, Template):
-                words = chunk_words(number, group, start, chunk.device)
-                keys, values = (
-                    torch.stack([getattr(kv, name) for kv in context.fresh]) for name in ("k", "v")
-                )
-                paid = torch.stack([heard[-len(chunk) :] for heard in context.heard])  # (L, C)
-                made = prototypes(keys, values, paid, words[2], words[1])
+            assert isinstance(retain, Bounded), "rule R8b sees to it"
+            number_of = [frame.number for frame in group for _ in range(len(frame.tokens))]
+            made = retain.prototypes_of(context.fresh, context.heard, number_of, start)
             grid = grid_of(self._placing, self._model.shape.frame_tokens)
             memory.take(number, group, context.fresh, made, context.heard, start, grid)
         return self._unit(group, context.fresh, made, memory.keep_set())
@@ -414,12 +407,7 @@ class StreamEncoder:
             with self.laps("pack"):
                 sizes = [len(frame.tokens) for frame in stored]
                 whole, retain = [_split(layer, sizes) for layer in kv], self._stages.retain
-                # A bounded memory's blocks are stored as they came: what of them stays, keep sets say.
-                layers: list[list[LayerKV | None]] = [list(row) for row in whole]
-                if isinstance(retain, KeepAll):
-                    layers = retain.keep(whole)
-                if isinstance(retain, SelectKV):
-                    layers = retain.select(whole, guided, len(group))
+                layers = retain.select(whole, guided, len(group))
                 blocks = self._blocks(stored)
                 if made is not None:
                     blocks = _add_prototypes(group, blocks, layers, made)

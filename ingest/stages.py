@@ -23,9 +23,7 @@ from memdb.ingest.units.base import UnitStage
 from memdb.models.protocol import VideoModel
 from memdb.models.yarn import stretched
 from memdb.retain import RETAINERS
-from memdb.retain.base import Bounded
-from memdb.retain.keep_all import KeepAll
-from memdb.retain.select_kv import SelectKV
+from memdb.retain.base import Bounded, Retainer
 from memdb.retain.tar_van import TarVan
 from memdb.schemas.errors import RecipeError
 from memdb.schemas.legality import check
@@ -41,7 +39,7 @@ class IngestStages:
     encode: SlidingWindow | Groups | Chunk | NoKV
     captioner: Captioner
     recurrent: Recurrent | None
-    retain: KeepAll | SelectKV | Bounded
+    retain: Retainer
     index: MeanKey
     codec: Codec | None
     profile: str

@@ -22,7 +22,8 @@ from memdb.models.window import LayerKV
 from memdb.query.stored import Readings, StoredKV
 from memdb.reader import SliceReader
 from memdb.recipes import STREAMMEM, adjusted
-from memdb.retain.template import Prototypes, Template
+from memdb.retain.prototypes import Prototypes
+from memdb.retain.template import Template
 from memdb.retain.view import LayerView
 from memdb.schemas.recipe import Recipe
 from memdb.schemas.units import BlockKind
