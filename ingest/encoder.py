@@ -178,7 +178,7 @@ class StreamEncoder:
     @property
     def reach_ns(self) -> int:
         """It holds nothing of the stream from before this media time."""
-        starts = [part.held[0].start_ns for part in self._parts if part.held]
+        starts = [item.start_ns for part in self._parts for item in part.held]
         return min(starts, default=self.counters.until_ns)
 
     def holds(self, tombstones: Sequence[Tombstone]) -> bool:

@@ -55,7 +55,7 @@ class Part(Protocol):
 
     @property
     def held(self) -> Sequence[Timed]:
-        """What it holds of the stream, oldest first."""
+        """What it holds of the stream."""
         ...
 
     @property

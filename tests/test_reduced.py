@@ -457,6 +457,19 @@ def test_the_frame_beside_which_the_next_is_reduced_is_held(bench: Bench) -> Non
     assert [unit.kv.payload.tobytes() for unit in coder.step(second) if unit.kv is not None] == kv
 
 
+def test_the_reach_covers_what_a_summary_stands_for(bench: Bench) -> None:
+    """A summary is of its whole segment, and still in the window when the segment's first frames have left it."""
+    coder, cut = encoder(bench, "streamkv"), 0
+    for batch in batches(bench, 1):
+        coder.step(batch)
+        held = [second for second in range(FRAMES) if coder.holds([stone(second, second + 1)])]
+        assert coder.reach_ns == held[0] * 10**9
+        assert isinstance(coder._encoding, OpenWindow)
+        window = coder._encoding.held
+        cut += bool(window) and window[0].start_ns > min(frame.start_ns for frame in window)
+    assert cut, "windows whose first frame is not the oldest thing in them"
+
+
 @pytest.mark.parametrize("case", ["merge", "merge-clip", "segment", "streamkv"])
 def test_a_merged_frame_that_overlaps_what_was_forgotten_goes_whole(bench: Bench, case: str) -> None:
     coder = encoder(bench, case)
