@@ -48,8 +48,9 @@ class Opened(Part, Protocol):
         ...
 
     def encode(self, groups: Sequence[Sequence[SeenFrame]], unit: int, position: int) -> Iterator[Encoded]:
-        """The units that close with a batch, one after another. unit, position: number of the first and stream position
-        of its first token.
+        """The units that close with a batch, one after another; each is committed before the next is asked for.
+
+        unit, position: number of the first, and of its first token in the stream.
         """
         ...
 
@@ -62,10 +63,10 @@ class Opened(Part, Protocol):
 class Encoded:
     """A unit behind the language model.
 
-    kv: keys and values of its frames' tokens, then of the summary's, a layer each; None without KV. position: the
-    stream position of its first token, None where it follows on. keep, prototypes: of a memory, what it holds after
-    the unit and what joins the unit's tokens; or where in their frames tokens stood. queries: of the retainer's
-    guidance prompt, a layer each. embeddings (F, E): of the frames, where the index keeps them.
+    kv: keys and values of its frames' tokens, then of the summary's, a layer each; None without KV. position: of its
+    first token in the stream, None where it follows on. keep: see Unit. prototypes: what joins the unit's tokens in a
+    memory. queries: of the retainer's guidance prompt, a layer each. embeddings (F, E): of the frames, where the index
+    keeps them.
     """
 
     frames: Sequence[SeenFrame]
