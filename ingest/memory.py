@@ -20,7 +20,7 @@ from memdb.models.places import Grid, Placing
 from memdb.models.window import LayerKV
 from memdb.retain.base import Bounded
 from memdb.retain.prototypes import Prototypes
-from memdb.retain.view import LayerView
+from memdb.retain.view import LayerView, rows
 from memdb.schemas.keep import KeepSet, token_ids
 from memdb.schemas.recording import Tombstone
 from memdb.schemas.units import BlockKind
@@ -28,7 +28,8 @@ from memdb.schemas.units import BlockKind
 
 @dataclass(eq=False)
 class LayerTokens:
-    """Tokens of one layer in the order of the stream: k, v (H, M, D) unrotated, the others (M,) int64.
+    """Tokens of one layer in the order of the stream: k, v (H, M, D) unrotated, the others (M,) int64. Of several
+    layers that hold equally many, `stacked`, with one more dimension in front.
 
     id: see schemas/keep.py. position: at which they were encoded. frame, kind: see LayerView. patch: raster index in
     the frame, -1 for what was merged.
@@ -51,15 +52,26 @@ class LayerTokens:
     def kv(self) -> LayerKV:
         return LayerKV(self.k, self.v)
 
-    def at(self, places: Tensor) -> LayerTokens:
-        """The tokens at these places."""
-        words = (getattr(self, name).index_select(0, places) for name in _WORDS)
-        return LayerTokens(self.k.index_select(1, places), self.v.index_select(1, places), *words)
+    @staticmethod
+    def stacked(layers: Sequence[LayerTokens]) -> LayerTokens:
+        return LayerTokens(*(torch.stack([getattr(layer, name) for layer in layers]) for name in _FIELDS))
 
-    def plus(self, other: LayerTokens) -> LayerTokens:
-        """With the tokens of another behind them."""
-        words = (torch.cat((getattr(self, name), getattr(other, name))) for name in _WORDS)
-        return LayerTokens(torch.cat((self.k, other.k), 1), torch.cat((self.v, other.v), 1), *words)
+    def unstacked(self) -> list[LayerTokens]:
+        return [LayerTokens(*parts) for parts in zip(*(getattr(self, name) for name in _FIELDS), strict=True)]
+
+    def at(self, places: Tensor) -> LayerTokens:
+        """The tokens at these places (..., n)."""
+        words = (getattr(self, name).gather(-1, places) for name in _WORDS)
+        return LayerTokens(rows(self.k, places), rows(self.v, places), *words)
+
+    def plus(self, k: Tensor, v: Tensor, words: Sequence[Tensor]) -> LayerTokens:
+        """With other tokens behind them. k, v (..., H, n, D); words: the others, (n,) for all layers or (..., n)."""
+        lead = self.id.shape[:-1]
+        both = (
+            torch.cat((getattr(self, name), new.expand(*lead, -1)), -1)
+            for name, new in zip(_WORDS, words, strict=True)
+        )
+        return LayerTokens(torch.cat((self.k, k), -2), torch.cat((self.v, v), -2), *both)
 
     def view(self, grid: tuple[int, int], importance: Tensor | None) -> LayerView:
         """As a retainer sees them, of one layer or of several that are stacked. grid: rows and columns of a frame."""
@@ -116,41 +128,43 @@ class EncoderMemory:
         """
         for frame in frames:
             self._frames[frame.number] = Held(frame.start_ns, frame.end_ns, len(frame.tokens))
-        words, importance = chunk_words(unit, frames, start, fresh[0].k.device), list(heard)
-        layers = [
-            own.plus(LayerTokens(new.k, new.v, *words)) for own, new in zip(self.layers, fresh, strict=True)
-        ]
-        if prototypes is not None:
-            own_words = _prototype_words(unit, frames, prototypes.frame)
-            for layer in range(len(layers)):
-                layers[layer], importance[layer] = _with_prototypes(
-                    layers[layer], importance[layer], prototypes, own_words, layer
+        words = chunk_words(unit, frames, start, fresh[0].k.device)
+        made = None if prototypes is None else (prototypes, _prototype_words(unit, frames, prototypes.frame))
+        if len({len(layer.id) for layer in self.layers}) == 1:  # then a GPU is asked once and not L times
+            k, v = (torch.stack([getattr(kv, name) for kv in fresh]) for name in ("k", "v"))
+            paid = torch.stack(list(heard)) if heard else None
+            came = LayerTokens.stacked(self.layers).plus(k, v, words)
+            self.layers = self._retained(came, paid, made, grid).unstacked()
+        else:
+            self.layers = [
+                self._retained(
+                    own.plus(new.k, new.v, words),
+                    heard[layer] if heard else None,
+                    None if made is None else (made[0].layer(layer), made[1]),
+                    grid,
                 )
-        self.layers = self._retained(layers, importance, grid)
+                for layer, (own, new) in enumerate(zip(self.layers, fresh, strict=True))
+            ]
         self._let_go()
 
     def _retained(
-        self, layers: Sequence[LayerTokens], importance: Sequence[Tensor], grid: tuple[int, int]
-    ) -> list[LayerTokens]:
-        """What stays of each layer. Layers that hold equally many tokens are decided in one call."""
-        views: list[LayerView]
-        if len({len(layer.id) for layer in layers}) == 1:
-            whole = LayerTokens(
-                *(torch.stack([getattr(layer, name) for layer in layers]) for name in _FIELDS)
-            )
-            views = [whole.view(grid, torch.stack(list(importance)) if importance else None)]
-        else:
-            heard: Sequence[Tensor | None] = importance or [None] * len(layers)
-            views = [layer.view(grid, paid) for layer, paid in zip(layers, heard, strict=True)]
-        chosen: list[Tensor] = []
-        for view in views:
-            places = self._retainer.choose(view)  # (..., kept)
-            most = self._retainer.tokens_max(view)
-            assert places.shape[-1] <= most, f"{places.shape[-1]} tokens are kept, of a budget of {most}"
-            fits = (places.diff(dim=-1) > 0).all() & ((places >= 0) & (places < view.tokens)).all()
-            assert bool(fits), "the places of a layer do not ascend, or lie outside"
-            chosen += places.unbind() if places.dim() > 1 else [places]
-        return [layer.at(places) for layer, places in zip(layers, chosen, strict=True)]
+        self,
+        tokens: LayerTokens,
+        importance: Tensor | None,
+        made: tuple[Prototypes, tuple[Tensor, Tensor, Tensor]] | None,
+        grid: tuple[int, int],
+    ) -> LayerTokens:
+        """What stays of one layer, or of several that are stacked, which is decided in one call."""
+        if made is not None:
+            assert importance is not None, "prototypes are means by importance"
+            tokens, importance = _with_prototypes(tokens, importance, *made)
+        view = tokens.view(grid, importance)
+        places = self._retainer.choose(view)  # (..., kept)
+        most = self._retainer.tokens_max(view)
+        assert places.shape[-1] <= most, f"{places.shape[-1]} tokens are kept, of a budget of {most}"
+        fits = (places.diff(dim=-1) > 0).all() & ((places >= 0) & (places < view.tokens)).all()
+        assert bool(fits), "the places of a layer do not ascend, or lie outside"
+        return tokens.at(places)
 
     def forget(self, tombstones: Sequence[Tombstone]) -> None:
         """Let go of the tokens of frames that overlap these spans."""
@@ -166,9 +180,11 @@ class EncoderMemory:
 
     def keep_set(self) -> KeepSet:
         """What it holds, for the commit of the unit that came in last; in the order of ids."""
+        sizes = [len(own.id) for own in self.layers]
+        words = [*(own.id for own in self.layers), *(own.position for own in self.layers)]
+        flat = torch.cat(words).cpu().numpy().reshape(2, -1)  # off a GPU at once, not layer by layer
         ids, positions = [], []
-        for own in self.layers:
-            mine, at = own.id.cpu().numpy(), own.position.cpu().numpy()
+        for mine, at in zip(*(np.split(row, np.cumsum(sizes)[:-1]) for row in flat), strict=True):
             order = np.argsort(mine)
             ids.append(mine[order])
             positions.append(at[order])
@@ -243,11 +259,7 @@ def _prototype_words(unit: int, frames: Sequence[SeenFrame], frame: Tensor) -> t
 
 
 def _with_prototypes(
-    tokens: LayerTokens,
-    importance: Tensor,
-    made: Prototypes,
-    words: tuple[Tensor, Tensor, Tensor],
-    layer: int,
+    tokens: LayerTokens, importance: Tensor, made: Prototypes, words: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[LayerTokens, Tensor]:
     """The candidates with prototypes among them, by position, a token before a prototype that stands where it does.
 
@@ -255,7 +267,6 @@ def _with_prototypes(
     it is made (ours).
     """
     ids, merged, kind = words
-    came = LayerTokens(made.k[layer], made.v[layer], ids, made.position[layer], made.frame, merged, kind)
-    whole = tokens.plus(came)
-    order = torch.argsort(whole.position, stable=True)
-    return whole.at(order), torch.cat((importance, made.mass[layer])).index_select(0, order)
+    whole = tokens.plus(made.k, made.v, (ids, made.position, made.frame, merged, kind))
+    order = torch.argsort(whole.position, dim=-1, stable=True)
+    return whole.at(order), torch.cat((importance, made.mass), -1).gather(-1, order)

@@ -28,15 +28,22 @@ class MeanKey:
 
     def keys(self, layers: Sequence[Sequence[LayerKV | None]]) -> npt.NDArray[np.float16]:
         """Blocks of a unit, per layer, each (H, T, D) -> (L, blocks, H*D); zeros where a layer holds no block."""
-        blank = next(kv.k for row in layers for kv in row if kv is not None)[:, :1]
-        rows = [
-            torch.stack([(blank * 0 if kv is None else kv.k).float().mean(1).flatten() for kv in row])
-            for row in layers
+        held = [
+            (layer, block, kv.k)
+            for layer, row in enumerate(layers)
+            for block, kv in enumerate(row)
+            if kv is not None
         ]
-        keys = torch.stack(rows).to(torch.float16)  # accumulated in fp32, stored in fp16
-        if not bool(keys.isfinite().all()):
+        H, _, D = held[0][2].shape
+        keys = np.zeros((len(layers), len(layers[0]), H * D), np.float16)
+        for tokens in sorted({k.shape[1] for _, _, k in held}):  # all of one size at once, of all layers
+            own = [item for item in held if item[2].shape[1] == tokens]
+            means = torch.stack([k for _, _, k in own]).mean(2, dtype=torch.float32).flatten(1)
+            at, which = [layer for layer, _, _ in own], [block for _, block, _ in own]
+            keys[at, which] = means.to(torch.float16).cpu().numpy()  # accumulated in fp32, stored in fp16
+        if not np.isfinite(keys).all():
             raise CodecError("a block's mean key exceeds fp16: try --dtype float32, or check the checkpoint")
-        return keys.cpu().numpy()
+        return keys
 
 
 def fold(q: Tensor, kv_heads: int) -> Tensor:

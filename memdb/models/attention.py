@@ -102,17 +102,17 @@ def sink_attention(
 
 
 def ceiling_scores(
-    q_near: Tensor, near: Tensor, q_far: Tensor, sink_k: Tensor, sink_k_near: Tensor
+    q_near: Tensor, near: Tensor | None, q_far: Tensor, sink_k: Tensor, sink_k_near: Tensor
 ) -> Tensor:
     """Unscaled scores (Hq, T, n) of queries against init tokens whose distance never exceeds W - 1.
 
-    Where `near` (T, n) the true distance is below W: q_near (Hq, T, D), rotated to its own place, meets
+    Where `near` (T, n; None: nowhere) the true distance is below W: q_near (Hq, T, D), rotated to its own place, meets
     sink_k_near (H, n, D), rotated to theirs. Elsewhere q_far, rotated to W - 1, meets sink_k at rest.
     LM-Infinite's ceiling as ReKV uses it (arXiv 2503.00540), decided per query, so that chunks do not matter.
     """
     group = q_far.shape[0] // sink_k.shape[0]
     far = torch.einsum("htd,hnd->htn", q_far.float(), sink_k.float().repeat_interleave(group, 0))
-    if not bool(near.any()):
+    if near is None:
         return far
     close = torch.einsum("htd,hnd->htn", q_near.float(), sink_k_near.float().repeat_interleave(group, 0))
     return torch.where(near, close, far)

@@ -165,7 +165,8 @@ class CacheContext:
         near = place[:, None] - held.place[None, :n] < W
         ceiling = self.placing.ceiling(W)
         q_far = self.rotary.rotate_at(q, places.ids.clamp(max=ceiling), ceiling + 1)
-        scores = ceiling_scores(q_near, near, q_far, self.rotary.rest(init.k), held.k[:, :n])
+        some = near if bool(near.any()) else None
+        scores = ceiling_scores(q_near, some, q_far, self.rotary.rest(init.k), held.k[:, :n])
         return sink_attention(q_near, k, v, scale, mask, scores, init.v)
 
 

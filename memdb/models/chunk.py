@@ -79,6 +79,6 @@ class ChunkContext:
         self.fresh.append(LayerKV(k[:, :C], v[:, :C]))
         if self._probe is not None:
             rows = slice(self._probe.start, self._probe.stop)
-            paid = importance(q[:, rows], keys[:, : past + C], scale, mask[rows, : past + C])
+            paid = importance(q[:, rows], keys[:, : past + C], scale, mask[rows, past : past + C])
             self.heard.append(paid[init.tokens :])
         return softmax_attention(q, keys, torch.cat((init.v, memory.v, v), 1), scale, mask)

@@ -180,11 +180,12 @@ class WindowContext:
         q_far = self._rotate_far(q, index)
         k_near = self.rotary.rotate(init.k, 0)
         if not self.counts_init_twice:
-            scores = ceiling_scores(q_near, near, q_far, self.rotary.rest(init.k), k_near)
+            # Known without a look at `near`, for which a GPU would have to come to rest in every layer.
+            some = near if place - (n - 1) < W else None
+            scores = ceiling_scores(q_near, some, q_far, self.rotary.rest(init.k), k_near)
             return sink_attention(q_near, keys.k, keys.v, scale, mask, scores, init.v)
         moved = init.part(0, min(n, place + T - W))  # as many as this step pushed out of the window
-        far = near.new_zeros(T, moved.tokens)
-        scores = ceiling_scores(q_near, far, q_far, self.rotary.rest(moved.k), k_near)
+        scores = ceiling_scores(q_near, None, q_far, self.rotary.rest(moved.k), k_near)
         k = torch.cat((k_near, keys.k), 1)
         v = torch.cat((init.v, keys.v), 1)
         return sink_attention(q_near, k, v, scale, torch.cat((near, mask), 1), scores, moved.v)

@@ -16,15 +16,16 @@ ROWS_AT_ONCE = 32  # of a long probe, so that its scores never stand in memory t
 def attention_rows(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
     """Probe rows q (Hq, r, D) on keys k (H, T, D), both rotated or both not -> probabilities (Hq, r, T) in fp32.
 
-    `mask` (r, T): True where a row sees a key; None where the probe stands behind all keys. The query heads of a
-    group stand beside each other as further rows of their KV head, so no key is repeated.
+    `mask` (r, n): True where a row sees one of the last n keys; it sees all before them. None where the probe stands
+    behind all keys. The query heads of a group stand beside each other as further rows of their KV head, so no key is
+    repeated.
     """
     Hq, r, D = q.shape
     H, T, _ = k.shape
     rows = q.float().reshape(H, Hq // H * r, D) * scale
     scores = torch.bmm(rows, k.float().transpose(1, 2)).view(Hq, r, T)
     if mask is not None:
-        scores.masked_fill_(~mask, float("-inf"))
+        scores[..., T - mask.shape[1] :].masked_fill_(~mask, float("-inf"))
     return scores.softmax(-1)
 
 

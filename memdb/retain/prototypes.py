@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,12 @@ class Prototypes:
     position: Tensor  # (..., F) int64
     frame: Tensor  # (F,) int64
     mass: Tensor  # (..., F) fp32, the importance that its tokens had together
+
+    def layer(self, number: int) -> Prototypes:
+        """Those of one layer, of several."""
+        return replace(
+            self, k=self.k[number], v=self.v[number], position=self.position[number], mass=self.mass[number]
+        )
 
 
 def prototypes(k: Tensor, v: Tensor, importance: Tensor, frame: Tensor, position: Tensor) -> Prototypes:

@@ -73,7 +73,8 @@ class SelectKV:
         for q, row in zip(queries, layers, strict=True):
             k = torch.stack([kv.k for kv in row[:frames]])  # (F, H, T, D)
             scores.append(guidance_scores(q, k.float().mean(2).flatten(1), self.sim))
-        kept = [set(own.tolist()) for own in self.choose(scores)]
+        # Off a GPU at once: counting and sorting a few numbers a layer takes it longer than a CPU.
+        kept = [set(own.tolist()) for own in self.choose(torch.stack(scores).cpu().unbind())]
         return [
             [kv if at in own or at >= frames else None for at, kv in enumerate(row)]
             for own, row in zip(kept, layers, strict=True)

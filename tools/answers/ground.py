@@ -24,7 +24,7 @@ from memdb.world import films
 from memdb.world.questions import Asker, Question
 from memdb.world.scenes import Scene, plan
 from memdb.world.source import painted
-from tools.answers.job import SAMPLE_FPS, SPLIT, Ingested, Job, Tell
+from tools.answers.job import OWN, SAMPLE_FPS, SPLIT, Ingested, Job, Tell
 from tools.answers.tap import Tap, TappedKV
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def ground(job: Job, seed: int, others: bool, tell: Tell) -> Iterator[Ground]:
         if others:
             there = plan(seed + OTHER_SEED, min(job.length_s, OTHER_S_MAX), SPLIT)
             _ingest(client, job, seed + OTHER_SEED, there, OTHER, job.codecs[0], tell)
-        tap.blocks = _blocks(client, job.codecs[0])
+        tap.blocks = _blocks(client, job.codecs[0]) if job.blocks is None else job.blocks
         sizes = {row.name: row.bytes for row in stats(client.store).recordings}
         ingested = [Ingested(seed, codec, job.length_s, took_s[codec], sizes[codec]) for codec in job.codecs]
         questions = Asker(scenes, seed, SPLIT).some(job.per_kind)
@@ -93,8 +93,11 @@ def ground(job: Job, seed: int, others: bool, tell: Tell) -> Iterator[Ground]:
 
 
 def _blocks(client: Client, recording: str) -> int:
-    """How many blocks retrieval takes: the recipe says so, as the model's own settings and the job's left it."""
-    blocks = client.store.recording(recording).spec.recipe.retrieve.params["blocks"]
+    """How many blocks retrieval takes: the recipe says so, as the model's own settings and the job's left it.
+
+    0 where that is no number of the recipe's: a memory is taken as a whole.
+    """
+    blocks = client.store.recording(recording).spec.recipe.retrieve.params.get("blocks", 0)
     assert isinstance(blocks, int)
     return blocks
 
@@ -117,7 +120,8 @@ def _ingest(
     client.ingest(
         source,
         recording=name,
-        codec=codec,
+        recipe=job.recipe,
+        codec=None if codec == OWN else codec,
         settings=job.settings,
         sample_fps=SAMPLE_FPS,
         progress=lambda at: tell(what, at.media_s, length_s),
@@ -157,7 +161,7 @@ def _drawn_by() -> str:
 
 
 def _store_name(job: Job, seed: int) -> str:
-    said = repr((job.settings, job.model, job.dtype, job.paint, job.fps, job.film_size)).encode()
+    said = repr((job.recipe, job.settings, job.model, job.dtype, job.paint, job.fps, job.film_size)).encode()
     return f"{seed}-{job.length_s}s-{hashlib.blake2b(said, digest_size=4).hexdigest()}.memdb"
 
 

@@ -13,6 +13,7 @@ LONG_S = 4 * 3600
 FILM_SIZE = (640, 360)
 SAMPLE_FPS = 1.0
 SPLIT = "test"
+OWN = "own"  # in place of a codec: the recipe's
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Job:
 
     `paint`: pictures go into the ingest as they are painted, without a film. `cold`: the store's files leave the
     page cache before each question. `reuse`: recordings that an earlier run ingested are asked again.
+    `blocks`: how many the rows read that choose for themselves, where that is another number than the recipe retrieves.
     """
 
     folder: Path  # films and stores
@@ -30,6 +32,8 @@ class Job:
     rows: tuple[str, ...] = tuple(ROWS)
     codecs: tuple[str, ...] = ("int4",)
     settings: tuple[str, ...] = ()
+    recipe: str = "hybrid"
+    blocks: int | None = None
     model: str | None = None
     device: str | None = None
     dtype: str | None = None

@@ -88,15 +88,22 @@ class TappedKV(StoredKV):
         self._order = np.zeros(0, np.int64)
 
     def read(
-        self, layer: int, rows: Rows, device: torch.device, dtype: torch.dtype, readings: Readings
+        self,
+        layer: int,
+        rows: Rows,
+        device: torch.device,
+        dtype: torch.dtype,
+        readings: Readings,
+        sizes: npt.NDArray[np.int64] | None = None,
     ) -> tuple[LayerKV | None, Rows]:
         tap = self._tap
         if tap.pick is not None:
+            assert sizes is None, "a pick chooses whole blocks, and a memory holds tokens"
             held = np.flatnonzero(self._layer_holds(layer))
             choice = Choice(layer, rows, held, self.table, tap.truth, tap.blocks, tap.seed)
             rows = tap.pick(choice)
         content = self._shuffled()[rows] if tap.content == "shuffled" else rows
-        found, whole = super().read(layer, content, device, dtype, readings)
+        found, whole = super().read(layer, content, device, dtype, readings, sizes)
         tap.taken[layer], tap.table = whole, self.table
         if tap.content == "zero" and found is not None:
             found = LayerKV(torch.zeros_like(found.k), torch.zeros_like(found.v))

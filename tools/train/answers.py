@@ -17,7 +17,9 @@ Batch = dict[str, Tensor]
 LOOK_WEIGHT, NOTE_WEIGHT = 0.3, 0.5
 TIME = 5  # tokens of a time in an answer
 _KEPT = (0.25, 0.75)  # of the tokens of a row's frames, where some are dropped: from this share to that
-_HALVINGS = 3  # rows read all, a half, a quarter or an eighth of the most frames; two in five read all
+_HALVINGS = 2  # rows read all, a half or a quarter of the most frames; two in four read all
+# How often the evidence is put among the frames of a layer: of rows that read what they found, of rows by lot.
+_FORCED = (0.5, 0.95)
 
 
 def answers(
@@ -236,7 +238,8 @@ def _picked(
     for score in scores:
         lot = torch.where(alike, shared, torch.rand(R, N, device=device))
         score = torch.where(by_lot, lot, score)
-        force = span & (torch.rand(R, 1, device=device) < 0.9) & (kind != NOW)[:, None]
+        often = _FORCED[0] + (_FORCED[1] - _FORCED[0]) * by_lot
+        force = span & (torch.rand(R, 1, device=device) < often) & (kind != NOW)[:, None]
         score = torch.where(force, score + 1e4, score).masked_fill(~allowed, -torch.inf)
         score = _recent_or_all(score, allowed, kind)
         picked.append(torch.where(grouped, top(score, counts, most, 4), top(score, counts, most, 1)))

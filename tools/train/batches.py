@@ -31,17 +31,17 @@ INIT_PROMPT = "You are a helpful assistant."
 UNKNOWN = "unknown"  # what captions do not tell
 # How often a kind is asked where few frames are read, and where many are: to count, all of a span must be seen.
 _NEAR = {
-    "gist": 8,
-    "detail": 18,
-    "place": 5,
-    "motion": 6,
+    "gist": 6,
+    "detail": 16,
+    "place": 4,
+    "motion": 4,
     "count": 0,
-    "order": 20,
-    "when": 26,
+    "order": 30,
+    "when": 30,
     "now": 3,
-    "absent": 22,
+    "absent": 15,
 }
-_FAR = {**_NEAR, "count": 30}
+_FAR = {**_NEAR, "count": 24}
 _IGNORED = -100
 Ids = npt.NDArray[np.int64]
 

@@ -24,7 +24,7 @@ class Stage:
     near: Read = Read(16, 28, 10)
     far: Read = Read(64, 104, 28)
     told: Read = Read(16, 32, 10)
-    own: float = 0.6  # share of rows that read what their own keys found
+    own: float = 0.75  # share of rows that read what their own keys found
     disturbed: float = 0.2  # about the share of streams and rows that are merged or thinned
     frozen: bool = False  # the vision tower learns nothing
 

@@ -23,32 +23,50 @@ NOTE = (
 )
 _SEEN = ("encode.window_tokens=512", "encode.chunk_frames=8")
 _FOUND = ("retrieve.sim=cos", "retrieve.blocks=16")  # keys were taught by cosine; more frames confuse it
+_TIMES = "rebuild.time_text_s=4"  # it was taught with times behind what they date
+_NEAR = (
+    "rebuild=restored",
+    "rebuild.consecutive=true",
+)  # it knows no positions as far apart as a stream has them
+_SAID = "answer.tokens_max=16"
 SHEET = ModelSheet(
     name="memdb-world",
     note=NOTE,
     joint="joint.safetensors",
     recipes={
-        "rekv": (*_SEEN, *_FOUND, "answer.tokens_max=16"),
+        "rekv": (*_SEEN, *_FOUND, _TIMES, _SAID),
         # A segment fits into the window, so that the guidance prompt sees all of it. The init prompt is the one that
         # the model was taught with.
         "streamkv": (
             *_SEEN,
             "unit.frames_max=24",
             f"encode.init_prompt={INIT_PROMPT}",
-            "answer.tokens_max=16",
+            "retrieve.blocks=16",
+            _TIMES,
+            _SAID,
         ),
-        "infinipot-v": ("answer.tokens_max=16",),
+        "infinipot-v": (*_NEAR, _SAID),
         # As many frames as the paper's 6K hold; and no longer contexts than those it was taught with, whatever its
         # configuration says.
-        "streammem": ("retain.budget_tokens=512", "rebuild.trained_tokens=1024", "answer.tokens_max=16"),
-        "rlivs": ("unit.frames=8", "encode.chunk_frames=8", "caption.tokens_max=48", "answer.tokens_max=16"),
+        "streammem": ("retain.budget_tokens=512", "rebuild.trained_tokens=1024", _SAID),
+        # As many frames as the paper's 12K hold.
+        "livevlm": ("encode.probe_tokens=16", "retain.budget_tokens=1024", *_NEAR, _SAID),
+        "streamingtom": (*_SEEN, "retrieve.budget_tokens=256", _TIMES, _SAID),
+        "rlivs": (
+            "unit.frames=8",
+            "encode.chunk_frames=8",
+            "caption.tokens_max=48",
+            "retrieve.caption_tokens=240",
+            _TIMES,
+            _SAID,
+        ),
         "hybrid": (
             *_SEEN,
             *_FOUND,
             "unit.frames=8",
             "caption.tokens_max=48",
             "retrieve.caption_tokens=240",
-            "answer.tokens_max=16",
+            _SAID,
         ),
     },
 )
