@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from memdb.client import Client, connect
-from memdb.films import render_film
+from tools.films import render_film
 
 MODEL = "random:0"  # its words mean nothing, and every path is gone
 FILM_S = 24.0

@@ -21,13 +21,13 @@ import torch
 
 from memdb import cli, recipes
 from memdb.client import Client, connect
-from memdb.films import render_film
 from memdb.models.load import load_model
 from memdb.models.protocol import VideoModel
 from memdb.schemas.errors import StoreError
 from memdb.schemas.recipe import Recipe
 from memdb.schemas.rows import UnitRow
 from memdb.store import Store
+from tools.films import render_film
 
 # 2 layers, 4 query and 2 KV heads of 8, 4 tokens a frame: a batch takes milliseconds.
 SMALL = {

@@ -329,7 +329,7 @@ def test_the_memory_remembers(tmp_path: Path) -> None:
     assert both.macro is not None
     assert both.past is not None
     assert last.past is not None
-    assert both.macro > sum(chance) / len(chance) + 0.3
-    assert both.past > last.past + 0.15
+    assert both.macro > max(0.7, sum(chance) / len(chance) + 0.3)
+    assert both.past > last.past + 0.3
     assert found["kv"].recall_kv is not None
-    assert found["kv"].recall_kv > 0.6
+    assert found["kv"].recall_kv > 0.8

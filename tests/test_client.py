@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 
 from memdb.client import Client, connect
-from memdb.films import render_film
 from memdb.query.cost import CostFile, Costs
 from memdb.query.engine import Engine
 from memdb.reader import SliceReader
@@ -27,6 +26,7 @@ from memdb.schemas.errors import BudgetError, ModelMismatch, NoPlanFits, Questio
 from memdb.schemas.question import Budget, Question
 from tests.question_cases import FILM_S, MODEL, House, ingest_small
 from tests.store_cases import directory_digest
+from tools.films import render_film
 
 DETAIL = "What colour was the star?"
 BY_KIND = {

@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import memdb
-from memdb.films import render_film
 from memdb.models import load
 from memdb.models.joint import random_head
 from memdb.models.load import load_model
@@ -26,6 +25,7 @@ from memdb.schemas.errors import ModelError, ModelMismatch, RecipeError
 from memdb.schemas.rows import RecordingSpec
 from memdb.world.films import render
 from memdb.world.scenes import plan
+from tools.films import render_film
 
 NOTE = "this model knows one world only: name another with --model"
 SETTINGS = (

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 import memdb
-from memdb.films import render_film
 from memdb.models.uncut import uncut_states
 from memdb.models.window import LayerKV
 from memdb.query.rebuild.consecutive import Consecutive
@@ -38,6 +37,7 @@ from tests.model_cases import (
     windowed,
     wrapped,
 )
+from tools.films import render_film
 
 BOUND = 1e-4  # of the largest logit, fp32 with nothing lost
 

@@ -17,12 +17,12 @@ from click.testing import CliRunner
 from memdb import demo as memdb_demo
 from memdb.cli import cli
 from memdb.cli import main as memdb
-from memdb.films import render_film
 from memdb.index.faiss_index import _NO_GPU
 from memdb.recipes import RECIPES
 from memdb.schemas import errors
 from memdb.schemas.question import Budget
 from memdb.schemas.recipe import STAGES
+from tools.films import render_film
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

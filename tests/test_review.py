@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from memdb.client import connect
-from memdb.films import render_film
 from memdb.models.load import load_model, resolve_device
 from memdb.models.random_llava import save_random_llava
 from memdb.paths import cache_dir
@@ -22,6 +21,7 @@ from memdb.schemas.errors import (
     UnsupportedModel,
 )
 from memdb.schemas.question import Budget, Question
+from tools.films import render_film
 
 SMALL = ["caption.tokens_max=4"]
 

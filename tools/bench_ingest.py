@@ -26,7 +26,6 @@ import torch
 
 from memdb.client import Client, connect
 from memdb.codecs import NAMES, codec
-from memdb.films import render_film
 from memdb.ingest.encoder import StreamEncoder
 from memdb.ingest.frames import ReadyFrame, thumbnail
 from memdb.ingest.queues import Stream
@@ -36,6 +35,7 @@ from memdb.ingest.stages import compose
 from memdb.recipes import recipe
 from memdb.schemas.fingerprint import ModelShape
 from memdb.timing import Laps
+from tools.films import render_film
 
 QUESTIONS = (
     ("captions", "What happened?"),

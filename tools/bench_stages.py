@@ -64,7 +64,7 @@ from memdb.ingest.reduce.merge_frames import MergeFrames, Merging
 from memdb.ingest.reduce.recurrent import Recurrent
 from memdb.ingest.stages import IngestStages, compose, written_out
 from memdb.models import chunk as chunk_module
-from memdb.models import random_llava, random_weights
+from memdb.models import random_checkpoint, random_weights
 from memdb.models.cache import AttentionProbe
 from memdb.models.caption_vectors import InputEmbeddings
 from memdb.models.load import load_model
@@ -233,7 +233,7 @@ def build(size: str, device: str | None) -> VideoModel:
     with tempfile.TemporaryDirectory(prefix="memdb-bench-") as folder:
         config = Path(folder) / "config.json"
         config.write_text(json.dumps({"size": size}))
-        with mock.patch.object(random_llava, "draw_weights", draw):
+        with mock.patch.object(random_checkpoint, "draw_weights", draw):
             return load_model(f"random:0:{config}", device=device)
 
 

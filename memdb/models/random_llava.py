@@ -5,7 +5,6 @@ See random_weights for how they are drawn.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,20 +14,17 @@ from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGener
 from transformers.models.qwen2 import Qwen2Config
 from transformers.models.siglip import SiglipVisionConfig
 
-from memdb.models.quiet import no_progress_bars
+from memdb.models.random_checkpoint import composed_of, drawn, part_of, preset_of, save_checkpoint
 from memdb.models.random_weights import (
     Fields,
     check_count,
     check_sizes,
     check_text,
-    cuda_devices,
-    draw_weights,
-    mute,
     refuse_unknown,
     rope_of,
     words_of,
 )
-from memdb.models.tokenizer import END, IMAGE, PAD, START, VIDEO, build_tokenizer
+from memdb.models.tokenizer import IMAGE, VIDEO, build_tokenizer
 from memdb.schemas.errors import UnsupportedModel
 
 _FRAME_MEAN, _FRAME_STD = 0.5, 0.5  # what SigLIP was trained on
@@ -113,15 +109,9 @@ def random_llava(
     """
     tokenizer = build_tokenizer() if words is None else build_tokenizer(words)
     composed = random_config(config, size=size, tokenizer=tokenizer)
-    with torch.inference_mode(False), torch.no_grad():  # the threads that draw are not in the caller's mode
-        with torch.random.fork_rng(devices=cuda_devices(device)), torch.device(device):
-            model = LlavaOnevisionForConditionalGeneration._from_config(
-                composed, attn_implementation="sdpa", dtype=dtype
-            )
-        draw_weights(model, seed)
-        if not composed.text_config.tie_word_embeddings:
-            mute(model.lm_head.weight, words_of(tokenizer, len(tokenizer)))
-    return model.eval(), tokenizer
+    spoken, tied = words_of(tokenizer, len(tokenizer)), composed.text_config.tie_word_embeddings
+    network = LlavaOnevisionForConditionalGeneration
+    return drawn(network, composed, seed, dtype, device, spoken, tied=tied), tokenizer
 
 
 def save_random_llava(
@@ -133,15 +123,9 @@ def save_random_llava(
     dtype: torch.dtype = torch.float32,
 ) -> Path:
     """Write a folder as published checkpoints are: config, safetensors, tokenizer, preprocessing."""
-    folder = Path(folder)
     model, tokenizer = random_llava(config, size=size, seed=seed, dtype=dtype)
-    with no_progress_bars():
-        model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     side = model.config.vision_config.image_size
-    text = json.dumps(preprocessor_config(side), indent=2, sort_keys=True)
-    (folder / "preprocessor_config.json").write_text(text + "\n", encoding="utf-8")
-    return folder
+    return save_checkpoint(folder, model, tokenizer, preprocessor_config(side))
 
 
 def preprocessor_config(side: int) -> dict[str, object]:
@@ -166,43 +150,26 @@ def random_config(
 ) -> LlavaOnevisionConfig:
     """The preset `size` with the fields of `config` put over it, checked. See `random_llava`."""
     given = dict(config or {})
-    size = str(given.pop("size", size))
-    if size not in SIZES:
-        raise UnsupportedModel(f"unknown size {size!r}: choose one of {', '.join(SIZES)}")
+    preset = preset_of(given, size, SIZES, "llava_onevision", "random")
     tokenizer = tokenizer or build_tokenizer()
-    vision = _merged("vision_config", "siglip_vision_model", SIZES[size], given.pop("vision_config", {}))
-    text = _merged("text_config", "qwen2", SIZES[size], given.pop("text_config", {}))
+    vision = _merged("vision_config", "siglip_vision_model", preset, given.pop("vision_config", {}))
+    text = _merged("text_config", "qwen2", preset, given.pop("text_config", {}))
     refuse_unknown("the configuration", given, set(LlavaOnevisionConfig().to_dict()) | {"torch_dtype"})
-    if given.pop("model_type", "llava_onevision") != "llava_onevision":
-        raise UnsupportedModel("random models are of model_type 'llava_onevision' only")
     _check_vision(vision)
     check_text(text, len(tokenizer))
     side = vision["hidden_size"]
     check_count(text, vision["num_hidden_layers"] * side * (4 * side + 2 * vision["intermediate_size"]))
-    special = {
-        "bos_token_id": tokenizer.convert_tokens_to_ids(START),
-        "eos_token_id": tokenizer.convert_tokens_to_ids(END),
-        "pad_token_id": tokenizer.convert_tokens_to_ids(PAD),
-    }
     top = {
         "image_grid_pinpoints": [[vision["image_size"]] * 2],
         **given,
         "image_token_index": tokenizer.convert_tokens_to_ids(IMAGE),
         "video_token_index": tokenizer.convert_tokens_to_ids(VIDEO),
     }
-    try:
-        composed = LlavaOnevisionConfig(vision_config=vision, text_config={**text, **special}, **top)
-    except Exception as error:  # transformers checks fields with errors of several libraries
-        reason = " ".join(str(error).split())
-        raise UnsupportedModel(f"the model configuration is not valid: {reason}") from error
-    return composed
+    return composed_of(LlavaOnevisionConfig, vision, text, top, tokenizer)
 
 
 def _merged(part: str, kind: str, preset: Fields, given: object) -> dict[str, Any]:
-    if not isinstance(given, Mapping):
-        raise UnsupportedModel(f"{part} must be an object of fields, not {given!r}")
-    if given.get("model_type", kind) != kind:
-        raise UnsupportedModel(f"{part}: model_type {given['model_type']!r} is not supported, only {kind!r}")
+    given = part_of(part, kind, given)
     if kind == "qwen2":
         base: dict[str, Any] = {
             "vocab_size": None,  # as many as the tokenizer has

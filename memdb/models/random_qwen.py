@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,20 +13,17 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (
     Qwen2_5_VLVisionConfig,
 )
 
-from memdb.models.quiet import no_progress_bars
+from memdb.models.random_checkpoint import composed_of, drawn, part_of, preset_of, save_checkpoint
 from memdb.models.random_weights import (
     Fields,
     check_count,
     check_sizes,
     check_text,
-    cuda_devices,
-    draw_weights,
-    mute,
     refuse_unknown,
     rope_of,
     words_of,
 )
-from memdb.models.tokenizer import END, IMAGE, PAD, START, VIDEO, build_tokenizer
+from memdb.models.tokenizer import IMAGE, VIDEO, build_tokenizer
 from memdb.schemas.errors import UnsupportedModel
 
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
@@ -114,15 +110,9 @@ def random_qwen(
     """
     tokenizer = build_qwen_tokenizer()
     composed, preprocessing = random_config(config, size=size, tokenizer=tokenizer)
-    with torch.inference_mode(False), torch.no_grad():  # the threads that draw are not in the caller's mode
-        with torch.random.fork_rng(devices=cuda_devices(device)), torch.device(device):
-            model = Qwen2_5_VLForConditionalGeneration._from_config(
-                composed, attn_implementation="sdpa", dtype=dtype
-            )
-        draw_weights(model, seed)
-        if not composed.tie_word_embeddings:
-            mute(model.lm_head.weight, words_of(tokenizer, tokenizer.convert_tokens_to_ids(VISION_START)))
-    return model.eval(), tokenizer, preprocessing
+    spoken = words_of(tokenizer, tokenizer.convert_tokens_to_ids(VISION_START))
+    network, tied = Qwen2_5_VLForConditionalGeneration, composed.tie_word_embeddings
+    return drawn(network, composed, seed, dtype, device, spoken, tied=tied), tokenizer, preprocessing
 
 
 def build_qwen_tokenizer() -> PreTrainedTokenizerFast:
@@ -141,14 +131,9 @@ def save_random_qwen(
     dtype: torch.dtype = torch.float32,
 ) -> Path:
     """Write a folder as published checkpoints are: config, safetensors, tokenizer, preprocessing."""
-    folder = Path(folder)
     model, tokenizer, preprocessing = random_qwen(config, size=size, seed=seed, dtype=dtype)
-    with no_progress_bars():
-        model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    text = json.dumps({"image_processor_type": "Qwen2VLImageProcessor", **preprocessing}, indent=2)
-    (folder / "preprocessor_config.json").write_text(text + "\n", encoding="utf-8")
-    return folder
+    preprocessing = {"image_processor_type": "Qwen2VLImageProcessor", **preprocessing}
+    return save_checkpoint(folder, model, tokenizer, preprocessing)
 
 
 def random_config(
@@ -156,13 +141,8 @@ def random_config(
 ) -> tuple[Qwen2_5_VLConfig, dict[str, Any]]:
     """The preset `size` with the fields of `config` put over it, checked, and the preprocessing."""
     given = dict(config or {})
-    size = str(given.pop("size", size))
-    if size not in SIZES:
-        raise UnsupportedModel(f"unknown size {size!r}: choose one of {', '.join(SIZES)}")
-    if given.pop("model_type", "qwen2_5_vl") != "qwen2_5_vl":
-        raise UnsupportedModel("random-qwen models are of model_type 'qwen2_5_vl' only")
+    preset = preset_of(given, size, SIZES, "qwen2_5_vl", "random-qwen")
     tokenizer = tokenizer or build_qwen_tokenizer()
-    preset = SIZES[size]
     text = _text(preset["text_config"], given.pop("text_config", {}), len(tokenizer))
     vision = _vision(preset["vision_config"], given.pop("vision_config", {}), text["hidden_size"])
     side = vision["hidden_size"]
@@ -178,21 +158,12 @@ def random_config(
         "vision_end_token_id": VISION_END,
     }
     top |= {name: tokenizer.convert_tokens_to_ids(token) for name, token in ids.items()}
-    special = {
-        "bos_token_id": tokenizer.convert_tokens_to_ids(START),
-        "eos_token_id": tokenizer.convert_tokens_to_ids(END),
-        "pad_token_id": tokenizer.convert_tokens_to_ids(PAD),
-    }
-    try:
-        composed = Qwen2_5_VLConfig(vision_config=vision, text_config={**text, **special}, **top)
-    except Exception as error:  # transformers checks fields with errors of several libraries
-        reason = " ".join(str(error).split())
-        raise UnsupportedModel(f"the model configuration is not valid: {reason}") from error
+    composed = composed_of(Qwen2_5_VLConfig, vision, text, top, tokenizer)
     return composed, {"image_mean": _MEAN, "image_std": _STD, **preprocessing}
 
 
 def _text(preset: Fields, given: object, vocabulary: int) -> dict[str, Any]:
-    given = _part("text_config", "qwen2_5_vl_text", given)
+    given = part_of("text_config", "qwen2_5_vl_text", given)
     known = set(Qwen2_5_VLTextConfig().to_dict()) | {"rope_theta", "rope_scaling", "torch_dtype"}
     refuse_unknown("text_config", given, known)
     fields = {
@@ -215,7 +186,7 @@ def _text(preset: Fields, given: object, vocabulary: int) -> dict[str, Any]:
 
 
 def _vision(preset: Fields, given: object, out: int) -> dict[str, Any]:
-    given = _part("vision_config", "qwen2_5_vl_vision", given)
+    given = part_of("vision_config", "qwen2_5_vl_vision", given)
     refuse_unknown("vision_config", given, set(Qwen2_5_VLVisionConfig().to_dict()) | {"torch_dtype"})
     fields = {
         "model_type": "qwen2_5_vl_vision",
@@ -231,11 +202,3 @@ def _vision(preset: Fields, given: object, out: int) -> dict[str, Any]:
     if fields["hidden_size"] % (4 * fields["num_heads"]):
         raise UnsupportedModel("vision_config: hidden_size must be a multiple of 4 times num_heads")
     return fields
-
-
-def _part(name: str, kind: str, given: object) -> dict[str, Any]:
-    if not isinstance(given, Mapping):
-        raise UnsupportedModel(f"{name} must be an object of fields, not {given!r}")
-    if given.get("model_type", kind) != kind:
-        raise UnsupportedModel(f"{name}: model_type {given['model_type']!r} is not supported, only {kind!r}")
-    return dict(given)

@@ -1,7 +1,7 @@
 """Train the embedded model: one run of at most ten minutes, from scratch or from saved weights.
 
     python -m tools.train.run --out DIR --seconds 540 [--from DIR] [--see-seconds 150] [--lr 1e-3] [--seed 0]
-    torchrun --nproc-per-node 2 -m tools.train.run ...     # on two GPUs, twice the batch: not run so far
+    torchrun --nproc-per-node 2 -m tools.train.run ...     # on two GPUs, twice the batch
     python -m tools.train.run --out DIR --steps 3 --small        # a rehearsal on a CPU
 
 From scratch, the vision tower first learns to see single frames; then everything is learned together. The learning

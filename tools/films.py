@@ -1,4 +1,4 @@
-"""Films of moving coloured shapes, rendered to real H.264 files: something to remember and to ask about."""
+"""Films of moving coloured shapes for tests and benches, without the questions of `memdb.world`: plain real H.264."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Scene:
 
 def plan_scenes(seconds: float, *, scene_s: float = 4.0, seed: int = 0) -> list[Scene]:
     """Scenes of `scene_s` that fill `seconds`, the last one cut; neighbours differ in shape and colours."""
-    choose = random.Random(seed)  # noqa: S311
+    choose = random.Random(seed)
     scenes: list[Scene] = []
     for number in range(math.ceil(seconds / scene_s)):
         before = scenes[-1] if scenes else None
@@ -110,7 +110,7 @@ def _canvases(
         empty = Canvas.filled(width, height, COLOURS[scene.background])
         side = min(width, height) * 2 // 5 // 2 * 2
         patch = _drawn(scene, side)
-        place = _path(random.Random(f"{seed}/{number}"), width - side, height - side)  # noqa: S311
+        place = _path(random.Random(f"{seed}/{number}"), width - side, height - side)
         for frame in range(bounds[number], bounds[number + 1]):
             canvas = empty.copy()
             canvas.paste(patch, *place(frame / fps - scene.start_s))
