@@ -25,6 +25,16 @@ class Held:
     end_ns: int
     tokens: int
 
+    @property
+    def row(self) -> tuple[int, int, int]:
+        """As a saved state has it."""
+        return self.start_ns, self.end_ns, self.tokens
+
+    @classmethod
+    def of_row(cls, row: Sequence[int]) -> Held:
+        start, end, tokens = row
+        return cls(int(start), int(end), int(tokens))
+
 
 def is_meant(item: Timed, tombstones: Sequence[Tombstone]) -> bool:
     """Whether one of the spans overlaps a frame or clip that was taken in before all of them."""

@@ -19,7 +19,7 @@ from memdb.ingest.held import Held, is_meant
 from memdb.models.places import Grid, Placing
 from memdb.models.window import LayerKV
 from memdb.retain.base import Bounded
-from memdb.retain.template import Prototypes
+from memdb.retain.prototypes import Prototypes
 from memdb.retain.view import LayerView, rows
 from memdb.schemas.keep import KeepSet, token_ids
 from memdb.schemas.recording import Tombstone

@@ -6,7 +6,8 @@ import logging
 import time
 from contextlib import suppress
 
-from memdb.ingest.encoder import Counters, StreamEncoder
+from memdb.ingest.encoder import StreamEncoder
+from memdb.ingest.encoder_state import Counters
 from memdb.ingest.sampling import slot_ns
 from memdb.ingest.sources.times import told
 from memdb.schemas.errors import CorruptionError

@@ -10,22 +10,18 @@ from memdb.codecs.base import Codec
 from memdb.index.mean_key import MeanKey
 from memdb.index.methods import INDEXED
 from memdb.ingest.encode import CAPTIONERS, ENCODERS
-from memdb.ingest.encode.base import Captioner
+from memdb.ingest.encode.base import Captioner, Encoder
 from memdb.ingest.encode.chunk import Chunk
 from memdb.ingest.encode.groups import Groups
-from memdb.ingest.encode.nothing import NoKV
-from memdb.ingest.encode.window import SlidingWindow
-from memdb.ingest.reduce import REDUCERS, Reducer
-from memdb.ingest.reduce.ctr import CausalTemporal
+from memdb.ingest.reduce import REDUCERS
+from memdb.ingest.reduce.base import Reducer
 from memdb.ingest.reduce.recurrent import Recurrent
 from memdb.ingest.units import UNITS
 from memdb.ingest.units.base import UnitStage
 from memdb.models.protocol import VideoModel
 from memdb.models.yarn import stretched
 from memdb.retain import RETAINERS
-from memdb.retain.base import Bounded
-from memdb.retain.keep_all import KeepAll
-from memdb.retain.select_kv import SelectKV
+from memdb.retain.base import Bounded, Retainer
 from memdb.retain.tar_van import TarVan
 from memdb.schemas.errors import RecipeError
 from memdb.schemas.legality import check
@@ -38,10 +34,10 @@ from memdb.schemas.scaling import RopeScaling, scaling_of
 class IngestStages:
     unit: UnitStage
     reduce: Reducer
-    encode: SlidingWindow | Groups | Chunk | NoKV
+    encode: Encoder
     captioner: Captioner
     recurrent: Recurrent | None
-    retain: KeepAll | SelectKV | Bounded
+    retain: Retainer
     index: MeanKey
     codec: Codec | None
     profile: str
@@ -52,9 +48,7 @@ class IngestStages:
 
         grid: rows and columns of a frame, where a recording has its own.
         """
-        group_tokens = frame_tokens
-        if isinstance(self.reduce, CausalTemporal):
-            group_tokens = self.reduce.kept(frame_tokens)
+        group_tokens = self.reduce.kept(frame_tokens)
         if isinstance(self.encode, Groups):
             self.encode.check_group(group_tokens)
         squared = math.isqrt(frame_tokens) ** 2 == frame_tokens
@@ -77,7 +71,7 @@ def compose(recipe: Recipe) -> IngestStages:
     check(recipe)
     bare("write", recipe.write, (*codecs.NAMES, "none"))
     captioner = build("caption", recipe.caption, CAPTIONERS)
-    reduce: Reducer = build("reduce", recipe.reduce, REDUCERS)
+    reduce = build("reduce", recipe.reduce, REDUCERS)
     encode, retain = build("encode", recipe.encode, ENCODERS), build("retain", recipe.retain, RETAINERS)
     _check_probe(recipe, encode, retain)
     return IngestStages(

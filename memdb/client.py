@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from memdb.forget import ForgetReport
     from memdb.index.mean_key import MeanKey
     from memdb.ingest.run import IngestReport, Progress
+    from memdb.ingest.stages import IngestStages
     from memdb.ladder import LadderReport
     from memdb.models.caption_vectors import CaptionVectors
     from memdb.models.protocol import VideoModel
@@ -131,13 +132,11 @@ class Client:
         from memdb.ingest.run import Diverged
         from memdb.ingest.sampling import slot_ns
         from memdb.ingest.sources import open_source
-        from memdb.ingest.stages import compose, written_out
-        from memdb.query.stages import compose as compose_query
+        from memdb.ingest.stages import written_out
         from memdb.recipes import for_live
 
-        row = self._recipe(recipe, profile, codec, settings)  # what was typed is checked before a model loads
-        compose(row)
-        compose_query(row)
+        typed = self._recipe(recipe, profile, codec, settings)
+        checked = _composed(typed)  # before a model loads
         slot_ns(sample_fps)
         given_ns = parse_wall_clock(started_at) if started_at is not None else None
         new_epoch = ""
@@ -160,9 +159,8 @@ class Client:
                     grid = grid or model.frame_grid(opened.info.height, opened.info.width)
                     frame_tokens = model.shape.tokens_of(grid)
                     row = written_out(row, model, frame_tokens)
-                    stages = compose(row)
+                    stages = checked if row == typed else _composed(row)
                     stages.check_frames(frame_tokens, grid)
-                    compose_query(row)
                     vectors = self._vectors(stages.captioner.encoder) if row.keeps_captions else None
                 store.bind_model(model.identity)
                 started_ns = started_at_ns(given_ns, known, opened)
@@ -609,17 +607,24 @@ class Client:
         return parse_time(value, started_at_ns=started)
 
 
+def _composed(row: Recipe) -> IngestStages:
+    """Its stages for an ingest; those of a question are looked at too. Raises RecipeError."""
+    from memdb.ingest.stages import compose
+    from memdb.query.stages import compose as compose_query
+
+    stages = compose(row)
+    compose_query(row)
+    return stages
+
+
 def _fitted(model: VideoModel) -> dict[str, Recipe]:
     """The recipes with what the model says fits it. Raises ModelError where it does not fit."""
-    from memdb.ingest.stages import compose
     from memdb.models.sheet import unfit
-    from memdb.query.stages import compose as compose_query
 
     found = model.sheet.fitted()
     for name in model.sheet.recipes:
         try:
-            compose(found[name])
-            compose_query(found[name])
+            _composed(found[name])
         except RecipeError as error:
             raise ModelError(f"{unfit(name)}: {error}") from None
     return found

@@ -18,7 +18,9 @@ from memdb.codecs.planes import element_bytes
 from memdb.contents import husk
 from memdb.digest import unit_digest
 from memdb.forget import OPEN_END_NS, forget
-from memdb.ingest.encoder import Counters, StreamEncoder
+from memdb.ingest.encode.chunk import OpenMemory
+from memdb.ingest.encoder import StreamEncoder
+from memdb.ingest.encoder_state import Counters
 from memdb.ingest.frames import ReadyFrame
 from memdb.ingest.pipeline import _ready
 from memdb.ingest.run import Run
@@ -178,12 +180,12 @@ def expected(bench: Bench, recipe: str, at: int, span: Span, *, touched: bool) -
     begins, encoder, opened = len(units), first, []
     if touched:
         encoder = new_encoder(bench, recipe, replace(first.counters, epoch=1))
-        if first._memory is not None:  # of a bounded memory what does not overlap goes over
-            encoder._memory = first._memory
+        if isinstance(first._encoding, OpenMemory):  # of a bounded memory what does not overlap goes over
+            encoder._encoding, memory = first._encoding, first._encoding.memory
             gone = torch.tensor([frame.number for frame in bench.frames if overlap(frame, span)])
-            for number, layer in enumerate(first._memory.layers):
-                first._memory.layers[number] = layer.at((~torch.isin(layer.frame, gone)).nonzero()[:, 0])
-        opened = bench.frames[whole - len(first._opened) : whole]
+            for number, layer in enumerate(memory.layers):
+                memory.layers[number] = layer.at((~torch.isin(layer.frame, gone)).nonzero()[:, 0])
+        opened = bench.frames[whole - len(first._carried.opened) : whole]
     units = without(bench, recipe, units, span)
     for batch in [opened, *batches(bench)[at // CHUNK :]]:
         for gone, frames in groupby(batch, lambda frame: frame.number < at and overlap(frame, span)):

@@ -18,7 +18,7 @@ from memdb.ingest.reduce.ctr import CausalTemporal
 from memdb.memory import remembered
 from memdb.models.window import LayerKV
 from memdb.retain import BOUNDED
-from memdb.retain.template import prototypes
+from memdb.retain.prototypes import prototypes
 from memdb.schemas.errors import RecipeError
 from memdb.schemas.keep import split_ids
 from memdb.schemas.recipe import Stage

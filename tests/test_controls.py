@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from memdb.ingest.encode.chunk import OpenMemory
 from memdb.ingest.encoder import StreamEncoder
 from memdb.ingest.frames import ReadyFrame
 from memdb.ingest.stages import compose
@@ -43,8 +44,8 @@ def remembered_logits(frames: list[ReadyFrame], model: VideoModel, method: str, 
         model, compose(memory_recipe(method, budget, frames=4)), model.init_ids(INIT_PROMPT), None
     )
     units = [*encoder.step(frames), *encoder.finish()]
-    memory, keep = encoder._memory, units[-1].keep
-    assert memory is not None
+    assert isinstance(encoder._encoding, OpenMemory)
+    memory, keep = encoder._encoding.memory, units[-1].keep
     assert keep is not None
     assert keep.tokens == [budget] * model.shape.layers
     behind = max(int(layer.position.max()) for layer in memory.layers) + 1

@@ -1,4 +1,4 @@
-"""An eighth method takes one file and one line, as CONTRIBUTING says: here a stranger's retainer, from end to end."""
+"""An eighth method takes one file and one line, as CONTRIBUTING says: a stranger's retainer and encoder, end to end."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ import pytest
 import torch
 
 from memdb.client import connect
+from memdb.ingest.encode import ENCODERS
 from memdb.memory import remembered
 from memdb.retain import RETAINERS
-from memdb.retain.base import Bounded
-from memdb.schemas.errors import RecipeError
+from memdb.schemas.errors import Interrupted, RecipeError
 from tests.memory_cases import BUDGET, live_scores, watched_memory
 from tests.model_cases import QUESTION, ingest, pictures, record_decisions, reopened
 from tests.test_memory_store import without_span
+from tests.test_resume import stop_at
 
-FILE = Path(__file__).parent / "eighth" / "key_norm.py"
+FOLDER = Path(__file__).parent / "eighth"
+FILE = FOLDER / "key_norm.py"
 RECIPE = """
 base = "uniform"
 write = "raw"
@@ -39,16 +41,15 @@ tokens_max = 2
 """
 
 
-def strangers(file: Path) -> type[Bounded]:
+def strangers(file: Path, name: str = "KeyNorm") -> Any:
     """The class in a file that is no part of memdb."""
-    found = importlib.util.spec_from_file_location("strangers_key_norm", file)
+    found = importlib.util.spec_from_file_location(f"strangers_{file.stem}", file)
     assert found is not None
     assert found.loader is not None
     module = importlib.util.module_from_spec(found)
     sys.modules[found.name] = module  # dataclasses look there
     found.loader.exec_module(module)
-    method: type[Bounded] = module.KeyNorm
-    return method
+    return getattr(module, name)
 
 
 def test_one_file_and_one_line_are_an_eighth_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,3 +131,29 @@ def test_one_that_hears_a_probe_says_so_in_its_class(monkeypatch: pytest.MonkeyP
     with pytest.raises(RecipeError, match=r"R18.*set encode\.probe"):
         ingest(tmp_path / "s", pictures(4), recipe="uniform", settings=settings)
     ingest(tmp_path / "s", pictures(4), recipe="uniform", settings=(*settings, "encode.probe=template"))
+
+
+def test_one_file_and_one_line_are_another_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ingests, goes on where it stopped, answers, forgets; every unit has the bits that it has alone."""
+    shown, settings = pictures(11), ("encode=apart", "encode.chunk_frames=4", "unit=clip", "unit.frames=3")
+    monkeypatch.setitem(ENCODERS, "apart", strangers(FOLDER / "apart.py", "Apart"))  # the one line
+    ingest(tmp_path / "s", shown, recipe="rekv", settings=settings)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        ingest(tmp_path / "t", shown, recipe="rekv", settings=settings, stop=stop_at(patch, 1))
+    ingest(tmp_path / "t", shown, recipe="rekv", settings=settings)
+    ingest(tmp_path / "last", shown[9:], recipe="rekv", settings=settings)
+    with (
+        reopened(tmp_path / "s") as db,
+        reopened(tmp_path / "t") as again,
+        reopened(tmp_path / "last") as own,
+    ):
+        assert again.digest() == db.digest()
+        assert not db.ask(QUESTION, mode="kv").warnings
+        keys = [
+            one.store.read_keys(one.store.unit(one.store.recording("film").id, unit))
+            for one, unit in ((db, 3), (own, 0))
+        ]
+        assert np.array_equal(keys[0], keys[1])
+    with connect(tmp_path / "t") as db:
+        db.forget("film", start_s=0, end_s=3)
+        assert db.verify().ok

@@ -105,7 +105,7 @@ class KeptBytes:
         self._clips: list[tuple[int, int, bytes]] = []  # of each unit: start, end, its recurrent tokens
 
     def step(self, batch: Sequence[ReadyFrame]) -> list[Unit]:
-        encode, queue = SlidingWindow.encode, list(self._encoder._queue)
+        encode, queue = SlidingWindow.encode, list(self._encoder._clips.queue)
         seen = self._model.visual_tokens([frame.pixels for frame in batch])
         self._tokens += [(f.start_ns, f.end_ns, raw(tokens)) for f, tokens in zip(batch, seen, strict=True)]
 
@@ -132,7 +132,7 @@ class KeptBytes:
             patch.setattr(SlidingWindow, "encode", listening)
             patch.setattr(Chunk, "encode", listening_to_chunks)
             units = self._encoder.step(batch)
-        came = [part for part in self._encoder._queue if not any(part is old for old in queue)]
+        came = [part for part in self._encoder._clips.queue if not any(part is old for old in queue)]
         for unit, part in zip(units[len(units) - len(came) :], came, strict=True):
             self._clips.append((unit.start_ns, unit.end_ns, raw(part)))
         return units

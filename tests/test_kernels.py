@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from memdb.retain.prototypes import prototypes
 from memdb.retain.select_kv import exact_counts, top_blocks
 from memdb.retain.select_kv_code import code_compress_counts, code_retrieve_counts
 from memdb.retain.tar_van import TarVan
 from memdb.retain.tar_van_code import code_choice
-from memdb.retain.template import prototypes
 from memdb.schemas.errors import UsageError
 from tests.retain_cases import Film
 from tools import kernel_reduce

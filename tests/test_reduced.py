@@ -17,6 +17,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from memdb.digest import unit_digest
+from memdb.ingest.encode.window import OpenWindow
 from memdb.ingest.encoder import StreamEncoder
 from memdb.ingest.frames import SeenFrame
 from memdb.ingest.pipeline import _ready
@@ -292,7 +293,7 @@ def test_what_comes_after_ctr_knows_where_its_tokens_stood(bench: Bench) -> None
     coder = encoder(bench, "ctr")
     [batch] = list(batches(bench, FRAMES))
     frames = coder._see(batch)
-    [reduced] = coder._reduce([frames])
+    [reduced] = coder._carried.reduce([frames])
     tokens = torch.stack([frame.tokens for frame in frames])
     saliency = torch.stack([frame.saliency for frame in frames if frame.saliency is not None])
     kept, raster = CausalTemporal(tokens=2).reduce(tokens, saliency, None, seed=0, numbers=range(FRAMES))
@@ -444,7 +445,8 @@ def test_the_frame_beside_which_the_next_is_reduced_is_held(bench: Bench) -> Non
     coder, new = encoder(bench, "ctr"), encoder(bench, "ctr")
     first, second = list(batches(bench, CHUNK))[:2]
     coder.step(first)
-    coder._in_window = []
+    assert isinstance(coder._encoding, OpenWindow)
+    coder._encoding._frames = []
     assert not coder.holds([stone(0, 3)])
     assert coder.holds([stone(3, 4)])
     assert coder.reach_ns == 3 * 10**9
@@ -455,6 +457,19 @@ def test_the_frame_beside_which_the_next_is_reduced_is_held(bench: Bench) -> Non
     assert [unit.kv.payload.tobytes() for unit in coder.step(second) if unit.kv is not None] == kv
 
 
+def test_the_reach_covers_what_a_summary_stands_for(bench: Bench) -> None:
+    """A summary is of its whole segment, and still in the window when the segment's first frames have left it."""
+    coder, cut = encoder(bench, "streamkv"), 0
+    for batch in batches(bench, 1):
+        coder.step(batch)
+        held = [second for second in range(FRAMES) if coder.holds([stone(second, second + 1)])]
+        assert coder.reach_ns == held[0] * 10**9
+        assert isinstance(coder._encoding, OpenWindow)
+        window = coder._encoding.held
+        cut += bool(window) and window[0].start_ns > min(frame.start_ns for frame in window)
+    assert cut, "windows whose first frame is not the oldest thing in them"
+
+
 @pytest.mark.parametrize("case", ["merge", "merge-clip", "segment", "streamkv"])
 def test_a_merged_frame_that_overlaps_what_was_forgotten_goes_whole(bench: Bench, case: str) -> None:
     coder = encoder(bench, case)
@@ -462,11 +477,13 @@ def test_a_merged_frame_that_overlaps_what_was_forgotten_goes_whole(bench: Bench
 
     for i in range(6):
         coder.step([replace(still[0], number=i, start_ns=i * 10**9, end_ns=(i + 1) * 10**9)])
-    held = [(frame.start_ns // 10**9, frame.end_ns // 10**9) for frame in coder._opened]
+    held = [(frame.start_ns // 10**9, frame.end_ns // 10**9) for frame in coder._carried.opened]
     assert any(end - start > 1 for start, end in held)
     start, end = next(span for span in held if span[1] - span[0] > 1)
     coder.forget([stone(start, start + 1)])
-    assert all(frame.end_ns <= start * 10**9 or frame.start_ns >= end * 10**9 for frame in coder._opened)
+    assert all(
+        frame.end_ns <= start * 10**9 or frame.start_ns >= end * 10**9 for frame in coder._carried.opened
+    )
     assert coder.counters.epoch == 1
 
 
@@ -477,11 +494,13 @@ def test_open_frames_know_their_embedding_as_they_came(bench: Bench) -> None:
     for batch in batches(bench, 1):
         frames += coder._see(batch)
         coder.step(batch)
-        if coder._opened:
+        if coder._carried.opened:
             again = encoder(bench, "segment")
             again.restore(coder.state())
-            assert torch.equal(again._opened[-1].embedding, frames[-1].embedding)
-            assert [frame.likeness for frame in again._opened] == [frame.likeness for frame in coder._opened]
+            assert torch.equal(again._carried.opened[-1].embedding, frames[-1].embedding)
+            assert [frame.likeness for frame in again._carried.opened] == [
+                frame.likeness for frame in coder._carried.opened
+            ]
 
 
 def test_names_are_as_the_store_has_them(bench: Bench) -> None:

@@ -21,7 +21,8 @@ from memdb import codecs, recipes
 from memdb.codecs.layout import SliceLayout, affine_layout, oqm_layout, plain_layout
 from memdb.index.key_search import search_keys
 from memdb.index.mean_key import MeanKey, fold
-from memdb.ingest.encoder import Counters, StreamEncoder
+from memdb.ingest.encoder import StreamEncoder
+from memdb.ingest.encoder_state import Counters
 from memdb.ingest.frames import ReadyFrame
 from memdb.ingest.stages import compose
 from memdb.models.rotary import Rotary, turn

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from memdb.ingest.encode.chunk import OpenMemory
 from memdb.ingest.encoder import StreamEncoder
 from memdb.ingest.frames import ReadyFrame
 from memdb.ingest.memory import EncoderMemory, LayerTokens
@@ -80,8 +81,8 @@ def streamed(
 
 
 def held_by(encoder: StreamEncoder) -> EncoderMemory:
-    assert encoder._memory is not None
-    return encoder._memory
+    assert isinstance(encoder._encoding, OpenMemory)
+    return encoder._encoding.memory
 
 
 def memories(frames: Tensor, recipe: Recipe) -> list[list[LayerTokens]]:

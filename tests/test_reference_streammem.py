@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from memdb.client import Client
+from memdb.ingest.encode.chunk import OpenMemory
 from memdb.ingest.encoder import StreamEncoder
 from memdb.ingest.frames import ReadyFrame, SeenFrame
 from memdb.ingest.memory import EncoderMemory
@@ -22,7 +23,8 @@ from memdb.models.window import LayerKV
 from memdb.query.stored import Readings, StoredKV
 from memdb.reader import SliceReader
 from memdb.recipes import STREAMMEM, adjusted
-from memdb.retain.template import Prototypes, Template
+from memdb.retain.prototypes import Prototypes
+from memdb.retain.template import Template
 from memdb.retain.view import LayerView
 from memdb.schemas.recipe import Recipe
 from memdb.schemas.units import BlockKind
@@ -64,7 +66,7 @@ def test_m1_the_budget_holds_at_every_moment_of_any_stream(tmp_path: Path) -> No
     recipe = written_out(row("retain.budget_tokens=24", "retain.prototype_share=0.25"), model, N)
     encoder = StreamEncoder(model, compose(recipe), model.init_ids(INIT_PROMPT), None)
     picture, prototypes = pictures(1)[0], []
-    assert encoder._memory is not None
+    assert isinstance(encoder._encoding, OpenMemory)
     for start in range(0, 400, 4):
         batch = [
             ReadyFrame(at, at * NS, (at + 1) * NS, np.full((2, 2, 3), at % 40, np.uint8), picture)
@@ -74,7 +76,7 @@ def test_m1_the_budget_holds_at_every_moment_of_any_stream(tmp_path: Path) -> No
             assert unit.keep is not None
             came = (unit.number + 1) * 3 * (N + 1)  # three frames and their prototypes a clip
             assert set(unit.keep.tokens) == {min(24, came)}
-            for layer in encoder._memory.layers:
+            for layer in encoder._encoding.memory.layers:
                 assert len(layer.id) == min(24, came)
                 prototypes.append(int((layer.kind == int(BlockKind.PROTOTYPE)).sum()))
     assert min(prototypes[20:]) >= 6, "their share is theirs"

@@ -18,7 +18,9 @@ import torch
 from safetensors.torch import load, save
 
 from memdb.digest import unit_digest
-from memdb.ingest.encoder import Counters, StreamEncoder
+from memdb.ingest.encode.window import OpenWindow
+from memdb.ingest.encoder import StreamEncoder
+from memdb.ingest.encoder_state import Counters
 from memdb.ingest.pipeline import BATCHES_AHEAD, _ready
 from memdb.ingest.sampling import sample
 from memdb.ingest.sources import open_source
@@ -423,14 +425,15 @@ def test_state_and_restore_are_exact(bench: Bench, recipe: str, size: int) -> No
         carried = _encoder(bench, recipe)
         carried.restore(state)
         assert carried.state() == state == plain.state()
-        open_frames.add(len(carried._opened))
-        queued.add(len(carried._queue))
+        open_frames.add(len(carried._carried.opened))
+        queued.add(len(carried._clips.queue))
         assert digests(carried.step(batch)) == digests(plain.step(batch))
     assert digests(carried.finish()) == digests(plain.finish())
     assert plain.state() == carried.state()
     if recipe == "rekv":
-        assert plain._window is not None
-        assert plain._window.seen > len(plain._window.local[0].k[0])
+        assert isinstance(plain._encoding, OpenWindow)
+        window = plain._encoding.context
+        assert window.seen > len(window.local[0].k[0])
     else:
         assert open_frames == {0, 1, 2}, "states with open clips"
         assert queued == {0, 1, 2} or recipe == "bounded", "and with recurrent tokens"

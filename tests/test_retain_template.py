@@ -13,8 +13,9 @@ from torch import Tensor
 from memdb.models.rotary import Rotary
 from memdb.retain.attention import importance
 from memdb.retain.base import Bounded
+from memdb.retain.prototypes import prototypes
 from memdb.retain.recent import Recent
-from memdb.retain.template import Template, prototypes, prune_order
+from memdb.retain.template import Template, prune_order
 from memdb.retain.view import LayerView
 from memdb.schemas.errors import RecipeError
 from memdb.schemas.units import BlockKind

@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memdb.client import _indexer
-from memdb.ingest.encoder import Counters
+from memdb.ingest.encoder_state import Counters
 from memdb.ingest.frames import ReadyFrame
 from memdb.ingest.queues import Sink
 from memdb.ingest.run import Run

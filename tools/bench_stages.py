@@ -52,13 +52,15 @@ from memdb.ingest import encoder as encoder_module
 from memdb.ingest.encode import caption_clip
 from memdb.ingest.encode.caption_blocks import CaptionOverBlocks
 from memdb.ingest.encode.caption_clip import CaptionOverClip
-from memdb.ingest.encode.chunk import Chunk
+from memdb.ingest.encode.chunk import Chunk, OpenMemory
+from memdb.ingest.encode.groups import OpenGroups
+from memdb.ingest.encode.window import OpenWindow
 from memdb.ingest.encoder import StreamEncoder
 from memdb.ingest.frames import ReadyFrame
 from memdb.ingest.memory import EncoderMemory
-from memdb.ingest.reduce.ctr import CausalTemporal
+from memdb.ingest.reduce.ctr import BesideTheLast, CausalTemporal
 from memdb.ingest.reduce.identity import Identity
-from memdb.ingest.reduce.merge_frames import MergeFrames
+from memdb.ingest.reduce.merge_frames import MergeFrames, Merging
 from memdb.ingest.reduce.recurrent import Recurrent
 from memdb.ingest.stages import IngestStages, compose, written_out
 from memdb.models import chunk as chunk_module
@@ -177,7 +179,8 @@ class Call:
 
 # Those that the encoder's laps do not tell apart.
 CALLS = (
-    Call(StreamEncoder, "_reduce", "reduce"),
+    Call(BesideTheLast, "reduce", "reduce"),
+    Call(Merging, "reduce", "reduce"),
     Call(MergeFrames, "merge", "reduce"),
     Call(AttentionProbe, "observe", "reduce", lambda probe, layer, *_: layer in probe.layers),
     Call(AttentionProbe, "mean", "reduce"),
@@ -186,7 +189,7 @@ CALLS = (
     Call(chunk_module, "importance", "retain"),
     Call(SelectKV, "select", "retain"),
     Call(EncoderMemory, "keep_set", "retain"),
-    Call(encoder_module, "_add_prototypes", "retain"),
+    Call(encoder_module, "add_prototypes", "retain"),
     Call(MeanKey, "keys", "index"),
     Call(InputEmbeddings, "of_caption", "index"),
     Call(caption_clip, "prefill", "encode"),  # of a recipe without KV it is what sees the frames
@@ -345,9 +348,9 @@ def fill(made: StreamEncoder, frames: Iterator[ReadyFrame], size: int) -> int:
 
     One batch more warms up what is timed.
     """
-    stages = made._stages
-    if isinstance(stages.captioner, CaptionOverBlocks | CaptionOverClip):
-        made._stages = replace(stages, captioner=replace(stages.captioner, tokens_max=1))
+    clips, captioner = made._clips, made._clips._captioner
+    if isinstance(captioner, CaptionOverBlocks | CaptionOverClip):
+        clips._captioner = replace(captioner, tokens_max=1)
     fed, held = 0, held_by(made)
     while True:
         units = made.step(list(islice(frames, size)))
@@ -356,21 +359,21 @@ def fill(made: StreamEncoder, frames: Iterator[ReadyFrame], size: int) -> int:
         if units and held == before:
             break
         assert fed < FILLING_FRAMES_MAX, f"{held} tokens and clips, and still growing"
-    made._stages = stages
+    clips._captioner = captioner
     made.step(list(islice(frames, size)))
     return fed + size
 
 
 def held_by(made: StreamEncoder) -> tuple[int, int]:
     """Tokens a layer of whatever frames are encoded in, and clips in the queue."""
-    tokens = 0
-    if made._window is not None and made._window.local:
-        tokens = made._window.local[0].tokens
-    elif made._groups is not None:
-        tokens = made._groups.held_tokens
-    elif made._memory is not None:
-        tokens = made._memory.kv[0].tokens
-    return tokens, len(made._queue)
+    tokens, encoding = 0, made._encoding
+    if isinstance(encoding, OpenWindow) and encoding.context.local:
+        tokens = encoding.context.local[0].tokens
+    elif isinstance(encoding, OpenGroups):
+        tokens = encoding.context.held_tokens
+    elif isinstance(encoding, OpenMemory):
+        tokens = encoding.memory.kv[0].tokens
+    return tokens, len(made._clips.queue)
 
 
 def moved(batch: Mapping[str, float], part: float) -> dict[str, float]:

@@ -19,11 +19,12 @@ from memdb.index.mean_key import fold
 from memdb.query.retrieve.mmr import mmr_order, within_budget
 from memdb.retain.attention import attention_rows, importance
 from memdb.retain.pages import Pages, page_keys, page_scores
+from memdb.retain.prototypes import prototypes
 from memdb.retain.select_kv import exact_counts, guidance_scores, top_blocks
 from memdb.retain.select_kv_code import code_compress_counts, code_retrieve_counts
 from memdb.retain.tar_van import TarVan
 from memdb.retain.tar_van_code import code_choice
-from memdb.retain.template import Template, prototypes
+from memdb.retain.template import Template
 from memdb.retain.view import LayerView
 from memdb.retain.vision_sink import VisionSink
 from memdb.schemas.units import BlockKind

@@ -10,20 +10,27 @@ need not be known.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from memdb.ingest.encode.base import no_kv
+from memdb.ingest.encode.base import Encoded, no_kv, numbers
+from memdb.ingest.encoder_state import Saved, tensor_size
+from memdb.ingest.frames import SeenFrame
+from memdb.ingest.held import Timed
+from memdb.ingest.memory import EncoderMemory, grid_of
+from memdb.ingest.terms import Terms
 from memdb.models.chunk import ChunkContext
 from memdb.models.decode import run_init
 from memdb.models.places import LINE, Placing
 from memdb.models.protocol import VideoModel
 from memdb.models.window import LayerKV, WindowContext
+from memdb.retain.base import Bounded
 from memdb.schemas.errors import RecipeError
 from memdb.schemas.params import at_least
+from memdb.schemas.recording import Tombstone
 
 PROBES = ("none", "text", "template", "recent")
 
@@ -52,6 +59,9 @@ class Chunk:
         if (self.probe == "recent") != bool(self.probe_tokens):
             raise RecipeError("encode.probe_tokens belongs to encode.probe = 'recent': give both, or neither")
         at_least("encode.probe_tokens", self.probe_tokens, 0)
+
+    def begin(self, terms: Terms, widths: Mapping[int, int]) -> OpenMemory:
+        return OpenMemory(self, terms)
 
     def open(self, model: VideoModel, init_ids: Sequence[int]) -> list[LayerKV]:
         """The init tokens' keys and values, a layer each: they stand before everything and are never dropped."""
@@ -99,3 +109,66 @@ class Chunk:
         if self.probe == "text":
             return model.encode_text(self.probe_text)
         return model.prompt_ids("") if self.probe == "template" else []
+
+
+class OpenMemory:
+    """The memory of a recording: each unit is encoded against what the one before it left."""
+
+    def __init__(self, method: Chunk, terms: Terms) -> None:
+        assert isinstance(terms.retain, Bounded), "rule R8b sees to it"
+        self.memory = EncoderMemory(method.open(terms.model, terms.init_ids), terms.retain)
+        self._method, self._terms, self._retain = method, terms, terms.retain
+
+    @property
+    def init(self) -> Sequence[LayerKV]:
+        return self.memory.init
+
+    def encode(self, groups: Sequence[Sequence[SeenFrame]], unit: int, position: int) -> Iterator[Encoded]:
+        for number, group in enumerate(groups, unit):
+            yield self._remember(group, number, position)
+            position += sum(len(frame.tokens) for frame in group)
+
+    def _remember(self, group: Sequence[SeenFrame], number: int, start: int) -> Encoded:
+        """Encode a unit, and let the retainer decide what of memory and unit stays."""
+        terms, memory = self._terms, self.memory
+        with terms.laps("encode"):
+            context = self._method.encode(
+                terms.model,
+                memory.init,
+                memory.kv,
+                memory.positions,
+                torch.cat([frame.tokens for frame in group]),
+                start,
+                frame_tokens=len(group[0].tokens),
+                placing=terms.placing,
+            )
+        with terms.laps("retain"):
+            number_of = [frame.number for frame in group for _ in range(len(frame.tokens))]
+            made = self._retain.prototypes_of(context.fresh, context.heard, number_of, start)
+            grid = grid_of(terms.placing, terms.model.shape.frame_tokens)
+            memory.take(number, group, context.fresh, made, context.heard, start, grid)
+        return Encoded(group, context.fresh, keep=memory.keep_set(), prototypes=made)
+
+    def without(self, tombstones: Sequence[Tombstone]) -> OpenMemory:
+        """The rest stays: it is all that there is of the past, and the store keeps those tokens too."""
+        self.memory.forget(tombstones)
+        return self
+
+    @property
+    def held(self) -> Sequence[Timed]:
+        return self.memory.frames
+
+    # Its part of a saved state
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        return dict(self.memory.tensors())
+
+    def numbers(self) -> Mapping[str, object]:
+        return numbers(memory=self.memory.frame_rows())
+
+    @property
+    def state_bytes(self) -> int:
+        return tensor_size(*(part for _, part in self.memory.tensors()))
+
+    def restore(self, saved: Saved) -> None:
+        self.memory.restore(saved.tensors, saved.numbers["memory"], self._terms.model.device)

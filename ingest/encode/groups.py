@@ -7,21 +7,28 @@ part of the encoding fingerprint. Profiles: see memdb/models/groups.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from memdb.codecs.base import Codec
-from memdb.ingest.encode.base import no_kv
+from memdb.ingest.encode.base import Encoded, apart, no_kv, numbers
+from memdb.ingest.encoder_state import Saved
+from memdb.ingest.frames import SeenFrame
+from memdb.ingest.held import Held, Timed, newest
+from memdb.ingest.terms import Terms
 from memdb.models.decode import run_init
 from memdb.models.groups import GroupContext
 from memdb.models.places import LINE, Placing
 from memdb.models.protocol import VideoModel
 from memdb.models.window import LayerKV, WindowContext
 from memdb.schemas.errors import RecipeError
+from memdb.schemas.keep import KeepSet, token_ids
 from memdb.schemas.params import at_least
+from memdb.schemas.recording import Tombstone
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,9 @@ class Groups:
                 f"encode.window_tokens = {self.window_tokens} holds no whole group, which is {tokens} tokens here: "
                 f"give at least {tokens}"
             )
+
+    def begin(self, terms: Terms, widths: Mapping[int, int]) -> OpenGroups:
+        return OpenGroups(self, terms, widths)
 
     def open(
         self,
@@ -98,3 +108,72 @@ class Groups:
             for layer in zip(*parts, strict=True)
         ]
         return whole, places
+
+
+class OpenGroups:
+    """The window over a recording's groups: each unit is one frame (rule R16b)."""
+
+    state_bytes = 0
+
+    def __init__(self, method: Groups, terms: Terms, widths: Mapping[int, int]) -> None:
+        assert terms.codec is not None, "rule R10 sees to it"
+        self.context = method.open(
+            terms.model,
+            terms.init_ids,
+            terms.codec,
+            profile=terms.profile,
+            placing=terms.placing,
+            widths=widths,
+        )
+        self._method, self._terms = method, terms
+        self._frames: list[Held] = []  # in the window, oldest first
+
+    @property
+    def init(self) -> Sequence[LayerKV]:
+        return self.context.init
+
+    def encode(self, groups: Sequence[Sequence[SeenFrame]], unit: int, position: int) -> Iterator[Encoded]:
+        frames = [frame for group in groups for frame in group]
+        tokens = [frame.tokens for frame in frames]
+        with self._terms.laps("encode"):
+            known = [frame.raster for frame in frames if frame.raster is not None]
+            rasters = torch.stack(known) if known else None
+            kv, places = self._method.encode(self._terms.model, self.context, tokens, rasters)
+        came = [Held(frame.start_ns, frame.end_ns, len(frame.tokens)) for frame in frames]
+        self._frames = newest([*self._frames, *came], self.context.held_tokens)
+        for nth, own in enumerate(apart(kv, [len(one) for one in tokens])):
+            place = places[nth] if places else None
+            yield Encoded(groups[nth], own, position=place, keep=self._stood(frames[nth], unit + nth))
+
+    def _stood(self, frame: SeenFrame, unit: int) -> KeepSet | None:
+        """Where in their frame the tokens of a unit stood, if ids depend on it and some were left out."""
+        if self._terms.placing == LINE or frame.raster is None:
+            return None
+        ids = token_ids(unit, 0, np.arange(len(frame.raster)))
+        places = frame.raster.cpu().numpy().astype(np.int64)
+        L = self._terms.model.shape.layers
+        return KeepSet((ids,) * L, (places,) * L)
+
+    def without(self, tombstones: Sequence[Tombstone]) -> None:
+        """Every token was computed beside those before it."""
+        return
+
+    @property
+    def held(self) -> Sequence[Timed]:
+        return self._frames
+
+    # Its part of a saved state: no more than how many groups to read back.
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        return {}
+
+    def numbers(self) -> Mapping[str, object]:
+        return numbers(frames=self.context.frames, window=[held.row for held in self._frames])
+
+    def restore(self, saved: Saved) -> None:
+        self._frames = [Held.of_row(row) for row in saved.numbers["window"]]
+        if self._frames:
+            assert self._terms.stored is not None, "whoever goes on says where from"
+            # Each of its groups is a unit; the newest is the one before the next.
+            units = range(saved.counters.unit - len(self._frames), saved.counters.unit)
+            self.context.take_back(*self._terms.stored.read(units), frames=int(saved.numbers["frames"]))

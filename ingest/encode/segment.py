@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from memdb.ingest.encode.window import SlidingWindow
+from memdb.ingest.encode.base import Encoded
+from memdb.ingest.encode.window import OpenWindow, SlidingWindow
 from memdb.ingest.frames import SeenFrame
+from memdb.ingest.terms import Terms
 from memdb.models.guidance import GuidanceContext
 from memdb.models.places import LINE, Placing
 from memdb.models.protocol import VideoModel
@@ -28,6 +30,9 @@ class SegmentWithSummary(SlidingWindow):
     """
 
     summary: bool = True
+
+    def begin(self, terms: Terms, widths: Mapping[int, int]) -> OpenSegments:
+        return OpenSegments(self, terms)
 
     def summary_of(self, frames: Sequence[SeenFrame]) -> SeenFrame | None:
         """The frame that stands for all of them, over their span; merged ones count once, as the code has it."""
@@ -58,3 +63,26 @@ class SegmentWithSummary(SlidingWindow):
         with torch.inference_mode():
             model.forward(model.embed(model.encode_text(prompt)), context)
         return context.queries
+
+
+class OpenSegments(OpenWindow):
+    """The window, one segment at a time, and what the retainer's guidance prompt asks of each."""
+
+    def __init__(self, method: SegmentWithSummary, terms: Terms) -> None:
+        super().__init__(method, terms)
+        self._segments = method
+
+    def encode(self, groups: Sequence[Sequence[SeenFrame]], unit: int, position: int) -> Iterator[Encoded]:
+        for group in groups:
+            summary = self._segments.summary_of(group)
+            frames = [*group, *([summary] if summary is not None else ())]
+            kv = self.extend(frames, [])
+            yield Encoded(group, kv, summary=summary, queries=self._queries(frames, kv))
+
+    def _queries(self, frames: Sequence[SeenFrame], kv: Sequence[LayerKV]) -> Sequence[Tensor]:
+        terms = self._terms
+        if not terms.retain.prompt:
+            return ()
+        with terms.laps("retain"):
+            sizes = [len(frame.tokens) for frame in frames]
+            return self._segments.guided(terms.model, kv, sizes, terms.retain.prompt, terms.placing)

@@ -14,13 +14,18 @@ at most N, and is left out.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memdb.ingest.frames import SeenFrame
+from memdb.ingest.reduce.base import Carried, Reducer
 from memdb.ingest.reduce.dpc import KINDS, centres, distances, jitter, top
+from memdb.ingest.terms import Terms
+from memdb.ingest.units.base import UnitStage
+from memdb.models.protocol import Pixels
 from memdb.schemas.errors import RecipeError
 from memdb.schemas.params import at_least, share
 
@@ -28,7 +33,7 @@ PAPER_TOKENS, PAPER_FRAME_TOKENS = 50, 196
 
 
 @dataclass(frozen=True)
-class CausalTemporal:
+class CausalTemporal(Reducer):
     """`tokens`: G, what is left of a frame; 0 for the paper's share, 50 of 196, of the model's frame.
 
     `tau`: cosine above which a token is static. `neighbours`: k of DPC. `beta`: a centre's own share of what its
@@ -58,6 +63,9 @@ class CausalTemporal:
             )
         return self.tokens or max(1, round(frame_tokens * PAPER_TOKENS / PAPER_FRAME_TOKENS))
 
+    def begin(self, terms: Terms, unit: UnitStage) -> BesideTheLast:
+        return BesideTheLast(self, terms, unit)
+
     def reduce(
         self, frames: Tensor, saliency: Tensor, before: Tensor | None, *, seed: int, numbers: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
@@ -79,6 +87,35 @@ class CausalTemporal:
             beta=self.beta,
             kind=self.dpc,
         )
+
+
+class BesideTheLast(Carried):
+    """Frames are reduced when their unit closes, each beside the one before it as that was."""
+
+    def __init__(self, method: CausalTemporal, terms: Terms, unit: UnitStage) -> None:
+        super().__init__(terms, unit)
+        self._method = method
+
+    def see(self, pixels: Sequence[Pixels]) -> tuple[Tensor, Sequence[Tensor | None]]:
+        tokens, saliency = self._terms.model.salient_tokens(pixels)  # (F, N, E), (F, N)
+        return tokens, list(saliency)
+
+    def reduce(self, groups: Sequence[Sequence[SeenFrame]]) -> Sequence[Sequence[SeenFrame]]:
+        with self._terms.laps("reduce"):
+            frames = [frame for group in groups for frame in group]
+            tokens, raster = self._method.reduce(
+                torch.stack([frame.tokens for frame in frames]),
+                torch.stack([frame.saliency for frame in frames if frame.saliency is not None]),
+                self.before.tokens if self.before is not None else None,
+                seed=self._terms.seed,
+                numbers=[frame.number for frame in frames],
+            )
+            self.before = replace(frames[-1], picture=b"", saliency=None)
+            reduced = iter(
+                replace(frame, tokens=kept, raster=places)
+                for frame, kept, places in zip(frames, tokens, raster, strict=True)
+            )
+            return [[next(reduced) for _ in group] for group in groups]
 
 
 def static_tokens(frames: Tensor, before: Tensor | None, tau: float) -> Tensor:

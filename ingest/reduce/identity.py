@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from memdb.ingest.reduce.base import Reducer
+
 
 @dataclass(frozen=True)
-class Identity:
+class Identity(Reducer):
     pass

@@ -14,13 +14,14 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from memdb.ingest.reduce.base import Reducer
 from memdb.models.cache import AttentionProbe
 from memdb.schemas.errors import RecipeError
 from memdb.schemas.params import at_least, share
 
 
 @dataclass(frozen=True)
-class Recurrent:
+class Recurrent(Reducer):
     """`clips`: length of the queue. `share`: of a clip's tokens that is kept, 196 of 3,136 in the paper.
 
     `layers`: the layers whose attention counts, as relative depths, so that they carry over to other models;

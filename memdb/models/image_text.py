@@ -28,6 +28,8 @@ _BATCH = 16  # pictures
 class ImageText:
     """`name` says model and weights: vectors of two names are never compared."""
 
+    reads_states = False  # a frame's vector comes of its picture
+
     def __init__(self, network: Any, tokenizer: Any, preprocessing: Mapping[str, Any], name: str) -> None:
         self._network = network.eval().requires_grad_(False)
         self._tokenizer = tokenizer
@@ -69,6 +71,14 @@ class ImageText:
             ) from error
         stem = folder.name if local else name
         return cls(network.to(device), tokenizer, _preprocessing(place), stem)
+
+    def of_seen(self, pictures: Sequence[Image]) -> Sequence[Tensor | None]:
+        """What is known of frames before they are encoded: all of it, (E,) each."""
+        return list(self.of_pictures(pictures))
+
+    def of_encoded(self, seen: Sequence[Tensor | None], states: Sequence[Tensor]) -> list[Tensor]:
+        """The vectors of frames, of which several may have become one since they were seen."""
+        return [vector for vector in seen if vector is not None]
 
     @torch.inference_mode()
     def of_pictures(self, pictures: Sequence[Image]) -> Tensor:

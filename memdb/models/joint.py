@@ -6,6 +6,7 @@ mean of its words' input embeddings. It stands beside a checkpoint as `joint.saf
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,12 +16,15 @@ from torch import Tensor, nn
 
 from memdb.models.weights import module_digest
 from memdb.schemas.errors import ModelError
+from memdb.schemas.frames import Image
 
 RANDOM_SIZE = 32  # E of a head drawn for a random model
 
 
 class JointHead(nn.Module):
     """`name` says which weights: vectors of two names are never compared."""
+
+    reads_states = True  # a frame's vector comes of its final states in the stream
 
     def __init__(self, width: int, inner: int, size: int) -> None:
         super().__init__()
@@ -33,6 +37,14 @@ class JointHead(nn.Module):
         self.eval().requires_grad_(False).float()
         self.name = f"joint@{module_digest(self)}"
         return self.to(device)
+
+    def of_seen(self, pictures: Sequence[Image]) -> Sequence[Tensor | None]:
+        """What is known of frames before they are encoded: nothing."""
+        return [None] * len(pictures)
+
+    def of_encoded(self, seen: Sequence[Tensor | None], states: Sequence[Tensor]) -> list[Tensor]:
+        """(J,) each, of the final states (N, E) of frames."""
+        return [self.of_frame(own) for own in states]
 
     @torch.inference_mode()
     def of_frame(self, states: Tensor) -> Tensor:

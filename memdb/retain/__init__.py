@@ -1,6 +1,6 @@
 """Stage 5: what of the encoded KV is kept. A method is one file and one line here."""
 
-from memdb.retain.base import Bounded
+from memdb.retain.base import Bounded, Retainer
 from memdb.retain.keep_all import KeepAll
 from memdb.retain.recent import Recent
 from memdb.retain.select_kv import SelectKV
@@ -17,7 +17,7 @@ BOUNDED: dict[str, type[Bounded]] = {
     "uniform": UniformTokens,
     "vision_sink": VisionSink,
 }
-RETAINERS: dict[str, type[KeepAll] | type[SelectKV] | type[Bounded]] = {
+RETAINERS: dict[str, type[Retainer]] = {
     "all": KeepAll,
     "select_kv": SelectKV,
     **BOUNDED,

@@ -1,20 +1,43 @@
-"""The common half of the retainers of tokens: a budget, one order of ties, indices in order of time."""
+"""What a retainer does, and the common half of those of tokens: a budget, one order of ties, order of time."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from memdb.models.window import LayerKV
 from memdb.retain.pools import short_tokens
+from memdb.retain.prototypes import Prototypes
 from memdb.retain.view import LayerView
 from memdb.schemas.params import at_least
 
 
+class Retainer(Protocol):
+    """A frozen dataclass of parameters that says which blocks of a unit each layer stores."""
+
+    @property
+    def prompt(self) -> str:
+        """The guidance prompt whose queries `select` is given, '' for none."""
+        ...
+
+    def select(
+        self, layers: Sequence[Sequence[LayerKV]], queries: Sequence[Tensor], frames: int
+    ) -> list[list[LayerKV | None]]:
+        """Per layer, the blocks of a unit, None where it drops one. The first `frames` are of frames, what is behind
+        them stands for all of these.
+
+        queries: those of the guidance prompt, unrotated, a layer each (Hq, T, D); none without one.
+        """
+        ...
+
+
 @dataclass(frozen=True)
-class Bounded:
+class Bounded(ABC):
     """Keeps at most `budget_tokens` tokens a layer. A method says in which order it would take them.
 
     The budget is a number, not a share, so that a memory of ten hours is as large as one of ten minutes; what is
@@ -23,6 +46,7 @@ class Bounded:
     """
 
     hears: ClassVar[bool] = False  # whether it looks at the importance that a probe gives to tokens (R18)
+    prompt: ClassVar[str] = ""
 
     budget_tokens: int = 6144
     short_frames: int = field(default=0, kw_only=True)
@@ -49,9 +73,25 @@ class Bounded:
         kept = self.order(view.first(long))[..., : self.budget_tokens].sort(-1).values
         return torch.cat((kept, everything[..., long:]), -1)
 
+    @abstractmethod
     def order(self, view: LayerView) -> Tensor:
         """Indices (..., T) of the tokens, first the one that is dropped last."""
-        raise NotImplementedError
+
+    def select(
+        self, layers: Sequence[Sequence[LayerKV]], queries: Sequence[Tensor], frames: int
+    ) -> list[list[LayerKV | None]]:
+        """Every block is stored as it came: what stays of it, keep sets say."""
+        return [list(blocks) for blocks in layers]
+
+    def prototypes_of(
+        self, fresh: Sequence[LayerKV], heard: Sequence[Tensor], frame: Sequence[int], start: int
+    ) -> Prototypes | None:
+        """Tokens that a chunk's own are joined by, one a frame; None for none.
+
+        fresh: the chunk's keys and values, a layer each (H, C, D). heard: what the probe paid to memory and chunk, a
+        layer each. frame: number of each token's frame. start: the stream position of the first token.
+        """
+        return None
 
 
 def best_first(score: Tensor, frame: Tensor, tier: Tensor | None = None) -> Tensor:

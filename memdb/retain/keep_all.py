@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
 
 from memdb.models.window import LayerKV
 
 
 @dataclass(frozen=True)
 class KeepAll:
-    def keep(self, layers: Sequence[Sequence[LayerKV]]) -> list[list[LayerKV | None]]:
+    prompt: ClassVar[str] = ""
+
+    def select(
+        self, layers: Sequence[Sequence[LayerKV]], queries: Sequence[Tensor], frames: int
+    ) -> list[list[LayerKV | None]]:
         """Per layer, the blocks of a unit: each kept whole in every layer."""
         return [list(blocks) for blocks in layers]

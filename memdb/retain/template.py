@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from memdb.models.window import LayerKV
 from memdb.retain.base import Bounded, best_first, front
+from memdb.retain.prototypes import Prototypes, prototypes
 from memdb.retain.view import LayerView
 from memdb.schemas.params import at_least
 
@@ -40,6 +43,15 @@ class Template(Bounded):
         spared = int(self.prototype_share * self.budget_tokens)
         return prune_order(view.importance, view.prototype, view.frame, spared)
 
+    def prototypes_of(
+        self, fresh: Sequence[LayerKV], heard: Sequence[Tensor], frame: Sequence[int], start: int
+    ) -> Prototypes:
+        k = torch.stack([kv.k for kv in fresh])  # (L, H, C, D)
+        v = torch.stack([kv.v for kv in fresh])
+        paid = torch.stack([own[-len(frame) :] for own in heard])  # (L, C)
+        number = torch.tensor(frame, device=k.device)
+        return prototypes(k, v, paid, number, start + torch.arange(len(frame), device=k.device))
+
 
 def prune_order(importance: Tensor, prototype: Tensor, frame: Tensor, spared: int) -> Tensor:
     """Indices (..., T), best first: the `spared` best prototypes, then everything by importance.
@@ -49,42 +61,3 @@ def prune_order(importance: Tensor, prototype: Tensor, frame: Tensor, spared: in
     order = best_first(importance, frame)
     ours = prototype.gather(-1, order)
     return front(order, ours & (ours.cumsum(-1) <= spared))
-
-
-@dataclass(frozen=True, eq=False)
-class Prototypes:
-    """One token a frame, unrotated, ascending by frame; to be rotated once, at `position`."""
-
-    k: Tensor  # (..., H, F, D)
-    v: Tensor  # (..., H, F, D)
-    position: Tensor  # (..., F) int64
-    frame: Tensor  # (F,) int64
-    mass: Tensor  # (..., F) fp32, the importance that its tokens had together
-
-    def layer(self, number: int) -> Prototypes:
-        """Those of one layer, of several."""
-        return replace(
-            self, k=self.k[number], v=self.v[number], position=self.position[number], mass=self.mass[number]
-        )
-
-
-def prototypes(k: Tensor, v: Tensor, importance: Tensor, frame: Tensor, position: Tensor) -> Prototypes:
-    """The prototype of each frame: the mean of its keys and values, weighted by importance.
-
-    k and v (..., H, T, D) of the new tokens, of one layer or of several; keys must be unrotated, because the mean of
-    keys rotated to different places is short (0.80 of its length over one frame of equal ones). importance (..., T);
-    frame and position (T,). Weights sum to 1 in a frame; a frame that received nothing weighs all its tokens alike.
-    A prototype stands at the rounded weighted mean of its tokens' positions, half up (ours).
-    """
-    frames = torch.unique(frame)  # (F,) ascending
-    member = frame == frames[:, None]  # (F, T)
-    weight = importance[..., None, :].double() * member  # (..., F, T)
-    mass = weight.sum(-1, keepdim=True)  # (..., F, 1)
-    alike = member / member.sum(-1, keepdim=True)
-    weight = torch.where(mass > 0, weight / mass.clamp(min=1e-300), alike.double())
-
-    def mean(x: Tensor) -> Tensor:  # (..., H, T, D) -> (..., H, F, D), one rounding to x's dtype
-        return torch.matmul(weight[..., None, :, :].float(), x.float()).to(x.dtype)
-
-    place = ((weight * position).sum(-1) + 0.5).floor().long()
-    return Prototypes(mean(k), mean(v), place, frames, mass[..., 0].float())
