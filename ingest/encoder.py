@@ -387,7 +387,8 @@ class StreamEncoder:
                     torch.stack([getattr(kv, name) for kv in context.fresh]) for name in ("k", "v")
                 )
                 paid = torch.stack([heard[-len(chunk) :] for heard in context.heard])  # (L, C)
-                made = prototypes(keys, values, paid, words[2], words[1])
+                numbers = [frame.number for frame in group]
+                made = prototypes(keys, values, paid, words[2], words[1], numbers)
             grid = grid_of(self._placing, self._model.shape.frame_tokens)
             memory.take(number, group, context.fresh, made, context.heard, start, grid)
         return self._unit(group, context.fresh, made, memory.keep_set())
@@ -507,7 +508,7 @@ class StreamEncoder:
             tensors["jpeg"] = _bytes_tensor(self._opened[0].jpeg())
         if len(self._opened) > 1 and isinstance(self._stages.reduce, MergeFrames):
             tensors["jpeg.last"] = _bytes_tensor(self._opened[-1].jpeg())
-        saved: bytes = save_tensors({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+        saved: bytes = save_tensors({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
         return saved
 
     def restore(self, payload: bytes) -> None:
