@@ -79,7 +79,7 @@ def to_bytes(counters: Counters, parts: Sequence[Part]) -> bytes:
         tensors |= part.tensors()
         numbers |= part.numbers()
     tensors["meta"] = bytes_tensor(json.dumps(numbers).encode())
-    saved: bytes = save_tensors({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+    saved: bytes = save_tensors({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
     return saved
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import time
 
 import pytest
@@ -47,6 +48,13 @@ def test_a_recipe_that_fails_is_told_of_and_the_next_one_runs(monkeypatch: pytes
     assert found["failed"].keys() == {"rekv"}
     assert [own["recipe"] for own in found["rows"]] == ["infinipot-v"]
     assert any(text.startswith("rekv") and "failed" in text for text in said)
+
+
+def test_it_needs_no_zstandard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`livevlm` is packed as fp16, which a machine that only encodes need not be able to compress."""
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    found = bench(["livevlm"], 1, "tiny", "cpu", lambda text: None)
+    assert found["failed"] == {}
 
 
 def test_the_meter_counts_every_moment_once_to_the_innermost_span(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -19,6 +20,9 @@ from memdb.memory import remembered
 from memdb.models.window import LayerKV
 from memdb.retain import BOUNDED
 from memdb.retain.prototypes import prototypes
+from memdb.retain.recent import Recent
+from memdb.retain.template import Template
+from memdb.retain.view import LayerView
 from memdb.schemas.errors import RecipeError
 from memdb.schemas.keep import split_ids
 from memdb.schemas.recipe import Stage
@@ -162,6 +166,75 @@ def test_no_layer_ever_holds_more_than_the_budget(
                     assert token_id & 0xFFFF == patch
         assert all(torch.equal(a.k, b.k) for a, b in zip(memory.init, init, strict=True)), "init tokens stay"
         number, start = number + count, start + T
+
+
+@dataclass(frozen=True)
+class Looking(Template):
+    """The same choice, by one that is given keys and values in order."""
+
+    looks: ClassVar[bool] = True
+
+    def order(self, view: LayerView) -> torch.Tensor:
+        assert bool((view.position.diff(dim=-1) >= 0).all())
+        assert not view.k.isnan().any()
+        return super().order(view)
+
+
+@dataclass(frozen=True)
+class Wrong(Recent):
+    """Chooses a token twice."""
+
+    def choose(self, view: LayerView) -> torch.Tensor:
+        return super().choose(view).clamp(max=3)
+
+
+def chunk_for(memory: EncoderMemory, unit: int, made: torch.Generator, N: int = 4) -> tuple[Any, ...]:
+    """Two frames of N random tokens with their prototypes, as `take` has them."""
+    L, (H, _, D) = len(memory.init), memory.init[0].k.shape
+    frames = [SeenFrame(n, n * NS, (n + 1) * NS, torch.zeros(N, 1), b"") for n in (2 * unit, 2 * unit + 1)]
+    fresh = [LayerKV(*torch.randn(2, H, 2 * N, D, generator=made)) for _ in range(L)]
+    heard = [torch.rand(len(layer.id) + 2 * N, generator=made) for layer in memory.layers]
+    k, v = torch.stack([kv.k for kv in fresh]), torch.stack([kv.v for kv in fresh])
+    paid, at = torch.stack([own[-2 * N :] for own in heard]), torch.arange(2 * N)
+    joined = prototypes(k, v, paid, 2 * unit + at // N, unit * 2 * N + at, [2 * unit, 2 * unit + 1])
+    return unit, frames, fresh, joined, heard, unit * 2 * N, (2, 2)
+
+
+def test_keys_and_values_follow_their_tokens_where_the_retainer_does_not_look_at_them() -> None:
+    none = [LayerKV(torch.zeros(2, 0, 4), torch.zeros(2, 0, 4))] * 3
+    memories = [EncoderMemory(none, method(budget_tokens=20)) for method in (Template, Looking)]
+    for unit in range(6):
+        for memory in memories:
+            memory.take(*chunk_for(memory, unit, torch.Generator().manual_seed(unit)))
+        if unit == 3:
+            for memory in memories:
+                memory.forget([Tombstone(0, 2 * NS, 5 * NS, 99, 0)])
+        one, two = (dict(memory.tensors()) for memory in memories)
+        assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+        assert not any(bool(kv.k.isnan().any()) for kv in memories[0].kv)
+
+
+def test_a_choice_that_cannot_be_is_caught_with_the_copy_at_the_end() -> None:
+    none = [LayerKV(torch.zeros(2, 0, 4), torch.zeros(2, 0, 4))] * 3
+    memory = EncoderMemory(none, Wrong(budget_tokens=6))
+    unit, frames, fresh, _, _, start, grid = chunk_for(memory, 0, torch.Generator())
+    with pytest.raises(AssertionError, match="do not ascend"):
+        memory.take(unit, frames, fresh, None, [], start, grid)
+
+
+def test_a_memory_that_comes_back_goes_on_as_it_would_have() -> None:
+    """What the host knows of it, too: the short-term pool is counted there, and the keep set is at hand."""
+    none = [LayerKV(torch.zeros(2, 0, 4), torch.zeros(2, 0, 4))] * 3
+    went, back = (EncoderMemory(none, Recent(9, short_frames=2)) for _ in range(2))
+    for unit in range(6):
+        unit, frames, fresh, _, _, start, grid = chunk_for(went, unit, torch.Generator().manual_seed(unit))
+        went.take(unit, frames, fresh, None, [], start, grid)
+        if unit > 2:
+            back.take(unit, frames, fresh, None, [], start, grid)
+            assert same_keep(back.keep_set(), went.keep_set())
+            assert [held.start_ns for held in back.frames] == [held.start_ns for held in went.frames]
+        back.restore(dict(went.tensors()), went.frame_rows(), torch.device("cpu"))
+        assert same_keep(back.keep_set(), went.keep_set())
 
 
 @pytest.mark.parametrize("name", ["tar_van", "vision_sink"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 
 from memdb import codecs
 from memdb.client import connect
+from memdb.retain import attention
+from memdb.retain.attention import attention_rows, importance
 
 pytestmark = [
     pytest.mark.gpu,
@@ -74,3 +77,62 @@ def test_a_question_says_the_same_on_cpu_and_gpu(tmp_path: Path, exact_fp32: Non
             answer = db.ask("What colour was the star?", mode="kv", context_tokens_max=300)
             said.append((answer.token_ids[:8], [item.start_s for item in answer.evidence]))
     assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [5, 70])
+def test_a_probe_pays_the_same_whether_its_keys_are_widened_or_not(
+    dtype: torch.dtype, rows: int, exact_fp32: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = torch.Generator().manual_seed(2)
+    q, k = (torch.randn(H, T, 128, generator=draw).to(dtype).cuda() for H, T in ((28, rows), (4, 3000)))
+    k = k.transpose(0, 1).contiguous().transpose(0, 1)  # as a cache has them, too
+    mask = torch.ones(rows, 100, dtype=torch.bool, device="cuda").tril(40)
+    wide = attention_rows(q.float(), k.float(), 128**-0.5, mask)
+    found = attention_rows(q, k, 128**-0.5, mask)
+    assert found.dtype == torch.float32
+    assert float((found - wide).norm() / wide.norm()) < 1e-5
+    paid = importance(q.float(), k.float(), 128**-0.5, mask)
+    for held_bytes in (attention.SCORES_BYTES, 28 * 3000 * 4 * 40):  # all rows at once, and in two parts
+        monkeypatch.setattr(attention, "SCORES_BYTES", held_bytes)
+        own = importance(q, k, 128**-0.5, mask)
+        assert float((own - paid).norm() / paid.norm()) < 1e-5
+        assert abs(float(own.sum()) - 1) < 1e-4
+
+
+def test_a_memory_is_taken_without_waiting_for_the_gpu(tmp_path: Path) -> None:
+    """But for the copy at the end: in every other place a wait is an error."""
+    from memdb.ingest.frames import SeenFrame
+    from memdb.ingest.memory import EncoderMemory, Snapshot
+    from memdb.models.window import LayerKV
+    from memdb.retain.tar_van import TarVan
+    from memdb.retain.template import Template, prototypes
+    from memdb.retain.vision_sink import VisionSink
+
+    look = EncoderMemory._look
+
+    def looking(self: EncoderMemory, fits: Sequence[torch.Tensor]) -> Snapshot:
+        torch.cuda.set_sync_debug_mode("default")
+        return look(self, fits)
+
+    none = [LayerKV(*torch.zeros(2, 4, 0, 128, dtype=torch.bfloat16, device="cuda"))] * 3
+    for retainer in (TarVan(64), Template(64), VisionSink(64, short_frames=2)):
+        memory = EncoderMemory(none, retainer)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(EncoderMemory, "_look", looking)
+            for unit in range(5):
+                frames = [SeenFrame(n, n, n + 1, torch.zeros(16, 1), b"") for n in (2 * unit, 2 * unit + 1)]
+                drawn = torch.randn(3, 2, 4, 32, 128, device="cuda").bfloat16()
+                paid = [torch.rand(len(own.id) + 32, device="cuda") for own in memory.layers]
+                at = torch.arange(32, device="cuda")
+                torch.cuda.set_sync_debug_mode("error")
+                made = None
+                if isinstance(retainer, Template):
+                    own_paid = torch.stack([own[-32:] for own in paid])
+                    numbers = [frame.number for frame in frames]
+                    made = prototypes(
+                        drawn[:, 0], drawn[:, 1], own_paid, 2 * unit + at // 16, unit * 32 + at, numbers
+                    )
+                heard = paid if retainer.hears else []
+                memory.take(unit, frames, [LayerKV(*own) for own in drawn], made, heard, unit * 32, (4, 4))
+    torch.cuda.set_sync_debug_mode("default")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from memdb.retain import BOUNDED
-from memdb.retain.base import Bounded, best_first
+from memdb.retain.base import Bounded, ascending, best_first, front
 from memdb.retain.recent import Recent
 from memdb.retain.tar_van import TarVan
 from memdb.retain.template import Template
@@ -177,6 +178,46 @@ def test_the_order_of_ties_is_what_it_says(rows: list[tuple[int, int, int]]) -> 
     score, frame, tier = (torch.tensor([row[i] for row in rows]) for i in range(3))
     found = best_first(score.float(), frame, tier).tolist()
     assert found == best(score.tolist(), frame.tolist(), tier.tolist())
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, -1e-45, 3e38])
+            | st.floats(width=32),
+            st.integers(0, 3) | st.integers(0, (1 << 29) - 1),
+            st.integers(0, 3),
+        ),
+        min_size=1,
+        max_size=24,
+    ),
+    st.sampled_from([None, torch.long, torch.uint8, torch.bool]),
+)
+def test_one_sort_gives_the_order_of_three(
+    rows: list[tuple[float, int, int]], tiers: torch.dtype | None
+) -> None:
+    """fp64 takes the three sorts: equal scores, infinities, zeros of either sign and NaN stand where they put them."""
+    score, frame, tier = (torch.tensor(column) for column in zip(*rows, strict=True))
+    asked = None if tiers is None else tier.to(tiers)
+    for lead in ((), (2, 1)):  # a row by itself, and one of several
+        shown = score.float().expand(*lead, -1)
+        own = None if asked is None else asked.expand(*lead, -1)
+        found = best_first(shown, frame.expand(*lead, -1), own)
+        assert torch.equal(found, best_first(shown.double(), frame.expand(*lead, -1), own))
+
+
+@settings(deadline=None)
+@given(st.permutations(range(9)), st.lists(st.booleans(), min_size=9, max_size=9), st.integers(0, 9))
+def test_those_in_front_and_those_that_stay_are_found_without_a_sort(
+    order: list[int], first: list[bool], count: int
+) -> None:
+    found = front(torch.tensor([order, order[::-1]]), torch.tensor([first, first])).tolist()
+    for own, was in zip(found, (order, order[::-1]), strict=True):
+        assert own == [x for x, is_first in zip(was, first, strict=True) if is_first] + [
+            x for x, is_first in zip(was, first, strict=True) if not is_first
+        ]
+    assert ascending(torch.tensor(order)[:count], 9).tolist() == sorted(order[:count])
 
 
 def test_no_two_methods_keep_the_same_of_one_film() -> None:

@@ -36,11 +36,16 @@ class MeanKey:
         ]
         H, _, D = held[0][2].shape
         keys = np.zeros((len(layers), len(layers[0]), H * D), np.float16)
+        at: list[int] = []
+        which: list[int] = []
+        found: list[Tensor] = []
         for tokens in sorted({k.shape[1] for _, _, k in held}):  # all of one size at once, of all layers
             own = [item for item in held if item[2].shape[1] == tokens]
             means = torch.stack([k for _, _, k in own]).mean(2, dtype=torch.float32).flatten(1)
-            at, which = [layer for layer, _, _ in own], [block for _, block, _ in own]
-            keys[at, which] = means.to(torch.float16).cpu().numpy()  # accumulated in fp32, stored in fp16
+            at += [layer for layer, _, _ in own]
+            which += [block for _, block, _ in own]
+            found.append(means.to(torch.float16))  # accumulated in fp32, stored in fp16
+        keys[at, which] = torch.cat(found).cpu().numpy()  # a GPU is waited for once
         if not np.isfinite(keys).all():
             raise CodecError("a block's mean key exceeds fp16: try --dtype float32, or check the checkpoint")
         return keys

@@ -16,6 +16,7 @@ from memdb.models.attention import ceiling_scores, sink_attention, softmax_atten
 from memdb.models.places import LINE, Next, Places, Placing
 from memdb.models.rotary import Rotary
 from memdb.models.window import LayerKV
+from memdb.retain.attention import attention_rows
 
 
 @dataclass
@@ -67,11 +68,17 @@ class AttentionProbe:
         """q_last (Hq, D) and k (H, S, D), rotated; place (S,)."""
         if layer not in self.layers:
             return
-        k = k.repeat_interleave(q_last.shape[0] // k.shape[0], 0)  # (Hq, S, D)
-        row = torch.einsum("hd,hsd->hs", q_last.float(), k.float()).mul_(scale).softmax(-1).mean(0)  # (S,)
+        if k.is_cuda:
+            row = attention_rows(q_last[:, None], k, scale)[:, 0].mean(0)  # (S,)
+        else:  # sums in another order, which recordings made on a CPU depend on
+            k = k.repeat_interleave(q_last.shape[0] // k.shape[0], 0)  # (Hq, S, D)
+            row = (
+                torch.einsum("hd,hsd->hs", q_last.float(), k.float()).mul_(scale).softmax(-1).mean(0)
+            )  # (S,)
+        count = self.stop - self.start
         inside = (place >= self.start) & (place < self.stop)
-        heard = torch.zeros(self.stop - self.start, device=row.device)
-        heard[place[inside] - self.start] = row[inside]
+        slot = torch.where(inside, place - self.start, count)  # the last takes all others
+        heard = torch.zeros(count + 1, device=row.device).scatter_(0, slot, row)[:count]
         self.total = heard if self.total is None else self.total + heard
         self.rows += 1
 

@@ -11,6 +11,10 @@ import torch
 from torch import Tensor
 
 ROWS_AT_ONCE = 32  # of a long probe, so that its scores never stand in memory together
+SCORES_BYTES = 512 << 20  # on a GPU, for which a few rows are little work: as many as this holds
+# Products of two numbers of half precision are exact in fp32. So a GPU needs no copy of the keys in fp32: its matrix
+# units read them as they are and sum in fp32.
+_SUMS_WIDE = hasattr(torch.ops.aten.bmm, "dtype")  # torch 2.8
 
 
 def attention_rows(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
@@ -22,8 +26,11 @@ def attention_rows(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = Non
     """
     Hq, r, D = q.shape
     H, T, _ = k.shape
-    rows = q.float().reshape(H, Hq // H * r, D) * scale
-    scores = torch.bmm(rows, k.float().transpose(1, 2)).view(Hq, r, T)
+    rows = q.reshape(H, Hq // H * r, D)
+    if _as_they_are(q, k):
+        scores = torch.bmm(rows, k.transpose(1, 2), out_dtype=torch.float32).mul_(scale).view(Hq, r, T)
+    else:
+        scores = torch.bmm(rows.float() * scale, k.float().transpose(1, 2)).view(Hq, r, T)
     if mask is not None:
         scores[..., T - mask.shape[1] :].masked_fill_(~mask, float("-inf"))
     return scores.softmax(-1)
@@ -32,10 +39,20 @@ def attention_rows(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = Non
 def importance(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
     """What each key receives, (T,) in fp32: the mean over heads and rows of `attention_rows`. It sums to 1."""
     Hq, r, _ = q.shape
-    k = k.float()
-    total = torch.zeros(k.shape[1], device=k.device)  # (T,)
-    for start in range(0, r, ROWS_AT_ONCE):
-        some = slice(start, start + ROWS_AT_ONCE)
+    T, at_once = k.shape[1], ROWS_AT_ONCE
+    if _as_they_are(q, k):
+        at_once = max(at_once, SCORES_BYTES // (4 * Hq * T))
+    else:
+        k = k.float()
+    total = torch.zeros(T, device=k.device)  # (T,)
+    for start in range(0, r, at_once):
+        some = slice(start, start + at_once)
         seen = None if mask is None else mask[some]
         total += attention_rows(q[:, some], k, scale, seen).sum((0, 1))
     return total / (Hq * r)
+
+
+def _as_they_are(q: Tensor, k: Tensor) -> bool:
+    """Whether queries and keys are multiplied without being widened first."""
+    halves = q.dtype == k.dtype and k.dtype in (torch.bfloat16, torch.float16)
+    return _SUMS_WIDE and halves and q.is_cuda and k.is_cuda

@@ -16,6 +16,8 @@ from memdb.retain.prototypes import Prototypes
 from memdb.retain.view import LayerView
 from memdb.schemas.params import at_least
 
+_AGE_BITS = 29
+
 
 class Retainer(Protocol):
     """A frozen dataclass of parameters that says which blocks of a unit each layer stores."""
@@ -47,6 +49,7 @@ class Bounded(ABC):
 
     hears: ClassVar[bool] = False  # whether it looks at the importance that a probe gives to tokens (R18)
     prompt: ClassVar[str] = ""
+    looks: ClassVar[bool] = True  # whether it looks at keys or values; else it may be given none
 
     budget_tokens: int = 6144
     short_frames: int = field(default=0, kw_only=True)
@@ -70,8 +73,8 @@ class Bounded(ABC):
         if room >= T:
             return everything
         long = T - (room - self.budget_tokens)
-        kept = self.order(view.first(long))[..., : self.budget_tokens].sort(-1).values
-        return torch.cat((kept, everything[..., long:]), -1)
+        kept = ascending(self.order(view.first(long))[..., : self.budget_tokens], long)
+        return torch.cat((kept, everything[..., long:]), -1) if long < T else kept
 
     @abstractmethod
     def order(self, view: LayerView) -> Tensor:
@@ -97,9 +100,11 @@ class Bounded(ABC):
 def best_first(score: Tensor, frame: Tensor, tier: Tensor | None = None) -> Tensor:
     """Indices (..., T): the lowest `tier`, in it the highest `score`, of equals the newest frame, the lowest index.
 
-    Sorts are stable, so that the order is the same on every device. Tokens stand in raster order, so the lowest
-    index of a frame is its lowest patch.
+    `tier` is 0 to 3, `frame` is not negative. Sorts are stable, so that the order is the same on every device. Tokens
+    stand in raster order, so the lowest index of a frame is its lowest patch.
     """
+    if score.dtype == torch.float32 and score.shape[-1] and not frame.is_floating_point():
+        return torch.sort(_sort_key(score, frame, tier), dim=-1, stable=True).indices
     order = _resorted(None, frame, descending=True)
     order = _resorted(order, score, descending=True)
     return order if tier is None else _resorted(order, tier, descending=False)
@@ -107,7 +112,31 @@ def best_first(score: Tensor, frame: Tensor, tier: Tensor | None = None) -> Tens
 
 def front(order: Tensor, first: Tensor) -> Tensor:
     """The order (..., T) with those tokens before the others that `first` (..., T) marks, in the order's own places."""
-    return order.gather(-1, torch.sort((~first).byte(), dim=-1, stable=True).indices)
+    ahead = first.cumsum(-1)  # (..., T)
+    behind = ahead[..., -1:] + (~first).cumsum(-1)
+    return torch.zeros_like(order).scatter_(-1, torch.where(first, ahead, behind) - 1, order)
+
+
+def ascending(places: Tensor, tokens: int) -> Tensor:
+    """Different places (..., n) among so many tokens, in order, without a sort."""
+    n = places.shape[-1]
+    mask = torch.zeros(*places.shape[:-1], tokens, dtype=torch.bool, device=places.device)
+    mask.scatter_(-1, places, True)
+    slot = torch.where(mask, mask.cumsum(-1) - 1, n)  # the last takes all others
+    found = places.new_zeros(*places.shape[:-1], n + 1)
+    return found.scatter_(-1, slot, torch.arange(tokens, device=places.device).expand_as(slot))[..., :n]
+
+
+def _sort_key(score: Tensor, frame: Tensor, tier: Tensor | None) -> Tensor:
+    """(..., T) int64, rising in the order of `best_first`: 2 bits of tier, 32 of score, 29 of age. One sort, not three.
+
+    The bits of an fp32 number, read as an integer, rise with it, and where it is negative they fall. NaN is above all.
+    """
+    bits = (score + 0.0).masked_fill(score.isnan(), float("nan")).view(torch.int32)  # -0.0 becomes 0.0
+    falling = bits ^ ~(bits >> 31 & 0x7FFFFFFF)  # int32, the highest score has the lowest
+    age = (frame.amax(-1, keepdim=True) - frame).clamp(max=(1 << _AGE_BITS) - 1)
+    key = (falling.long() + (1 << 31) << _AGE_BITS) + age
+    return key if tier is None else key + (tier.long() << 32 + _AGE_BITS)
 
 
 def _resorted(order: Tensor | None, key: Tensor, *, descending: bool) -> Tensor:

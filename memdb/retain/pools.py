@@ -24,10 +24,14 @@ def short_from(end: int, short_frames: int, frame_tokens: int) -> int:
 def short_tokens(view: LayerView, short_frames: int) -> int:
     """How many of a view's tokens are short-term: its last ones, as many in every layer.
 
-    The newest frame is whole, so that it tells how many tokens a frame has.
+    The newest frame is whole, so that it tells how many tokens a frame has. Where the host knows nothing the device is
+    asked.
     """
     if not short_frames or not view.tokens:
         return 0
+    known = view.stream
+    if known is not None:
+        return known.tokens_from(short_from(known.end, short_frames, known.frame_tokens))
     newest = (view.frame == view.frame[..., -1:]) & ~view.prototype  # (..., T)
     end, frame_tokens = int(view.position.max()) + 1, int(newest.sum(-1).max())
     counts = (view.position >= short_from(end, short_frames, frame_tokens)).sum(-1)  # (...)

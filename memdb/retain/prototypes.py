@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from memdb.retain.view import sent
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,15 +28,23 @@ class Prototypes:
         )
 
 
-def prototypes(k: Tensor, v: Tensor, importance: Tensor, frame: Tensor, position: Tensor) -> Prototypes:
+def prototypes(
+    k: Tensor,
+    v: Tensor,
+    importance: Tensor,
+    frame: Tensor,
+    position: Tensor,
+    numbers: Sequence[int] | None = None,
+) -> Prototypes:
     """The prototype of each frame: the mean of its keys and values, weighted by importance.
 
     k and v (..., H, T, D) of the new tokens, of one layer or of several; keys must be unrotated, because the mean of
     keys rotated to different places is short (0.80 of its length over one frame of equal ones). importance (..., T);
     frame and position (T,). Weights sum to 1 in a frame; a frame that received nothing weighs all its tokens alike.
-    A prototype stands at the rounded weighted mean of its tokens' positions, half up (ours).
+    A prototype stands at the rounded weighted mean of its tokens' positions, half up (ours). numbers: of the frames,
+    ascending, so that a device need not be asked which there are.
     """
-    frames = torch.unique(frame)  # (F,) ascending
+    frames = torch.unique(frame) if numbers is None else sent(torch.tensor(numbers), frame.device)  # (F,)
     member = frame == frames[:, None]  # (F, T)
     weight = importance[..., None, :].double() * member  # (..., F, T)
     mass = weight.sum(-1, keepdim=True)  # (..., F, 1)

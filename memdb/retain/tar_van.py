@@ -99,7 +99,7 @@ class TarVan(Bounded):
         # The recent ones are the first of TaR's share.
         changed = best_first(redundancy, view.frame, torch.where(recent, 0, torch.where(merged, 2, 1)))
         taken = _marked(changed[..., : self.tar_tokens], view.tokens)
-        newest = best_first(view.frame, view.frame, (~merged).byte())  # merged ones first
+        newest = best_first(torch.zeros_like(norms), view.frame, (~merged).byte())  # merged ones first
         spared = _marked(newest[..., : int(self.exempt * self.budget_tokens)], view.tokens)
 
         # Recent, exempt (the newest first), changed, then whatever has the largest norm.
@@ -139,16 +139,18 @@ def tar_scores(view: LayerView, age: Tensor, frames: int) -> Tensor:
     table = table.scatter_reduce(-1, slot, torch.arange(T, device=age.device).expand_as(slot), "amax")[
         ..., :-1
     ]
-    there = (table >= 0).view(*lead, 1, frames, P, 1)
-    recent = F.normalize(rows(view.k, table.clamp(min=0)).float(), dim=-1)  # (..., H, F*P, D)
-    recent = recent.view(*recent.shape[:-2], frames, P, -1) * there
-    count = there.sum(-3)  # (..., 1, P, 1)
-    mean = recent.sum(-3) / count.clamp(min=1)  # (..., H, P, D)
+    there = (table >= 0).view(*lead, frames, P, 1, 1)
+    recent = F.normalize(rows(view.k, table.clamp(min=0)).float(), dim=-1).transpose(
+        -3, -2
+    )  # (..., F*P, H, D)
+    recent = recent.view(*lead, frames, P, *recent.shape[-2:]) * there
+    count = there.sum(-4)  # (..., P, 1, 1)
+    mean = (recent.sum(-4) / count.clamp(min=1)).transpose(-3, -2)  # (..., H, P, D)
 
     length = lengths(view.k).clamp(min=1e-12)  # (..., H, T)
     likeness = (rows(mean, patch) * view.k).sum(-1) / length  # (..., H, T)
     score = (-likeness.mean(-2) / STEP).round() * STEP
-    return score.masked_fill(count[..., 0, :, 0].gather(-1, patch) == 0, math.inf)
+    return score.masked_fill(count[..., 0, 0].gather(-1, patch) == 0, math.inf)
 
 
 def lengths(x: Tensor) -> Tensor:
@@ -162,12 +164,7 @@ def van_scores(view: LayerView, age: Tensor, limits: list[float]) -> Tensor:
     norms = lengths(view.v).mean(-2)  # (..., T)
     if not limits:
         return norms
-    side = pool_sides(norms, ~view.merged, limits)[..., None]  # (..., 1)
-    found = norms
-    for kernel in KERNELS[:-1]:
-        if bool((side == kernel).any()):
-            found = torch.where(side == kernel, pooled(norms, view, age, kernel), found)
-    return found
+    return pooled(norms, view, age, pool_sides(norms, ~view.merged, limits)[..., None])
 
 
 def pool_sides(norms: Tensor, whole: Tensor, limits: list[float]) -> Tensor:
@@ -179,28 +176,37 @@ def pool_sides(norms: Tensor, whole: Tensor, limits: list[float]) -> Tensor:
     mean = (norms * whole).sum(-1) / count
     variance = ((norms - mean[..., None]).square() * whole).sum(-1) / count
     variation = variance.sqrt() / mean.clamp(min=1e-12)  # (...)
-    steps = sum((variation >= limit).long() for limit in limits)
-    return torch.tensor(KERNELS, device=norms.device)[steps]
+    side = torch.full(variation.shape, KERNELS[0], device=norms.device)
+    for limit, kernel in zip(limits, KERNELS[1:], strict=True):  # limits rise
+        side = side.masked_fill(variation >= limit, kernel)
+    return side
 
 
-def pooled(norms: Tensor, view: LayerView, age: Tensor, kernel: int) -> Tensor:
-    """(..., T) mean over the neighbours of the same frame that are there, `kernel` patches wide and high.
+def pooled(norms: Tensor, view: LayerView, age: Tensor, side: int | Tensor) -> Tensor:
+    """(..., T) mean over the neighbours of the same frame that are there, `side` patches wide and high.
 
-    A merged token has no neighbours and keeps its own norm.
+    A merged token has no neighbours and keeps its own norm. side: one of `KERNELS`, or a layer each (..., 1). All are
+    computed, whichever are wanted: to ask a GPU takes longer.
     """
     height, width = view.grid
-    *lead, _ = norms.shape
-    frames = int(age.max()) + 1
+    *lead, T = norms.shape
+    side = torch.as_tensor(side, device=norms.device)
+    frames = int(age.max()) + 1 if view.frames is None else view.frames
     slot = torch.where(view.merged, frames * height * width, age * (height * width) + patch_number(view))
 
     def spread(values: Tensor) -> Tensor:
-        flat = values.new_zeros(*lead, frames * height * width + 1).scatter_(-1, slot, values)
-        maps = flat[..., :-1].reshape(-1, 1, height, width)
-        sums = F.avg_pool2d(maps, kernel, stride=1, padding=kernel // 2, divisor_override=1)
-        return sums.view(*lead, -1).gather(-1, slot.masked_fill(view.merged, 0))
+        return values.new_zeros(*lead, frames * height * width + 1).scatter_(-1, slot, values)[..., :-1]
 
-    means = spread(norms) / spread(torch.ones_like(norms)).clamp(min=1)
-    return torch.where(view.merged, norms, means)
+    maps = torch.stack((spread(norms), spread(torch.ones_like(norms))))  # (2, ..., F*h*w)
+    found = maps
+    for kernel in KERNELS[:-1]:
+        sums = F.avg_pool2d(
+            maps.reshape(-1, 1, height, width), kernel, stride=1, padding=kernel // 2, divisor_override=1
+        )
+        found = torch.where(side == kernel, sums.view(maps.shape), found)
+    place = slot.masked_fill(view.merged, 0)
+    total, count = found.gather(-1, place.expand(2, *lead, T))
+    return torch.where(view.merged | (side == 1), norms, total / count.clamp(min=1))
 
 
 def _marked(places: Tensor, tokens: int) -> Tensor:

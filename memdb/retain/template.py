@@ -12,7 +12,7 @@ from torch import Tensor
 from memdb.models.window import LayerKV
 from memdb.retain.base import Bounded, best_first, front
 from memdb.retain.prototypes import Prototypes, prototypes
-from memdb.retain.view import LayerView
+from memdb.retain.view import LayerView, sent
 from memdb.schemas.params import at_least
 
 
@@ -30,6 +30,7 @@ class Template(Bounded):
     """
 
     hears: ClassVar[bool] = True
+    looks: ClassVar[bool] = False
 
     prototype_share: float = 0.25
 
@@ -49,8 +50,8 @@ class Template(Bounded):
         k = torch.stack([kv.k for kv in fresh])  # (L, H, C, D)
         v = torch.stack([kv.v for kv in fresh])
         paid = torch.stack([own[-len(frame) :] for own in heard])  # (L, C)
-        number = torch.tensor(frame, device=k.device)
-        return prototypes(k, v, paid, number, start + torch.arange(len(frame), device=k.device))
+        number, position = sent(torch.tensor((list(frame), list(range(start, start + len(frame))))), k.device)
+        return prototypes(k, v, paid, number, position, sorted(set(frame)))
 
 
 def prune_order(importance: Tensor, prototype: Tensor, frame: Tensor, spared: int) -> Tensor:

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from memdb.schemas.units import BlockKind
+
+
+@dataclass(frozen=True)
+class StreamEnd:
+    """What the host knows of a view's newest tokens, so that it need not wait for a device to say it."""
+
+    end: int  # one past the last position
+    frame_tokens: int  # of the newest frame
+    tokens_from: Callable[[int], int]  # how many stand at this position or behind it, as many in every layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +32,9 @@ class LayerView:
 
     `importance` is what the rows of a probe (a chat template, an observation window) paid to each token in one
     softmax over everything the layer holds; see `memdb.retain.attention`. None where a method looks at none.
+
+    `frames` and `stream` say what whoever made the view knows on the host. Without them a device is asked, and does
+    nothing until the host has heard it and said what comes next.
 
     Layers that hold equally many tokens may stand in one view (`stacked`): all tensors then have one more dimension
     in front, and so has what `choose` gives. Each layer is decided for itself, but a GPU is asked once and not L
@@ -35,6 +49,8 @@ class LayerView:
     kind: Tensor  # (..., T) int64, a BlockKind
     grid: tuple[int, int]  # rows and columns of a whole frame
     importance: Tensor | None = None  # (..., T) fp32
+    frames: int | None = None  # no layer has tokens of more distinct frames
+    stream: StreamEnd | None = None
 
     def __post_init__(self) -> None:
         shape = (*self.k.shape[:-3], self.tokens)
@@ -52,7 +68,9 @@ class LayerView:
 
         importance = None if views[0].importance is None else stack("importance")
         k, v, position, frame, patch, kind = map(stack, ("k", "v", "position", "frame", "patch", "kind"))
-        return LayerView(k, v, position, frame, patch, kind, views[0].grid, importance)
+        known = [view.frames for view in views if view.frames is not None]
+        frames = max(known) if len(known) == len(views) else None
+        return LayerView(k, v, position, frame, patch, kind, views[0].grid, importance, frames)
 
     @property
     def tokens(self) -> int:
@@ -76,22 +94,43 @@ class LayerView:
         importance = None if self.importance is None else self.importance[..., own]
         position, frame, kind = (x[..., own] for x in (self.position, self.frame, self.kind))
         k, v, patch = self.k[..., own, :], self.v[..., own, :], self.patch[..., own, :]
-        return LayerView(k, v, position, frame, patch, kind, self.grid, importance)
+        return LayerView(k, v, position, frame, patch, kind, self.grid, importance, self.frames)
 
     def part(self, kept: Tensor) -> LayerView:
         """The tokens `kept` (..., kept). Their importance goes: it was shared out over another set of tokens."""
         position, frame, kind = (x.gather(-1, kept) for x in (self.position, self.frame, self.kind))
         patch = self.patch.gather(-2, kept[..., None].expand(*kept.shape, 2))
-        return LayerView(rows(self.k, kept), rows(self.v, kept), position, frame, patch, kind, self.grid)
+        k, v = rows(self.k, kept), rows(self.v, kept)
+        return LayerView(k, v, position, frame, patch, kind, self.grid, frames=self.frames)
 
 
 def rows(x: Tensor, places: Tensor) -> Tensor:
     """x (..., H, T, D) at `places` (..., n), in all heads the same -> (..., H, n, D).
 
-    As rows of one matrix: gathering number by number takes many times as long.
+    As rows of one matrix: gathering number by number takes many times as long. A row is a token with all its heads
+    where these stand together in memory, and a GPU copies few long rows faster than many short ones.
     """
     *lead, H, T, D = x.shape
+    tokens = x.transpose(-3, -2)  # (..., T, H, D)
+    if tokens.is_contiguous():
+        first = torch.arange(math.prod(lead), device=x.device).view(*lead, 1) * T
+        index = first + places  # (..., n)
+        found = tokens.reshape(-1, H * D).index_select(0, index.flatten())
+        return found.view(*index.shape, H, D).transpose(-3, -2)
     table = x.reshape(-1, D)  # (... * H * T, D)
     start = torch.arange(math.prod((*lead, H)), device=x.device).view(*lead, H, 1) * T
     index = start + places[..., None, :]  # (..., H, n)
     return table.index_select(0, index.flatten()).view(*index.shape, D)
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """x of the host on a device, without waiting for what that still has to do."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def received(x: Tensor) -> npt.NDArray[np.int64]:
+    """x (n,) int64 of a device, on the host."""
+    if x.device.type != "cuda":
+        return np.asarray(x.numpy())
+    held = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)  # several times as fast as into other memory
+    return np.asarray(held.copy_(x).numpy())

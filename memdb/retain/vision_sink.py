@@ -31,6 +31,7 @@ class VisionSink(Bounded):
     """
 
     hears: ClassVar[bool] = True
+    looks: ClassVar[bool] = False
 
     budget_tokens: int = 12_288
     bucket_tokens: int = 1
