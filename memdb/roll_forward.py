@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,9 +28,9 @@ from memdb.applying import (
 )
 from memdb.catalog import Catalog
 from memdb.files import sync_folder, sync_open
-from memdb.locks import is_held, writer_lock
+from memdb.locks import FileLock, commit_lock, is_held, rewrite_lock, writer_lock
 from memdb.records import Kind, Record, meta_int, meta_str
-from memdb.schemas.errors import CorruptionError, FormatVersionError
+from memdb.schemas.errors import CorruptionError, FormatVersionError, LockedError
 from memdb.schemas.format import FORMAT_VERSION
 from memdb.segments import OpenSegment, SegmentGone, reading, scan, segment_files
 
@@ -82,6 +83,24 @@ def see_beyond(catalog: Catalog, store_path: Path) -> None:
     for recording_id in sorted(behind, key=lambda recording_id: not behind[recording_id]):
         catalog.database.into_memory()
         roll_forward(catalog, folder, recording_id)
+
+
+def carry_out_forgettings(catalog: Catalog, store_path: Path) -> None:
+    """For one who writes: commit that whole recordings are forgotten, where who forgot them sealed it and died.
+
+    Readers see that it is so; a catalog that is written must not show them again. What somebody is at is left to him.
+    """
+    folder, forgotten = store_path / "segments", set(catalog.forgotten())
+    for recording_id in segment_files(folder):
+        if recording_id in forgotten or is_held(writer_lock(store_path, recording_id)):
+            continue
+        if any(part.forgets_all for part in beyond(catalog, folder, recording_id)):
+            with (
+                suppress(LockedError),
+                FileLock(rewrite_lock(store_path, recording_id)),
+                FileLock(commit_lock(store_path, recording_id)),
+            ):
+                roll_forward(catalog, folder, recording_id)
 
 
 def beyond(catalog: Catalog, folder: Path, recording_id: str) -> Iterator[Beyond]:

@@ -42,7 +42,7 @@ from memdb.folder import open_folder
 from memdb.locks import FileLock, is_held, writer_lock
 from memdb.network import check_locks_hold
 from memdb.records import read_body, read_record
-from memdb.roll_forward import empty_ones, lost_recording, roll_forward, see_beyond
+from memdb.roll_forward import carry_out_forgettings, empty_ones, lost_recording, roll_forward, see_beyond
 from memdb.schemas.errors import (
     CorruptionError,
     EncodingMismatch,
@@ -90,7 +90,8 @@ class Store:
         folder = open_folder(path, create=create)
         if write:
             check_locks_hold(folder)
-            return cls(folder, Catalog(folder / CATALOG, write=True), write=True)
+            carry_out = partial(carry_out_forgettings, store_path=folder)
+            return cls(folder, Catalog(folder / CATALOG, write=True, on_open=carry_out), write=True)
         see = partial(see_beyond, store_path=folder)
         return cls(folder, Catalog(folder / CATALOG, write=False, on_open=see), write=False)
 
