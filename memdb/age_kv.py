@@ -83,12 +83,16 @@ def thinned(unit: Unit, spec: RecordingSpec, codec: str, retainer: str, from_ppm
 
 
 def _renumbered(keep: KeepSet, unit: int, chosen: list[Ids]) -> KeepSet:
-    """The tokens `chosen` of each block of a unit, counted anew; where they stand they keep."""
+    """The tokens `chosen` of each block of a unit, counted anew; where they stand they keep.
+
+    Tokens of earlier units are left out: those units are thinned too, by which their tokens are others.
+    """
     ids, positions = [], []
     for own, at in zip(keep.ids, keep.positions, strict=True):
-        _, blocks, tokens = split_ids(own)
+        units, blocks, tokens = split_ids(own)
         left = [
-            np.flatnonzero((blocks == block) & np.isin(tokens, kept)) for block, kept in enumerate(chosen)
+            np.flatnonzero((units == unit) & (blocks == block) & np.isin(tokens, kept))
+            for block, kept in enumerate(chosen)
         ]
         ids.append(
             np.concatenate(

@@ -37,6 +37,7 @@ from memdb.repair import repair
 from memdb.retain import THINNERS
 from memdb.rewrite import Change, Changed, rewrite
 from memdb.schemas.errors import Interrupted, StoreFull
+from memdb.schemas.keep import KeepSet, token_ids
 from memdb.schemas.rows import UnitRow
 from memdb.store import Store, recording_digest
 from memdb.survey import survey
@@ -159,6 +160,32 @@ def test_thinning_keeps_tokens_bit_for_bit_in_time_order(tmp_path: Path, codec: 
             for place, kv in restored(store, row, found).items():
                 assert torch.equal(kv.k, before[number][place].k[:, chosen])
                 assert torch.equal(kv.v, before[number][place].v[:, chosen])
+    assert_whole(path)
+
+
+def test_a_thinned_unit_tells_where_its_own_tokens_stand_and_nothing_of_others(tmp_path: Path) -> None:
+    """Tokens of an earlier unit are not taken for tokens of this one, and not told by numbers of long ago."""
+    path = tmp_path / "lobby.memdb"
+    block, token = np.divmod(np.arange(BLOCKS * T), T)
+    with (
+        Store.open(path, create=True, write=True) as store,
+        store.writer(spec(codec="int4", model=MODEL, started_at_ns=STARTED_NS)) as writer,
+    ):
+        for number in range(3):
+            ids = np.concatenate([token_ids(n, block, token) for n in range(number + 1)])
+            told = KeepSet((ids,) * L, (7 * np.arange(len(ids)),) * L)
+            writer.append([replace(kv_unit(number, DAY_NS, "int4"), keep=told)])
+    aged(path, 100, policy=Policy(ages=(THIN,)))
+    kept = THINNERS["uniform"]().choose(T, T // 2)
+    with Store.open(path) as store:
+        for row in store.units(store.recording("lobby").id):
+            found = store.read_keep(row)
+            assert found is not None
+            own = [token_ids(row.number, at, np.arange(len(kept))) for at in range(BLOCKS)]
+            stand = [7 * ((row.number * BLOCKS + at) * T + kept) for at in range(BLOCKS)]
+            told = KeepSet((np.concatenate(own),) * L, (np.concatenate(stand),) * L)
+            assert found.same(told)
+    assert states(path) == "ttt"
     assert_whole(path)
 
 
