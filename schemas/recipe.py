@@ -25,7 +25,12 @@ class Stage:
     method: str
     params: Mapping[str, Value] = field(default_factory=dict)
 
-    def with_params(self, **params: Value) -> Stage:
+    def __post_init__(self) -> None:
+        # It would take the method's own place in `as_json`, behind the rules' back.
+        if "method" in self.params:
+            raise RecipeError(f"'method' is no parameter of {self.method!r}: write STAGE=METHOD")
+
+    def with_params(self, /, **params: Value) -> Stage:
         return Stage(self.method, {**self.params, **params})
 
     def as_json(self) -> dict[str, object]:
@@ -81,7 +86,10 @@ class Recipe:
         return replace(self, **changes)  # type: ignore[arg-type]
 
     def with_settings(self, settings: Iterable[str]) -> Recipe:
-        """Apply `STAGE.PARAM=VALUE` or `STAGE=METHOD`, as `--set` takes them. Values are read as TOML."""
+        """Apply `STAGE.PARAM=VALUE` or `STAGE=METHOD`, as `--set` takes them. Values are read as TOML.
+
+        `STAGE.method=METHOD`, as a file would have it, is `STAGE=METHOD`.
+        """
         recipe = self
         for setting in settings:
             target, sign, text = setting.partition("=")
@@ -90,7 +98,7 @@ class Recipe:
                 raise RecipeError(f"cannot read {setting!r}: write STAGE.PARAM=VALUE or STAGE=METHOD")
             stage = recipe.stage(stage_name)
             value = _value(text.strip())
-            if param:
+            if param and param != "method":
                 recipe = recipe.with_stage(stage_name, stage.with_params(**{param: value}))
             else:
                 recipe = recipe.with_stage(stage_name, Stage(str(value)))
@@ -164,6 +172,8 @@ def _value(text: str) -> Value:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text  # a bare word
+    except (ValueError, RecursionError):  # a number of thousands of digits, brackets without end
+        raise RecipeError(f"cannot read {text[:40]!r}...: give a number, a word or a truth value") from None
     return _scalar(text, value)
 
 

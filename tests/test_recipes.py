@@ -202,6 +202,36 @@ def test_a_file_changes_its_base_stage_by_stage(tmp_path: Path) -> None:
     assert recipe(path, settings=("unit.frames=2",), codec="raw").unit.params["frames"] == 2
 
 
+def test_a_method_that_is_set_like_a_parameter_is_a_method_to_the_rules() -> None:
+    """`as_json` would let it take the method's own place, behind them."""
+    with pytest.raises(RecipeError, match=r"not legal \(R10b\)"):
+        recipe("uniform", settings=("retrieve.method=topk",))
+    assert recipe("uniform", settings=("retain.method=recent",)).retain == Stage("recent")
+    with pytest.raises(RecipeError, match="write STAGE=METHOD"):
+        Stage("all").with_params(method="topk")
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("9" * 400, "too large"),
+        ("9" * 5000, "cannot read '999"),
+        ("[" * 5000, "cannot read"),
+    ],
+)
+def test_values_without_end_are_refused_like_others(value: str, says: str) -> None:
+    with pytest.raises(RecipeError, match=says) as caught:
+        compose(recipe("uniform", settings=(f"retain.budget_tokens={value}",)))
+    assert len(str(caught.value)) < 200
+
+
+def test_any_word_may_be_typed_as_a_parameter(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no parameter 'self'"):
+        compose(recipe("rekv", settings=("retain.self=1",)))
+    with pytest.raises(RecipeError, match="no parameter 'self'"):
+        compose(recipe(toml(tmp_path, 'base = "rekv"\n[retain]\nself = 1')))
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
