@@ -308,6 +308,7 @@ BROKEN: dict[str, Recipe] = {
     "R14": REKV.with_stage("retrieve", Stage("mmr")),
     "R14b": REKV.with_stage("retrieve", Stage("external")),
     "R14c": MEMORY.with_stage("index", Stage("frame_embedding")),
+    "R14d": HYBRID.with_stage("retrieve", Stage("mmr")),
     "R15": RLIVS.with_stage("caption", Stage("blocks")),
     "R18": HYBRID.with_stage("reduce", Stage("recurrent")),
     "R8": HYBRID.with_stage("reduce", Stage("recurrent")).with_stage("caption", Stage("clip")),
