@@ -233,7 +233,7 @@ def recipe(
     if text in named:
         found = named[text]
     elif text.endswith(".toml"):
-        found = read_toml(Path(text), named)
+        found = read_toml(Path(text), named, _with_profile)
     else:
         raise RecipeError(
             f"unknown recipe {text!r}: choose one of {', '.join(known)}, or a FILE.toml; "

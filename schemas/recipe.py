@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -147,8 +147,13 @@ def encoding_stages(recipe: Recipe) -> tuple[str, ...]:
     return (*ENCODING_STAGES, "write") if recipe.reads_back else ENCODING_STAGES
 
 
-def read_toml(path: Path, bases: Mapping[str, Recipe]) -> Recipe:
-    """A recipe from a TOML file: `base = "hybrid"`, then a table per stage that differs."""
+def read_toml(
+    path: Path, bases: Mapping[str, Recipe], with_profile: Callable[[Recipe, str], Recipe]
+) -> Recipe:
+    """A recipe from a TOML file: `base = "hybrid"`, then a table per stage that differs.
+
+    A `profile` is the base's, as `--profile` would take it, and the tables go over it.
+    """
     try:
         if path.stat().st_size > _FILE_BYTES_MAX:
             raise RecipeError(f"{path} is too long for a recipe: a few tables are enough")
@@ -159,7 +164,12 @@ def read_toml(path: Path, bases: Mapping[str, Recipe]) -> Recipe:
     if base_name is not None and (not isinstance(base_name, str) or base_name not in bases):
         raise RecipeError(f"unknown base recipe {base_name!r}: the recipes are {', '.join(sorted(bases))}")
     data.setdefault("name", path.stem)
-    return Recipe.from_json(data, base=bases[base_name] if base_name is not None else None)
+    if base_name is None:
+        return Recipe.from_json(data)
+    base = bases[base_name]
+    if "profile" in data:
+        base = with_profile(base, str(data["profile"]))
+    return Recipe.from_json(data, base=base)
 
 
 def canonical(data: object) -> bytes:

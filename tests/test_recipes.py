@@ -225,6 +225,14 @@ def test_values_without_end_are_refused_like_others(value: str, says: str) -> No
     assert len(str(caught.value)) < 200
 
 
+def test_a_profile_in_a_file_is_the_one_of_its_base(tmp_path: Path) -> None:
+    """It would say `paper` of a recording that is none of the paper's."""
+    row = recipe(toml(tmp_path, 'base = "rekv"\nprofile = "paper"\n[retrieve]\nblocks = 8'))
+    assert (row.profile, row.retrieve.params["sim"], row.retrieve.params["blocks"]) == ("paper", "cos", 8)
+    with pytest.raises(RecipeError, match="no code was released to follow"):
+        recipe(toml(tmp_path, 'base = "livevlm"\nprofile = "code"'))
+
+
 def test_any_word_may_be_typed_as_a_parameter(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no parameter 'self'"):
         compose(recipe("rekv", settings=("retain.self=1",)))
