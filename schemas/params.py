@@ -70,3 +70,9 @@ def share(where: str, value: float) -> None:
     """Raises RecipeError for a share outside (0, 1]."""
     if not 0 < value <= 1:
         raise RecipeError(f"{where} = {value!r} is no share: give more than 0 and at most 1")
+
+
+def share_or_none(where: str, value: float) -> None:
+    """Raises RecipeError for a share outside [0, 1]."""
+    if not 0 <= value <= 1:
+        raise RecipeError(f"{where} = {value!r} is no share: give 0 to 1")

@@ -158,8 +158,8 @@ def test_settings_that_cannot_be_are_refused_with_a_way_out(setting: str, says: 
         composed(setting)
 
 
-def composed(setting: str) -> None:
-    row = recipe("hybrid", settings=(setting,))
+def composed(setting: str, name: str = "hybrid") -> None:
+    row = recipe(name, settings=(setting,))
     compose(row)
     compose_query(row)
 
@@ -209,6 +209,21 @@ def test_a_method_that_is_set_like_a_parameter_is_a_method_to_the_rules() -> Non
     assert recipe("uniform", settings=("retain.method=recent",)).retain == Stage("recent")
     with pytest.raises(RecipeError, match="write STAGE=METHOD"):
         Stage("all").with_params(method="topk")
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("infinipot-v", "retain.exempt=1.5"),
+        ("streammem", "retain.prototype_share=-0.5"),
+        ("livevlm", "retain.top=2.0"),
+        ("livevlm", "retrieve.ratio=1.5"),
+        ("rlivs", "retrieve.relevance=1.5"),
+    ],
+)
+def test_a_share_that_may_be_nothing_is_named_with_its_value_and_its_range(name: str, setting: str) -> None:
+    with pytest.raises(RecipeError, match=f"^{setting.replace('=', ' = ')} is no share: give 0 to 1$"):
+        composed(setting, name)
 
 
 @pytest.mark.parametrize(
