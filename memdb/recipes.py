@@ -177,6 +177,7 @@ _CONTROL = replace(
     retrieve=Stage("all"),
     rebuild=Stage("original"),
 )
+_HELD = ("budget_tokens", "short_frames")  # what says how much a memory holds, whatever it is that it holds
 CONTROLS: dict[str, Recipe] = {
     name: replace(_CONTROL, name=name, retain=Stage(name, {"budget_tokens": 6144}))
     for name in ("uniform", "recent")
@@ -232,7 +233,7 @@ def recipe(
     if text in named:
         found = named[text]
     elif text.endswith(".toml"):
-        found = read_toml(Path(text), named)
+        found = read_toml(Path(text), named, _with_profile)
     else:
         raise RecipeError(
             f"unknown recipe {text!r}: choose one of {', '.join(known)}, or a FILE.toml; "
@@ -254,12 +255,13 @@ def control(found: Recipe, method: str) -> Recipe:
             f"recipe {found.name!r} has no budget that a control could have too: set encode = 'chunk' and "
             "retain.budget_tokens"
         )
+    kept = {name: found.retain.params[name] for name in _HELD if name in found.retain.params}
     encode = {name: value for name, value in found.encode.params.items() if not name.startswith("probe")}
     return replace(
         found,
         name=f"{found.name}-{method}",
         encode=Stage("chunk", encode),
-        retain=Stage(method, {"budget_tokens": budget}),
+        retain=Stage(method, kept),
     )
 
 

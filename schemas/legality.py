@@ -82,6 +82,12 @@ RULES: tuple[Rule, ...] = (
         "encode = 'window', or index = 'mean_key' with retrieve = 'all'",
     ),
     Rule(
+        "R14d",
+        lambda r: r.retrieve.method == "mmr" and r.keeps_kv,
+        "caption retrieval reads captions alone, and no question could read the KV that is stored: set retrieve = "
+        "'topk', whose caption_tokens adds captions, or begin with base = 'rlivs'",
+    ),
+    Rule(
         "R15",
         lambda r: r.caption.method == "blocks" and not r.keeps_kv,
         "captions over blocks read the clip's KV: set write to a codec, or caption = 'clip'",

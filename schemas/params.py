@@ -48,7 +48,9 @@ def bare(stage: str, row: Stage, methods: Collection[str]) -> None:
 
 def _checked(where: str, value: object, kind: type) -> object:
     if isinstance(value, int | float) and abs(value) > LARGEST:
-        raise RecipeError(f"{where} = {value:.3g} is too large: give at most {LARGEST}")
+        is_short = isinstance(value, float) or abs(value) < 1e300  # a longer one is no float
+        shown = f"{value:.3g}" if is_short else "a number of that length"
+        raise RecipeError(f"{where} = {shown} is too large: give at most {LARGEST}")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
@@ -68,3 +70,9 @@ def share(where: str, value: float) -> None:
     """Raises RecipeError for a share outside (0, 1]."""
     if not 0 < value <= 1:
         raise RecipeError(f"{where} = {value!r} is no share: give more than 0 and at most 1")
+
+
+def share_or_none(where: str, value: float) -> None:
+    """Raises RecipeError for a share outside [0, 1]."""
+    if not 0 <= value <= 1:
+        raise RecipeError(f"{where} = {value!r} is no share: give 0 to 1")

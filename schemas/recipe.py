@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,7 +25,12 @@ class Stage:
     method: str
     params: Mapping[str, Value] = field(default_factory=dict)
 
-    def with_params(self, **params: Value) -> Stage:
+    def __post_init__(self) -> None:
+        # It would take the method's own place in `as_json`, behind the rules' back.
+        if "method" in self.params:
+            raise RecipeError(f"'method' is no parameter of {self.method!r}: write STAGE=METHOD")
+
+    def with_params(self, /, **params: Value) -> Stage:
         return Stage(self.method, {**self.params, **params})
 
     def as_json(self) -> dict[str, object]:
@@ -81,7 +86,10 @@ class Recipe:
         return replace(self, **changes)  # type: ignore[arg-type]
 
     def with_settings(self, settings: Iterable[str]) -> Recipe:
-        """Apply `STAGE.PARAM=VALUE` or `STAGE=METHOD`, as `--set` takes them. Values are read as TOML."""
+        """Apply `STAGE.PARAM=VALUE` or `STAGE=METHOD`, as `--set` takes them. Values are read as TOML.
+
+        `STAGE.method=METHOD`, as a file would have it, is `STAGE=METHOD`.
+        """
         recipe = self
         for setting in settings:
             target, sign, text = setting.partition("=")
@@ -90,7 +98,7 @@ class Recipe:
                 raise RecipeError(f"cannot read {setting!r}: write STAGE.PARAM=VALUE or STAGE=METHOD")
             stage = recipe.stage(stage_name)
             value = _value(text.strip())
-            if param:
+            if param and param != "method":
                 recipe = recipe.with_stage(stage_name, stage.with_params(**{param: value}))
             else:
                 recipe = recipe.with_stage(stage_name, Stage(str(value)))
@@ -139,8 +147,13 @@ def encoding_stages(recipe: Recipe) -> tuple[str, ...]:
     return (*ENCODING_STAGES, "write") if recipe.reads_back else ENCODING_STAGES
 
 
-def read_toml(path: Path, bases: Mapping[str, Recipe]) -> Recipe:
-    """A recipe from a TOML file: `base = "hybrid"`, then a table per stage that differs."""
+def read_toml(
+    path: Path, bases: Mapping[str, Recipe], with_profile: Callable[[Recipe, str], Recipe]
+) -> Recipe:
+    """A recipe from a TOML file: `base = "hybrid"`, then a table per stage that differs.
+
+    A `profile` is the base's, as `--profile` would take it, and the tables go over it.
+    """
     try:
         if path.stat().st_size > _FILE_BYTES_MAX:
             raise RecipeError(f"{path} is too long for a recipe: a few tables are enough")
@@ -151,7 +164,12 @@ def read_toml(path: Path, bases: Mapping[str, Recipe]) -> Recipe:
     if base_name is not None and (not isinstance(base_name, str) or base_name not in bases):
         raise RecipeError(f"unknown base recipe {base_name!r}: the recipes are {', '.join(sorted(bases))}")
     data.setdefault("name", path.stem)
-    return Recipe.from_json(data, base=bases[base_name] if base_name is not None else None)
+    if base_name is None:
+        return Recipe.from_json(data)
+    base = bases[base_name]
+    if "profile" in data:
+        base = with_profile(base, str(data["profile"]))
+    return Recipe.from_json(data, base=base)
 
 
 def canonical(data: object) -> bytes:
@@ -164,6 +182,8 @@ def _value(text: str) -> Value:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text  # a bare word
+    except (ValueError, RecursionError):  # a number of thousands of digits, brackets without end
+        raise RecipeError(f"cannot read {text[:40]!r}...: give a number, a word or a truth value") from None
     return _scalar(text, value)
 
 

@@ -19,6 +19,7 @@ from memdb.models.cache import CacheContext
 from memdb.models.places import Places
 from memdb.models.protocol import VideoModel
 from memdb.recipes import CONTROLS, HYBRID, RECIPES, control, recipe
+from memdb.retain.base import Bounded
 from memdb.schemas.errors import RecipeError
 from memdb.schemas.keep import split_ids
 from memdb.schemas.legality import check
@@ -124,6 +125,16 @@ def test_h4_a_control_differs_from_a_recipe_in_what_is_kept_and_in_nothing_else(
     assert {k: v for k, v in paper.encode.params.items() if not k.startswith("probe")} == found.encode.params
     others = ("unit", "reduce", "caption", "write", "index", "retrieve", "rebuild", "answer")
     assert all(found.stage(stage) == paper.stage(stage) for stage in others)
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_h4_a_control_of_two_pools_has_two_pools(name: str) -> None:
+    """Beside a memory that holds 32 whole frames more, a control without them would lose by its size alone."""
+    paper, found = compose(RECIPES["livevlm"]).retain, compose(control(RECIPES["livevlm"], name)).retain
+    assert isinstance(paper, Bounded)
+    assert isinstance(found, Bounded)
+    assert (paper.budget_tokens, paper.short_frames) == (12_288, 32)
+    assert (found.budget_tokens, found.short_frames) == (12_288, 32)
 
 
 def test_a_control_needs_a_budget_to_be_held_to() -> None:

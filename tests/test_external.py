@@ -471,5 +471,7 @@ def test_runs_of_neighbours_are_ranked_by_their_mean() -> None:
     vectors = np.array([[1, 0], [0, 1], [0.9, 0.1], [0.8, 0.2], [1, 0.1]], np.float32)
     found = External(2, group=2).select(vectors, np.array([1, 0], np.float32), np.ones(5, bool), 2)
     assert found.tolist() == [4], "a shorter run at the end counts as one, and it is the best here"
+    found = External(4, group=4).select(vectors, np.array([0, 1], np.float32), np.ones(5, bool), 2)
+    assert found.tolist() == [0, 1], "a plan may have room for less than a run"
     with pytest.raises(RecipeError, match="no multiple"):
         External(3, group=2)

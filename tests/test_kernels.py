@@ -300,6 +300,43 @@ def test_numbers_that_do_not_go_together_are_refused_too(
     assert not (tmp_path / "out.npz").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("ctr", {"tokens": 99}, "a frame of this model has"),
+        ("ctr", {"tokens": -3}, "too small"),
+        ("ctr", {"neighbours": 0}, "too small"),
+        ("ctr", {"beta": 3.0}, "no share"),
+        ("dpc", {"neighbours": 0}, "too small"),
+        ("dpc", {"clusters": -1}, "too small"),
+        ("oqm_pack", {"bits": 3}, "give 4 or 2"),
+        ("oqm_unpack", {"bits": 3}, "give 4 or 2"),
+        ("oqm_unpack", {"tokens": 999}, "bytes hold"),
+        ("select_kv_retrieve", {"blocks": np.array([0, 50, 40, 60])}, "give 1 to 60"),
+        ("select_kv_retrieve", {"blocks": np.array([60, 50, 40, 61])}, "give 1 to 60"),
+        ("tar_van_code", {"frame_tokens": -36}, "at least 1"),
+        ("tar_van_code", {"frames_kept": 0}, "at least 1"),
+    ],
+)
+def test_numbers_that_mean_nothing_give_no_arrays(
+    name: str, change: Arrays, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They gave arrays, of another size than was asked for or of no meaning, with exit code 0."""
+    np.savez(tmp_path / "in.npz", **{**CASES[name]()[0], **change})
+    assert main([name, str(tmp_path / "in.npz"), str(tmp_path / "out.npz")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out.npz").exists()
+
+
+def test_of_equals_the_newest_frame_stays_and_in_it_the_lowest_patch(tmp_path: Path) -> None:
+    arrays = {"importance": np.ones(6, np.float32), "position": np.arange(6), "budget_tokens": 2, "top": 1.0}
+    for frame, kept in ((np.arange(6) // 3, [3, 4]), (None, [4, 5])):
+        more = {} if frame is None else {"frame": frame}
+        np.savez(tmp_path / "in.npz", **arrays, **more)
+        assert main(["vision_sink", str(tmp_path / "in.npz"), str(tmp_path / "out.npz")]) == 0
+        assert np.load(tmp_path / "out.npz")["kept"].tolist() == kept
+
+
 def test_integers_stand_for_floats_and_half_precision_stays_itself(tmp_path: Path) -> None:
     """Values of a cache in fp16 are compared in fp16, as the released code does."""
     k, v = drawn(2, 56, 8).astype(np.float16), drawn(2, 56, 8, seed=1).astype(np.float16)

@@ -533,7 +533,7 @@ def test_the_row_is_the_papers_and_its_values_are_settable() -> None:
         (("index=mean_key",), r"R12b\)"),
         (("encode=window",), r"not legal \(R8c"),
         (("rebuild=consecutive",), r"not legal \(R2\)"),
-        (("retrieve.ratio=1.5",), "too small"),
+        (("retrieve.ratio=1.5",), r"retrieve\.ratio = 1\.5 is no share: give 0 to 1"),
         (("retrieve.page_tokens=0",), "too small"),
         (("retain.short_frames=-1",), "too small"),
         (("retain.bucket_tokens=5",), "is no multiple"),

@@ -158,8 +158,8 @@ def test_settings_that_cannot_be_are_refused_with_a_way_out(setting: str, says: 
         composed(setting)
 
 
-def composed(setting: str) -> None:
-    row = recipe("hybrid", settings=(setting,))
+def composed(setting: str, name: str = "hybrid") -> None:
+    row = recipe(name, settings=(setting,))
     compose(row)
     compose_query(row)
 
@@ -200,6 +200,59 @@ def test_a_file_changes_its_base_stage_by_stage(tmp_path: Path) -> None:
     unchanged = set(STAGES) - {"unit", "write", "retrieve"}
     assert all(row.stage(name) == HYBRID.stage(name) for name in unchanged)
     assert recipe(path, settings=("unit.frames=2",), codec="raw").unit.params["frames"] == 2
+
+
+def test_a_method_that_is_set_like_a_parameter_is_a_method_to_the_rules() -> None:
+    """`as_json` would let it take the method's own place, behind them."""
+    with pytest.raises(RecipeError, match=r"not legal \(R10b\)"):
+        recipe("uniform", settings=("retrieve.method=topk",))
+    assert recipe("uniform", settings=("retain.method=recent",)).retain == Stage("recent")
+    with pytest.raises(RecipeError, match="write STAGE=METHOD"):
+        Stage("all").with_params(method="topk")
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("infinipot-v", "retain.exempt=1.5"),
+        ("streammem", "retain.prototype_share=-0.5"),
+        ("livevlm", "retain.top=2.0"),
+        ("livevlm", "retrieve.ratio=1.5"),
+        ("rlivs", "retrieve.relevance=1.5"),
+    ],
+)
+def test_a_share_that_may_be_nothing_is_named_with_its_value_and_its_range(name: str, setting: str) -> None:
+    with pytest.raises(RecipeError, match=f"^{setting.replace('=', ' = ')} is no share: give 0 to 1$"):
+        composed(setting, name)
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("9" * 400, "too large"),
+        ("9" * 5000, "cannot read '999"),
+        ("[" * 5000, "cannot read"),
+    ],
+)
+def test_values_without_end_are_refused_like_others(value: str, says: str) -> None:
+    with pytest.raises(RecipeError, match=says) as caught:
+        compose(recipe("uniform", settings=(f"retain.budget_tokens={value}",)))
+    assert len(str(caught.value)) < 200
+
+
+def test_a_profile_in_a_file_is_the_one_of_its_base(tmp_path: Path) -> None:
+    """It would say `paper` of a recording that is none of the paper's."""
+    row = recipe(toml(tmp_path, 'base = "rekv"\nprofile = "paper"\n[retrieve]\nblocks = 8'))
+    assert (row.profile, row.retrieve.params["sim"], row.retrieve.params["blocks"]) == ("paper", "cos", 8)
+    with pytest.raises(RecipeError, match="no code was released to follow"):
+        recipe(toml(tmp_path, 'base = "livevlm"\nprofile = "code"'))
+
+
+def test_any_word_may_be_typed_as_a_parameter(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no parameter 'self'"):
+        compose(recipe("rekv", settings=("retain.self=1",)))
+    with pytest.raises(RecipeError, match="no parameter 'self'"):
+        compose(recipe(toml(tmp_path, 'base = "rekv"\n[retain]\nself = 1')))
 
 
 @pytest.mark.parametrize(
@@ -278,6 +331,7 @@ BROKEN: dict[str, Recipe] = {
     "R14": REKV.with_stage("retrieve", Stage("mmr")),
     "R14b": REKV.with_stage("retrieve", Stage("external")),
     "R14c": MEMORY.with_stage("index", Stage("frame_embedding")),
+    "R14d": HYBRID.with_stage("retrieve", Stage("mmr")),
     "R15": RLIVS.with_stage("caption", Stage("blocks")),
     "R18": HYBRID.with_stage("reduce", Stage("recurrent")),
     "R8": HYBRID.with_stage("reduce", Stage("recurrent")).with_stage("caption", Stage("clip")),

@@ -164,6 +164,16 @@ def test_r4_a_short_tail_is_a_run_of_its_own() -> None:
     assert grouped(np.ones(7, np.float32), rows, 3, 1).tolist() == [10, 11, 12]  # ties go to the earlier run
 
 
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_r4_no_more_than_a_plan_has_room_for_where_that_is_less_than_a_run(
+    search: KeySearch, blocks: int
+) -> None:
+    query = np.ones(search.table.key_size, np.float32)
+    rows = BlockTopK(blocks=8, group=4).select(search, 1, query, np.ones(23, bool), blocks)
+    assert 1 <= len(rows) <= blocks
+    assert len(rows) == rows[-1] - rows[0] + 1, "neighbours"
+
+
 @pytest.mark.parametrize(("blocks", "group"), [(10, 3), (2, 4), (7, 2)])
 def test_r4_r_must_be_a_multiple_of_the_group(blocks: int, group: int) -> None:
     with pytest.raises(RecipeError, match="no multiple"):

@@ -259,6 +259,11 @@ def test_a_single_frame_is_kept_in_every_mode() -> None:
         assert [row.tolist() for row in kept] == [[0]] * 4
 
 
+@pytest.mark.parametrize("mode", ["paper", "code", "fixed"])
+def test_a_share_of_nearly_nothing_leaves_a_frame_to_each_layer(mode: str) -> None:
+    assert SelectKV(1e-12, mode).counts([torch.randn(64) for _ in range(4)]) == [1] * 4
+
+
 def test_top_blocks_takes_no_more_than_there_is() -> None:
     assert [row.tolist() for row in top_blocks([torch.tensor([1.0, 2.0])], [5])] == [[0, 1]]
 

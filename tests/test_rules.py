@@ -82,6 +82,7 @@ HELD: dict[str, tuple[str, ...]] = {
         "rule R14",
         "rule R14b",
         "rule R14c",
+        "rule R14d",
         "test_external.py::test_every_layer_reads_the_frames_that_are_nearest_and_full_recall_is_full_attention",
     ),
     "R15": ("rule R15", "test_reference_hybrid.py::test_h1_every_block_that_overlaps_a_clip_and_no_other"),
@@ -186,6 +187,7 @@ def test_r5_pooling_needs_rows_and_columns() -> None:
         ('base = "uniform"\nretrieve = "topk"', r"is not legal \(R10b\)"),
         ('base = "uniform"\nindex = "frame_embedding"', r"is not legal \(R14c\)"),
         ('base = "rekv"\nretain = "recent"', r"is not legal \(R8c\)"),
+        ('base = "hybrid"\nretrieve = "mmr"', r"is not legal \(R14d\)"),
         ('base = "rekv"\n[caption]\nmethod = "blocks"\nshare = 0.0', r"share = 0\.0 is no share"),
         ('base = "rekv"\n[reduce]\nmethod = "ctr"\nbeta = 1.5', r"reduce\.beta = 1\.5 is no share"),
         (

@@ -27,6 +27,7 @@ from memdb.retain.tar_van_code import code_choice
 from memdb.retain.template import Template
 from memdb.retain.view import LayerView
 from memdb.retain.vision_sink import VisionSink
+from memdb.schemas.errors import UsageError
 from memdb.schemas.units import BlockKind
 from tools import kernel_reduce
 
@@ -70,6 +71,8 @@ def _rows(scores: Tensor, blocks: Tensor | None) -> list[Tensor]:
     """Scores (L, T) -> a vector a layer; layers may hold fewer than T blocks."""
     if blocks is None:
         return list(scores)
+    if len(blocks) and not 1 <= int(blocks.min()) <= int(blocks.max()) <= scores.shape[1]:
+        raise UsageError(f"blocks = {blocks.tolist()}: give 1 to {scores.shape[1]} of each layer")
     return [row[: int(count)] for row, count in zip(scores, blocks, strict=True)]
 
 
@@ -152,10 +155,15 @@ def _scored(position: Tensor, frame: Tensor, received: Tensor, prototype: Tensor
 
 
 def _vision_sink(
-    importance: Tensor, position: Tensor, budget_tokens: int, bucket_tokens: int, top: float
+    importance: Tensor,
+    position: Tensor,
+    budget_tokens: int,
+    bucket_tokens: int,
+    top: float,
+    frame: Tensor | None = None,
 ) -> dict[str, Tensor | Array]:
     method = VisionSink(budget_tokens, bucket_tokens, top)
-    return {"kept": method.choose(_scored(position, position, importance))}
+    return {"kept": method.choose(_scored(position, position if frame is None else frame, importance))}
 
 
 def _template(
@@ -404,11 +412,13 @@ KERNELS: dict[str, Kernel] = {
         _KEPT,
     ),
     "vision_sink": Kernel(
-        "The best `top` of the budget, then buckets over original positions (LiveVLM, VSB). Positions ascend",
+        "The best `top` of the budget, then buckets over original positions, which ascend. Without `frame` every token "
+        "is a frame of its own: of equals the newest stays (LiveVLM, VSB)",
         _vision_sink,
         {
             "importance": Spec(FLOATS, "T"),
             "position": Spec(INTS, "T"),
+            "frame": Spec(INTS, "T", optional=True),
             "budget_tokens": Spec(INTS, ""),
             "bucket_tokens": Spec(INTS, "", 1),
             "top": Spec(FLOATS, "", 0.5),

@@ -16,8 +16,10 @@ import torch
 
 from memdb.ingest.frames import SeenFrame
 from memdb.ingest.reduce import dpc as peaks
-from memdb.ingest.reduce.ctr import reduce_frames, static_tokens
+from memdb.ingest.reduce.ctr import CausalTemporal, reduce_frames, static_tokens
 from memdb.ingest.units.segment import SemanticSegment
+from memdb.schemas.errors import UsageError
+from memdb.schemas.params import at_least
 
 Array = npt.NDArray[Any]
 SCALE_MIN = 1e-8  # the released code's floor of a scale; in fp16 it is 0
@@ -41,19 +43,21 @@ def ctr(
     out; tokens int, G; tau, beta float; neighbours int; released bool, else the textbook's delta.
     out: tokens as frames (F, G, E), by place; raster int64 (F, G), ascending; static bool (F, N).
     """
+    at_least("tokens", int(tokens), 1)
+    method = CausalTemporal(int(tokens), float(tau), int(neighbours), float(beta), _kind(released))
     shown = torch.from_numpy(np.ascontiguousarray(frames))
     last = None if before is None else torch.from_numpy(np.ascontiguousarray(before))
-    static = static_tokens(shown, last, float(tau))
+    static = static_tokens(shown, last, method.tau)
     noise = torch.zeros(shown.shape[:2]) if jitter is None else torch.from_numpy(np.ascontiguousarray(jitter))
     kept, raster = reduce_frames(
         shown,
         torch.from_numpy(np.ascontiguousarray(saliency)),
         static,
-        int(tokens),
+        method.kept(shown.shape[1]),
         noise,
-        neighbours=int(neighbours),
-        beta=float(beta),
-        kind=_kind(released),
+        neighbours=method.neighbours,
+        beta=method.beta,
+        kind=method.dpc,
     )
     return {"tokens": kept.numpy(), "raster": raster.numpy(), "static": static.numpy()}
 
@@ -63,12 +67,14 @@ def dpc(
 ) -> dict[str, Array]:
     """Density peaks (StreamingTOM): which points are centres.
 
-    in: points float16/32 (n, E); clusters int, at most n; neighbours int; jitter float32/64 (n,), 0 where left out;
-    released bool, else the textbook's delta.
+    in: points float16/32 (n, E); clusters int, more than n are n; neighbours int; jitter float32/64 (n,), 0 where left
+    out; released bool, else the textbook's delta.
     out: centres int64 (clusters,), ascending.
     """
     frame = torch.from_numpy(np.ascontiguousarray(points))[None]  # (1, n, E)
     n, kind = frame.shape[1], _kind(released)
+    at_least("clusters", int(clusters), 0)
+    at_least("neighbours", int(neighbours), 1)
     noise = torch.zeros(n) if jitter is None else torch.from_numpy(np.ascontiguousarray(jitter))
     found = peaks.centres(
         peaks.distances(frame, kind=kind),
@@ -88,6 +94,7 @@ def oqm_pack(x: Array, bits: int = 4) -> dict[str, Array]:
     out: packed uint8 (..., ceil(G / (8 / bits)), D), the first token in the lowest bits, the end padded with 0; scale
     and minimum as x (..., D). All is computed in the kind of x. Where a scale is 0, the codes are 0.
     """
+    _check_bits(bits)
     values, per_byte, levels = torch.from_numpy(np.ascontiguousarray(x)), 8 // int(bits), 2 ** int(bits) - 1
     low = values.amin(-2, keepdim=True)
     scale = ((values.amax(-2, keepdim=True) - low) / levels).clamp(min=SCALE_MIN)
@@ -107,6 +114,11 @@ def oqm_unpack(packed: Array, scale: Array, minimum: Array, tokens: int, bits: i
     in: packed uint8 (..., ceil(G / (8 / bits)), D); scale, minimum float16/32 (..., D); tokens int, G; bits int.
     out: x as scale (..., G, D).
     """
+    _check_bits(bits)
+    if not 0 <= int(tokens) <= packed.shape[-2] * 8 // int(bits):
+        raise UsageError(
+            f"tokens = {int(tokens)}: {packed.shape[-2]} bytes hold {packed.shape[-2] * 8 // int(bits)}"
+        )
     stored, bits = torch.from_numpy(np.ascontiguousarray(packed)), int(bits)
     places = [(stored >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
     codes = torch.stack(places, -2).flatten(-3, -2)[..., : int(tokens), :]
@@ -137,6 +149,11 @@ def segment(
         "last": np.array([frame.end_ns - 1 for frame in units], np.int64),
         "segment": np.array([number for number, group in enumerate(closed) for _ in group], np.int64),
     }
+
+
+def _check_bits(bits: int) -> None:
+    if int(bits) not in (2, 4):
+        raise UsageError(f"bits = {int(bits)}: give 4 or 2")
 
 
 def _kind(released: bool) -> str:

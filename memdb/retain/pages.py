@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from memdb.index.mean_key import fold
-from memdb.schemas.params import at_least
+from memdb.schemas.params import at_least, share_or_none
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,7 @@ class Pages:
 
     def __post_init__(self) -> None:
         at_least("retrieve.page_tokens", self.page_tokens, 1)
-        at_least("retrieve.ratio", self.ratio, 0)
-        at_least("1 - retrieve.ratio", 1 - self.ratio, 0)
+        share_or_none("retrieve.ratio", self.ratio)
 
     def choose(self, q: Tensor, keys: Tensor) -> Tensor:
         """Page numbers, ascending. q (Hq, r, D) unrotated queries of a question; keys (pages, H, D)."""

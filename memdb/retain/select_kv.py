@@ -90,7 +90,8 @@ class SelectKV:
     def counts(self, scores: Sequence[Tensor]) -> list[int]:
         if self.mode == "code":
             return code_compress_counts(scores, self.keep, self.band)
-        total = sum(math.ceil(round(self.keep * len(score), 9)) for score in scores)  # 0.1 * 30 exceeds 3
+        # 0.1 * 30 exceeds 3; and however small the share is, every layer keeps one.
+        total = sum(max(1, math.ceil(round(self.keep * len(score), 9))) for score in scores)
         return exact_counts(scores, total, z_scores=self.mode == "fixed")
 
 

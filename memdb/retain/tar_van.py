@@ -12,7 +12,7 @@ from torch import Tensor
 from memdb.retain.base import Bounded, best_first
 from memdb.retain.view import LayerView, rows
 from memdb.schemas.errors import RecipeError
-from memdb.schemas.params import at_least, share
+from memdb.schemas.params import at_least, share, share_or_none
 
 KERNELS = (7, 5, 3, 1)  # sides of the pooling, from flat maps to spiky ones
 STEP = 2.0**-16  # of TaR scores: rounding noise of equal content must not decide between tokens
@@ -51,8 +51,7 @@ class TarVan(Bounded):
         super().__post_init__()
         share("retain.tar", self.tar)
         share("retain.recent", self.recent)
-        at_least("retain.exempt", self.exempt, 0)
-        at_least("1 - retain.exempt", 1 - self.exempt, 0)
+        share_or_none("retain.exempt", self.exempt)
         at_least("retain.budget_frames", self.budget_frames, 0)
         self.limits()
 

@@ -39,6 +39,10 @@ def code_choice(
     """
     if not 0 <= tar <= 1:
         raise RecipeError(f"tar = {tar} is no share: give 0 (norms alone) to 1")
+    if min(frame_tokens, frames_kept) < 1:
+        raise RecipeError(
+            f"{frames_kept} frames of {frame_tokens} tokens are no budget: give at least 1 of each"
+        )
     H, T, _ = k.shape
     frames, left = divmod(T, frame_tokens)
     if left:

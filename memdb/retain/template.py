@@ -13,7 +13,7 @@ from memdb.models.window import LayerKV
 from memdb.retain.base import Bounded, best_first, front
 from memdb.retain.prototypes import Prototypes, prototypes
 from memdb.retain.view import LayerView, sent
-from memdb.schemas.params import at_least
+from memdb.schemas.params import share_or_none
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,7 @@ class Template(Bounded):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("retain.prototype_share", self.prototype_share, 0)
-        at_least("1 - retain.prototype_share", 1 - self.prototype_share, 0)
+        share_or_none("retain.prototype_share", self.prototype_share)
 
     def order(self, view: LayerView) -> Tensor:
         assert view.importance is not None, "template retention needs the importance of a probe"

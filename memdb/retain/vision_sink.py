@@ -11,7 +11,7 @@ from torch import Tensor
 from memdb.retain.base import Bounded, best_first, front
 from memdb.retain.view import LayerView
 from memdb.schemas.errors import RecipeError
-from memdb.schemas.params import at_least, share
+from memdb.schemas.params import at_least, share_or_none
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,7 @@ class VisionSink(Bounded):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("retain.bucket_tokens", self.bucket_tokens, 1)
-        if self.top != 0:
-            share("retain.top", self.top)
+        share_or_none("retain.top", self.top)
         if self.budget_tokens % self.bucket_tokens:
             raise RecipeError(
                 f"retain.budget_tokens = {self.budget_tokens} is no multiple of "

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from memdb.query.retrieve.topk import Rows, grouped
+from memdb.query.retrieve.topk import Rows, in_runs
 from memdb.schemas.errors import RecipeError
 from memdb.schemas.params import at_least, share
 
@@ -21,7 +21,7 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class External:
-    """`blocks`: r, blocks in every layer. `group`: runs of this many neighbours are ranked and taken together.
+    """`blocks`: r, blocks in every layer. `group`: as in BlockTopK.
 
     `caption_tokens` and `relevance` are for the captions that mode `both` adds (see CaptionMMR).
     """
@@ -53,5 +53,5 @@ class External:
         lengths = np.maximum(np.linalg.norm(own, axis=1) * np.linalg.norm(query.astype(np.float64)), 1e-12)
         cosines = (own @ query.astype(np.float64) / lengths).astype(np.float32)
         if self.group > 1:
-            return grouped(cosines, candidates, self.group, max(1, blocks // self.group))
+            return in_runs(cosines, candidates, self.group, blocks)
         return np.sort(candidates[np.argsort(-cosines, kind="stable")[:blocks]])

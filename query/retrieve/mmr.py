@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from memdb.schemas.params import at_least
+from memdb.schemas.params import at_least, share_or_none
 
 Floats = npt.NDArray[np.float32]
 
@@ -22,8 +22,7 @@ class CaptionMMR:
 
     def __post_init__(self) -> None:
         at_least("retrieve.caption_tokens", self.caption_tokens, 0)
-        at_least("retrieve.relevance", self.relevance, 0)
-        at_least("1 - retrieve.relevance", 1 - self.relevance, 0)
+        share_or_none("retrieve.relevance", self.relevance)
 
 
 def mmr_order(vectors: Floats, query: Floats, relevance: float) -> Iterator[tuple[int, float]]:

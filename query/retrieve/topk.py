@@ -18,7 +18,8 @@ Rows = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class BlockTopK:
-    """`blocks`: r, blocks a layer. `group`: runs of this many neighbours are ranked and taken together.
+    """`blocks`: r, blocks a layer. `group`: runs of this many neighbours are ranked and taken together, or of fewer
+    where a budget leaves no room for that many.
 
     `sim`: dot as in the released code, cos as in the paper. `caption_tokens` and `relevance` are for the
     captions that mode `both` adds (see CaptionMMR).
@@ -70,7 +71,13 @@ class BlockTopK:
         hits = search.search(layer, query, len(candidates), rows=allowed)
         scores = np.full(len(search.table), np.nan, np.float32)
         scores[hits.rows] = hits.scores
-        return grouped(scores[candidates], candidates, self.group, max(1, blocks // self.group))
+        return in_runs(scores[candidates], candidates, self.group, blocks)
+
+
+def in_runs(scores: npt.NDArray[np.float32], rows: Rows, group: int, blocks: int) -> Rows:
+    """The best runs of `group` neighbours, never more than `blocks` >= 1 rows: a plan may leave less than a run."""
+    group = min(group, blocks)
+    return grouped(scores, rows, group, blocks // group)
 
 
 def grouped(scores: npt.NDArray[np.float32], rows: Rows, group: int, runs: int) -> Rows:
