@@ -183,8 +183,8 @@ def expected(bench: Bench, recipe: str, at: int, span: Span, *, touched: bool) -
         if isinstance(first._encoding, OpenMemory):  # of a bounded memory what does not overlap goes over
             encoder._encoding, memory = first._encoding, first._encoding.memory
             gone = torch.tensor([frame.number for frame in bench.frames if overlap(frame, span)])
-            for number, layer in enumerate(memory.layers):
-                memory.layers[number] = layer.at((~torch.isin(layer.frame, gone)).nonzero()[:, 0])
+            memory._hold([own.at((~torch.isin(own.frame, gone)).nonzero()[:, 0]) for own in memory.layers])
+            memory._note()
         opened = bench.frames[whole - len(first._carried.opened) : whole]
     units = without(bench, recipe, units, span)
     for batch in [opened, *batches(bench)[at // CHUNK :]]:
