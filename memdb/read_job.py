@@ -106,9 +106,8 @@ def _join(table: Table, places: npt.NDArray[np.int64], fds: Mapping[int, int]) -
     end = offset + table["stored_bytes"].astype(np.int64)
     gap = offset[1:] - end[:-1]
     near = (file[1:] == file[:-1]) & (gap >= 0) & (gap < ALIGNMENT_BYTES)
-    shift = np.where(
-        places >= 0, places - offset, _THROUGH
-    )  # the same: they lie in the buffer as in the file
+    # Of the same shift: they lie in the buffer as they lie in the file.
+    shift = np.where(places >= 0, places - offset, _THROUGH)
     joined = near & (shift[1:] == shift[:-1])
     chains = np.concatenate(([0], np.cumsum(~joined)))
     reach = end - offset[np.concatenate(([0], np.flatnonzero(~joined) + 1))][chains]

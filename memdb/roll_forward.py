@@ -71,18 +71,14 @@ def roll_forward(catalog: Catalog, folder: Path, recording_id: str) -> int:
 
 def see_beyond(catalog: Catalog, store_path: Path) -> None:
     """For a reader: take what no living writer is about to commit into its own copy of the catalog."""
-    folder = store_path / "segments"
-    forgotten = set(catalog.forgotten())
-    behind = {}
-    for recording_id in segment_files(folder):
-        if recording_id in forgotten or is_held(writer_lock(store_path, recording_id)):
-            continue
-        if found := list(beyond(catalog, folder, recording_id)):
-            behind[recording_id] = any(part.forgets_all for part in found)
+    behind = {
+        recording_id: any(part.forgets_all for part in found)
+        for recording_id, found in _left_behind(catalog, store_path)
+    }
     # A recording that was forgotten goes first: another one may have its name since.
     for recording_id in sorted(behind, key=lambda recording_id: not behind[recording_id]):
         catalog.database.into_memory()
-        roll_forward(catalog, folder, recording_id)
+        roll_forward(catalog, store_path / "segments", recording_id)
 
 
 def carry_out_forgettings(catalog: Catalog, store_path: Path) -> None:
@@ -90,17 +86,24 @@ def carry_out_forgettings(catalog: Catalog, store_path: Path) -> None:
 
     Readers see that it is so; a catalog that is written must not show them again. What somebody is at is left to him.
     """
-    folder, forgotten = store_path / "segments", set(catalog.forgotten())
-    for recording_id in segment_files(folder):
-        if recording_id in forgotten or is_held(writer_lock(store_path, recording_id)):
-            continue
-        if any(part.forgets_all for part in beyond(catalog, folder, recording_id)):
+    for recording_id, found in list(_left_behind(catalog, store_path)):
+        if any(part.forgets_all for part in found):
             with (
                 suppress(LockedError),
                 FileLock(rewrite_lock(store_path, recording_id)),
                 FileLock(commit_lock(store_path, recording_id)),
             ):
-                roll_forward(catalog, folder, recording_id)
+                roll_forward(catalog, store_path / "segments", recording_id)
+
+
+def _left_behind(catalog: Catalog, store_path: Path) -> Iterator[tuple[str, list[Beyond]]]:
+    """Of each recording that nobody writes, what its segments hold beyond the catalog, where they do."""
+    folder, forgotten = store_path / "segments", set(catalog.forgotten())
+    for recording_id in segment_files(folder):
+        if recording_id in forgotten or is_held(writer_lock(store_path, recording_id)):
+            continue
+        if found := list(beyond(catalog, folder, recording_id)):
+            yield recording_id, found
 
 
 def beyond(catalog: Catalog, folder: Path, recording_id: str) -> Iterator[Beyond]:
@@ -128,14 +131,11 @@ def beyond(catalog: Catalog, folder: Path, recording_id: str) -> Iterator[Beyond
             role = row.role
         if not found.records:
             continue
-        if catalog.state(recording_id) is None and (row.end_bytes or not _describes(found.records, segment)):
-            continue  # forgotten since the catalog was asked for its segments, or no recording
-        if (
-            catalog.state(recording_id) is None
-            and is_empty(found.records)
-            and _is_named(catalog, found.records)
-        ):
-            continue  # begun, never filled, and begun anew: it would come back beside the one that has its name
+        if catalog.state(recording_id) is None:
+            if row.end_bytes or not _describes(found.records, segment):
+                continue  # forgotten since the catalog was asked for its segments, or no recording
+            if _is_empty(found.records) and catalog.find(spec_of(found.records[0]).name) is not None:
+                continue  # begun, never filled, and begun anew: it would come back beside the one that has its name
         records = _that_go_on(catalog, recording_id, found.records, segment, role)
         if records:
             end = records[-1]
@@ -144,34 +144,24 @@ def beyond(catalog: Catalog, folder: Path, recording_id: str) -> Iterator[Beyond
             )
 
 
-def is_empty(records: tuple[Record, ...]) -> bool:
-    """Whether records hold the beginning of a recording and nothing of it."""
-    return all(record.kind not in (Kind.UNIT, Kind.TOMBSTONE, Kind.KEEP_SET) for record in records)
-
-
-def _is_named(catalog: Catalog, records: tuple[Record, ...]) -> bool:
-    """Whether a recording in the catalog has the name that these records begin one with."""
-    return catalog.find(spec_of(records[0]).name) is not None
+def lost_recording(catalog: Catalog, folder: Path, name: str, without: Collection[str] = ()) -> str | None:
+    """The id of a recording of this name that segments hold and the catalog does not know, or None."""
+    return next((found for found in _unknown_ones(catalog, folder, name) if found not in without), None)
 
 
 def empty_ones(catalog: Catalog, folder: Path, name: str) -> Iterator[str]:
     """Ids of recordings that the catalog does not know, begun under this name and never filled."""
-    known = {row.id for row in catalog.recordings()} | set(catalog.forgotten())
-    for recording_id, files in sorted(segment_files(folder).items()):
-        if recording_id in known or len(files) > 1:
-            continue
+    for recording_id in _unknown_ones(catalog, folder, name):
+        files = segment_files(folder)[recording_id]
         with reading(folder, files[0][1]) as segment:
-            header = first_header(segment, catalog.store_id)
-            spec = header.meta.get("spec") if header else None
-            if isinstance(spec, dict) and spec.get("name") == name:
-                records = scan(segment, 0, previous=b"", bodies=True).records
-                if role_of(records[0]) == STREAM and is_empty(records):
-                    yield recording_id
+            records = scan(segment, 0, previous=b"", bodies=True).records
+        if len(files) == 1 and role_of(records[0]) == STREAM and _is_empty(records):
+            yield recording_id
 
 
-def lost_recording(catalog: Catalog, folder: Path, name: str, without: Collection[str] = ()) -> str | None:
-    """The id of a recording of this name that segments hold and the catalog does not know, or None."""
-    known = {row.id for row in catalog.recordings()} | set(catalog.forgotten()) | set(without)
+def _unknown_ones(catalog: Catalog, folder: Path, name: str) -> Iterator[str]:
+    """Ids of the recordings of this name that segments hold and the catalog does not know."""
+    known = {row.id for row in catalog.recordings()} | set(catalog.forgotten())
     for recording_id, files in sorted(segment_files(folder).items()):
         if recording_id in known:
             continue
@@ -179,8 +169,12 @@ def lost_recording(catalog: Catalog, folder: Path, name: str, without: Collectio
             header = first_header(segment, catalog.store_id)
         spec = header.meta.get("spec") if header else None
         if isinstance(spec, dict) and spec.get("name") == name:
-            return recording_id
-    return None
+            yield recording_id
+
+
+def _is_empty(records: tuple[Record, ...]) -> bool:
+    """Whether records hold the beginning of a recording and nothing of it."""
+    return all(record.kind not in (Kind.UNIT, Kind.TOMBSTONE, Kind.KEEP_SET) for record in records)
 
 
 def header_role(records: tuple[Record, ...], store_id: str, recording_id: str) -> str | None:

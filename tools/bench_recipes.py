@@ -23,6 +23,8 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
+from memdb.client import DEFAULT_MODEL
+from memdb.models.load import load_model
 from memdb.recipes import RECIPES
 from memdb.world.questions import KINDS
 from tools.answers.asking import run
@@ -30,8 +32,6 @@ from tools.answers.job import OWN, Ingested, Job, Outcome
 from tools.answers.score import Line, chances, line
 
 MODES = {"rlivs": "captions", "hybrid": "both"}  # the others: kv
-STAMPED = 7  # tokens of a time behind a frame that stands alone
-FRAME = 16  # tokens of a frame of the embedded model
 PLACE, BESIDE = "rekv", "uniform"  # whose KV the control reads
 
 
@@ -54,10 +54,11 @@ class Ran:
 def main() -> int:
     args = _arguments()
     ran = [Ran(name, MODES.get(name, "kv"), *_alone(_job(args, name)), []) for name in args.recipes]
+    stamped = stamped_tokens(args.model)
     beside: dict[int, list[Outcome]] = {}
     rows = []
     for one in ran:
-        frames = max(1, round(one.line.context_tokens / (FRAME + STAMPED)))
+        frames = max(1, round(one.line.context_tokens / stamped))
         if frames not in beside:
             beside[frames] = _alone(_job(args, PLACE, rows=(BESIDE,), blocks=frames, reuse=True))[0]
         rows.append(Ran(**{**vars(one), "uniform": beside[frames]}))
@@ -68,6 +69,12 @@ def main() -> int:
     (args.out / "outcomes.jsonl").write_text("".join(json.dumps(found) + "\n" for found in told))
     print(json.dumps([asdict(one.line) for one in rows]) if args.json else table(rows))
     return 0
+
+
+def stamped_tokens(model: str | None) -> int:
+    """Tokens of a frame that stands alone, with the time behind it."""
+    loaded = load_model(model or DEFAULT_MODEL, device="cpu")
+    return loaded.shape.frame_tokens + len(loaded.encode_text("[00:00:00]"))
 
 
 def table(rows: Sequence[Ran]) -> str:
@@ -136,18 +143,14 @@ def _alone(job: Job) -> tuple[list[Outcome], Ingested | None, int]:
 
 
 def _measured(job: Job) -> tuple[list[Outcome], Ingested | None, int]:
-    before: list[int] = []
+    peaks: list[int] = []  # at each step of the ingest; at the first one the model is loaded
 
     def tell(what: str, done: float, whole: float) -> None:
-        """The ingest's first step comes when the model is loaded."""
-        if what.startswith("ingest") and not before:
-            before.append(_peak())
         if what.startswith("ingest"):
-            during.append(_peak())
+            peaks.append(_peak())
 
-    during: list[int] = []
     outcomes, ingested = run(job, tell)
-    took = during[-1] - before[0] if before else 0
+    took = peaks[-1] - peaks[0] if peaks else 0
     return outcomes, ingested[0] if ingested and ingested[0].ingest_s else None, took
 
 

@@ -17,7 +17,7 @@ Batch = dict[str, Tensor]
 LOOK_WEIGHT, NOTE_WEIGHT = 0.3, 0.5
 TIME = 5  # tokens of a time in an answer
 _KEPT = (0.25, 0.75)  # of the tokens of a row's frames, where some are dropped: from this share to that
-_HALVINGS = 2  # rows read all, a half or a quarter of the most frames; two in four read all
+_HALVINGS = 2  # rows read all, a half or a quarter of the most frames; every second one reads all
 # How often the evidence is put among the frames of a layer: of rows that read what they found, of rows by lot.
 _FORCED = (0.5, 0.95)
 

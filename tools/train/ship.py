@@ -24,10 +24,8 @@ NOTE = (
 _SEEN = ("encode.window_tokens=512", "encode.chunk_frames=8")
 _FOUND = ("retrieve.sim=cos", "retrieve.blocks=16")  # keys were taught by cosine; more frames confuse it
 _TIMES = "rebuild.time_text_s=4"  # it was taught with times behind what they date
-_NEAR = (
-    "rebuild=restored",
-    "rebuild.consecutive=true",
-)  # it knows no positions as far apart as a stream has them
+# It knows no positions as far apart as a stream has them.
+_NEAR = ("rebuild=restored", "rebuild.consecutive=true")
 _SAID = "answer.tokens_max=16"
 SHEET = ModelSheet(
     name="memdb-world",
