@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -14,17 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from memdb.schemas.answer import Answer, SearchHit
 from memdb.schemas.errors import (
-    EncodingMismatch,
-    MissingDependency,
-    ModelError,
     ModelMismatch,
-    RecipeError,
     SourceMismatch,
     UsageError,
 )
 from memdb.schemas.question import Budget, Question, check_text
 from memdb.schemas.recording import check_name
-from memdb.schemas.times import parse_time, parse_wall_clock, to_ns, to_s
+from memdb.schemas.times import parse_time, parse_wall_clock, to_ns
 from memdb.store import Store, recording_digest
 
 if TYPE_CHECKING:
@@ -32,16 +28,14 @@ if TYPE_CHECKING:
     from memdb.captions import CaptionIndex
     from memdb.compact import CompactProgress, CompactReport
     from memdb.forget import ForgetReport
-    from memdb.index.mean_key import MeanKey
     from memdb.ingest.run import IngestReport, Progress
-    from memdb.ingest.stages import IngestStages
     from memdb.ladder import LadderReport
     from memdb.models.caption_vectors import CaptionVectors
     from memdb.models.protocol import VideoModel
     from memdb.policy import Policy
     from memdb.query.engine import Engine
     from memdb.schemas.recipe import Recipe
-    from memdb.schemas.rows import RecordingRow, RecordingSpec
+    from memdb.schemas.rows import RecordingRow
     from memdb.stats import StoreStats
     from memdb.transfer import ImportReport
     from memdb.verify import VerifyReport
@@ -127,6 +121,7 @@ class Client:
         Raises RecipeError, BudgetError, SourceError, ModelMismatch, EncodingMismatch, SourceMismatch,
         LockedError, StoreError.
         """
+        from memdb.begin import already_whole, chosen_recipe, composed, fitted, indexer, spec_of
         from memdb.ingest.growing import grown, started_at_ns
         from memdb.ingest.pipeline import ingest
         from memdb.ingest.run import Diverged
@@ -135,8 +130,8 @@ class Client:
         from memdb.ingest.stages import written_out
         from memdb.recipes import for_live
 
-        typed = self._recipe(recipe, profile, codec, settings)
-        checked = _composed(typed)  # before a model loads
+        typed = chosen_recipe(recipe, profile, codec, settings)
+        checked = composed(typed)  # before a model loads
         slot_ns(sample_fps)
         given_ns = parse_wall_clock(started_at) if started_at is not None else None
         new_epoch = ""
@@ -148,23 +143,22 @@ class Client:
                 name = check_name(recording if recording is not None else opened.info.name)
                 with self._lock:
                     model = self._loaded()
-                    fitted = _fitted(model)
-                    row = self._recipe(recipe, profile, codec, settings, fitted)
+                    fits = fitted(model)
+                    row = chosen_recipe(recipe, profile, codec, settings, fits)
                     if opened.info.live:
-                        row = for_live(row, fitted["hybrid"])
+                        row = for_live(row, fits["hybrid"])
                     known = next((found for found in store.recordings() if found.name == name), None)
-                    grid = (
-                        known.spec.grid if known is not None else None
-                    )  # one a recording, whatever comes later
+                    # One a recording, whatever comes later.
+                    grid = known.spec.grid if known is not None else None
                     grid = grid or model.frame_grid(opened.info.height, opened.info.width)
                     frame_tokens = model.shape.tokens_of(grid)
                     row = written_out(row, model, frame_tokens)
-                    stages = checked if row == typed else _composed(row)
+                    stages = checked if row == typed else composed(row)
                     stages.check_frames(frame_tokens, grid)
                     vectors = self._vectors(stages.captioner.encoder) if row.keeps_captions else None
                 store.bind_model(model.identity)
                 started_ns = started_at_ns(given_ns, known, opened)
-                spec = self._spec_of(
+                spec = spec_of(
                     row,
                     name,
                     opened.info,
@@ -176,7 +170,7 @@ class Client:
                     grid,
                     stages.index,
                 )
-                done = self._done(store, spec)
+                done = already_whole(store, spec)
                 if done is not None:
                     return done
                 spec = grown(spec, known, opened)
@@ -188,7 +182,7 @@ class Client:
                         model,
                         stages,
                         vectors,
-                        index=_indexer(store, spec),
+                        index=indexer(store, spec),
                         progress=progress,
                         stop=stop,
                         new_epoch=new_epoch,
@@ -201,102 +195,6 @@ class Client:
                         ) from None
                     log.warning("%s; going on from a fresh window", error)
                     new_epoch = f"{error}: another machine or library version"
-
-    def _spec_of(
-        self,
-        recipe: Recipe,
-        name: str,
-        info: Any,
-        sample_fps: float,
-        seed: int,
-        started_at_ns: int | None,
-        model: VideoModel,
-        vectors: CaptionVectors | None,
-        grid: tuple[int, int] | None,
-        index: MeanKey,
-    ) -> RecordingSpec:
-        from memdb.schemas.fingerprint import encoding_fingerprint
-        from memdb.schemas.rows import RecordingSpec
-
-        dtype = str(model.dtype).removeprefix("torch.")
-        frames = index.open(model)
-        init_ids = tuple(model.init_ids(str(recipe.encode.params.get("init_prompt", ""))))
-        return RecordingSpec(
-            name=name,
-            source=info.identity,
-            source_name=info.name,
-            live=info.live,
-            started_at_ns=started_at_ns,
-            sample_fps=sample_fps,
-            seed=seed,
-            dtype=dtype,
-            recipe=recipe,
-            model=model.identity,
-            init_ids=init_ids,
-            encoding_fingerprint=encoding_fingerprint(
-                recipe,
-                model=model.identity.fingerprint,
-                init_ids=init_ids,
-                sample_fps=sample_fps,
-                seed=seed,
-                dtype=dtype,
-                grid=grid,
-                frame_encoder=frames.name if frames is not None else "",
-            ),
-            caption_encoder=vectors.name if vectors is not None else "",
-            grid=grid,
-            frame_encoder=frames.name if frames is not None else "",
-        )
-
-    def _done(self, store: Store, spec: RecordingSpec) -> IngestReport | None:
-        """The report of an ingest that has nothing left to do, because the recording is whole already."""
-        from memdb.ingest.run import IngestReport
-
-        row = next((row for row in store.recordings() if row.name == spec.name), None)
-        if row is None or not row.units:
-            return None
-        if spec.started_at_ns not in (None, row.spec.started_at_ns):
-            log.warning(
-                "%s keeps the start that it was begun with: to change it, ingest under another --recording",
-                row.name,
-            )
-        if row.spec.recipe.codec != spec.recipe.codec:
-            raise EncodingMismatch(
-                f"recording {spec.name!r} is stored as {row.spec.recipe.codec}, not {spec.recipe.codec}: use "
-                f"--codec {row.spec.recipe.codec}, or another --recording"
-            )
-        same = (row.spec.encoding_fingerprint, row.spec.source) == (spec.encoding_fingerprint, spec.source)
-        if not (row.finished and same and spec.source.digest):
-            return None
-        return IngestReport(
-            recording=row.name,
-            units=0,
-            watermark_s=to_s(row.seen_until_ns),
-            resumed_from_unit=row.units,
-            replayed_units=0,
-            epoch=len(row.epochs) - 1,
-            written_bytes=0,
-            timings_ms={},
-            warnings=[f"{row.name} holds all of {spec.source_name} already"],
-        )
-
-    @staticmethod
-    def _recipe(
-        recipe: str | os.PathLike[str] | Recipe,
-        profile: str | None,
-        codec: str | None,
-        settings: Sequence[str],
-        known: Mapping[str, Recipe] | None = None,
-    ) -> Recipe:
-        from memdb import recipes
-        from memdb.schemas.recipe import Recipe
-
-        if isinstance(recipe, Recipe):
-            return recipes.adjusted(recipe, profile=profile, codec=codec, settings=tuple(settings))
-        known = known if known is not None else recipes.RECIPES
-        return recipes.recipe(
-            os.fspath(recipe), profile=profile, codec=codec, settings=tuple(settings), known=known
-        )
 
     # Questions
 
@@ -607,58 +505,8 @@ class Client:
         return parse_time(value, started_at_ns=started)
 
 
-def _composed(row: Recipe) -> IngestStages:
-    """Its stages for an ingest; those of a question are looked at too. Raises RecipeError."""
-    from memdb.ingest.stages import compose
-    from memdb.query.stages import compose as compose_query
-
-    stages = compose(row)
-    compose_query(row)
-    return stages
-
-
-def _fitted(model: VideoModel) -> dict[str, Recipe]:
-    """The recipes with what the model says fits it. Raises ModelError where it does not fit."""
-    from memdb.models.sheet import unfit
-
-    found = model.sheet.fitted()
-    for name in model.sheet.recipes:
-        try:
-            _composed(found[name])
-        except RecipeError as error:
-            raise ModelError(f"{unfit(name)}: {error}") from None
-    return found
-
-
 def _with_note(answer: Answer, note: str, rows: Sequence[RecordingRow], recording: str | None) -> Answer:
     """The answer with the model's note on films that are not of its world, where it rests on one."""
     named = {item.recording for item in answer.evidence} or ({recording} if recording else set())
     strange = [row for row in rows if (not named or row.name in named) and not row.spec.source.of_world]
     return replace(answer, warnings=(*answer.warnings, note)) if strange else answer
-
-
-def _indexer(store: Store, spec: RecordingSpec) -> Callable[[bool], None]:
-    """Brings a recording's derived indexes up to its units, and sees to its upkeep now and then."""
-    from memdb.captions import CaptionIndex
-    from memdb.index.page_writer import index_recording
-    from memdb.keep import Keeper
-
-    keeper: Keeper | None = None
-    captions = CaptionIndex(store.path)
-    searchable = bool(spec.caption_encoder)
-
-    def index(flush: bool) -> None:
-        nonlocal searchable, keeper
-        recording_id = store.recording(spec.name).id
-        index_recording(store, recording_id, flush=flush)
-        try:
-            if searchable:
-                # With the first caption, so that what LanceDB takes of memory is there from the start.
-                captions.index_captions(store, spec.caption_encoder, flush=flush or keeper is None)
-        except MissingDependency as error:  # derived data: searches scan until somebody indexes
-            searchable = False
-            log.warning("captions are kept but not indexed: %s", error)
-        keeper = keeper or Keeper(store, recording_id)
-        keeper(flush)
-
-    return index

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from memdb.client import _indexer
+from memdb.begin import indexer
 from memdb.ingest.encoder_state import Counters
 from memdb.ingest.frames import ReadyFrame
 from memdb.ingest.queues import Sink
@@ -103,7 +103,7 @@ def bench(
     encoder = StubEncoder(seven_b.packed(tokens, 1, frames=unit_frames)[0], unit_frames, state_bytes)
     rows: list[Row] = []
     with Store.open(folder / "store", create=True, write=True) as store, store.writer(spec) as writer:
-        run = Run(store, writer, encoder, _indexer(store, spec), None, None, Laps())  # type: ignore[arg-type]
+        run = Run(store, writer, encoder, indexer(store, spec), None, None, Laps())  # type: ignore[arg-type]
         puncher = Puncher(store, writer)
         sink = Sink(run.commit, ahead=2, name="memdb-write")
         waiting = [at for at in SAMPLES_S if at <= hours * 3600]
