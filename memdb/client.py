@@ -13,11 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from memdb.schemas.answer import Answer, SearchHit
-from memdb.schemas.errors import (
-    ModelMismatch,
-    SourceMismatch,
-    UsageError,
-)
+from memdb.schemas.errors import ModelError, ModelMismatch, RecipeError, SourceMismatch, UsageError
 from memdb.schemas.question import Budget, Question, check_text
 from memdb.schemas.recording import check_name
 from memdb.schemas.times import parse_time, parse_wall_clock, to_ns
@@ -29,6 +25,7 @@ if TYPE_CHECKING:
     from memdb.compact import CompactProgress, CompactReport
     from memdb.forget import ForgetReport
     from memdb.ingest.run import IngestReport, Progress
+    from memdb.ingest.stages import IngestStages
     from memdb.ladder import LadderReport
     from memdb.models.caption_vectors import CaptionVectors
     from memdb.models.protocol import VideoModel
@@ -121,7 +118,7 @@ class Client:
         Raises RecipeError, BudgetError, SourceError, ModelMismatch, EncodingMismatch, SourceMismatch,
         LockedError, StoreError.
         """
-        from memdb.begin import already_whole, chosen_recipe, composed, fitted, indexer, spec_of
+        from memdb.ingest.begin import already_whole, chosen_recipe, indexer, spec_of
         from memdb.ingest.growing import grown, started_at_ns
         from memdb.ingest.pipeline import ingest
         from memdb.ingest.run import Diverged
@@ -131,7 +128,7 @@ class Client:
         from memdb.recipes import for_live
 
         typed = chosen_recipe(recipe, profile, codec, settings)
-        checked = composed(typed)  # before a model loads
+        checked = _composed(typed)  # before a model loads
         slot_ns(sample_fps)
         given_ns = parse_wall_clock(started_at) if started_at is not None else None
         new_epoch = ""
@@ -143,7 +140,7 @@ class Client:
                 name = check_name(recording if recording is not None else opened.info.name)
                 with self._lock:
                     model = self._loaded()
-                    fits = fitted(model)
+                    fits = _fitted(model)
                     row = chosen_recipe(recipe, profile, codec, settings, fits)
                     if opened.info.live:
                         row = for_live(row, fits["hybrid"])
@@ -153,7 +150,7 @@ class Client:
                     grid = grid or model.frame_grid(opened.info.height, opened.info.width)
                     frame_tokens = model.shape.tokens_of(grid)
                     row = written_out(row, model, frame_tokens)
-                    stages = checked if row == typed else composed(row)
+                    stages = checked if row == typed else _composed(row)
                     stages.check_frames(frame_tokens, grid)
                     vectors = self._vectors(stages.captioner.encoder) if row.keeps_captions else None
                 store.bind_model(model.identity)
@@ -503,6 +500,29 @@ class Client:
             rows = [self.store.recording(recording)] if recording is not None else self.store.recordings()
             started = rows[0].spec.started_at_ns if len(rows) == 1 else None
         return parse_time(value, started_at_ns=started)
+
+
+def _composed(row: Recipe) -> IngestStages:
+    """Its stages for an ingest; those of a question are looked at too. Raises RecipeError."""
+    from memdb.ingest.stages import compose
+    from memdb.query.stages import compose as compose_query
+
+    stages = compose(row)
+    compose_query(row)
+    return stages
+
+
+def _fitted(model: VideoModel) -> dict[str, Recipe]:
+    """The recipes with what the model says fits it. Raises ModelError where it does not fit."""
+    from memdb.models.sheet import unfit
+
+    found = model.sheet.fitted()
+    for name in model.sheet.recipes:
+        try:
+            _composed(found[name])
+        except RecipeError as error:
+            raise ModelError(f"{unfit(name)}: {error}") from None
+    return found
 
 
 def _with_note(answer: Answer, note: str, rows: Sequence[RecordingRow], recording: str | None) -> Answer:

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from memdb.begin import indexer
+from memdb.ingest.begin import indexer
 from memdb.ingest.encoder_state import Counters
 from memdb.ingest.frames import ReadyFrame
 from memdb.ingest.queues import Sink

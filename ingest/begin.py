@@ -1,8 +1,4 @@
-"""What an ingest begins with: the recipe as it was asked for and as it fits the model, what the recording is to be, and
-whether there is anything left to do.
-
-It brings torch along: the client loads it when something is ingested.
-"""
+"""What an ingest begins with: the recipe asked for, what the recording is to be, and whether anything is left to do."""
 
 from __future__ import annotations
 
@@ -16,13 +12,10 @@ from memdb.captions import CaptionIndex
 from memdb.index.mean_key import MeanKey
 from memdb.index.page_writer import index_recording
 from memdb.ingest.run import IngestReport
-from memdb.ingest.stages import IngestStages, compose
 from memdb.keep import Keeper
 from memdb.models.caption_vectors import CaptionVectors
 from memdb.models.protocol import VideoModel
-from memdb.models.sheet import unfit
-from memdb.query.stages import compose as compose_query
-from memdb.schemas.errors import EncodingMismatch, MissingDependency, ModelError, RecipeError
+from memdb.schemas.errors import EncodingMismatch, MissingDependency
 from memdb.schemas.fingerprint import encoding_fingerprint
 from memdb.schemas.recipe import Recipe
 from memdb.schemas.rows import RecordingSpec
@@ -49,24 +42,6 @@ def chosen_recipe(
     return recipes.recipe(
         os.fspath(recipe), profile=profile, codec=codec, settings=tuple(settings), known=known
     )
-
-
-def composed(row: Recipe) -> IngestStages:
-    """Its stages for an ingest; those of a question are looked at too. Raises RecipeError."""
-    stages = compose(row)
-    compose_query(row)
-    return stages
-
-
-def fitted(model: VideoModel) -> dict[str, Recipe]:
-    """The recipes with what the model says fits it. Raises ModelError where it does not fit."""
-    found = model.sheet.fitted()
-    for name in model.sheet.recipes:
-        try:
-            composed(found[name])
-        except RecipeError as error:
-            raise ModelError(f"{unfit(name)}: {error}") from None
-    return found
 
 
 def spec_of(
