@@ -99,14 +99,15 @@ class LayerTokens:
         importance: Tensor | None,
         frames: int | None = None,
         stream: StreamEnd | None = None,
+        reduced_tokens: int = 0,
     ) -> LayerView:
         """As a retainer sees them, of one layer or of several that are stacked. grid: rows and columns of a frame.
-        frames, stream: what the host knows, see LayerView.
+        The others: what the host knows, see LayerView.
         """
         patch = self.patch[..., None]  # (..., M, 1)
         place = torch.cat((patch // grid[1], patch % grid[1]), -1).where(patch >= 0, -1)
         words = (self.position, self.frame, place, self.kind)
-        return LayerView(self.k, self.v, *words, grid, importance, frames, stream)
+        return LayerView(self.k, self.v, *words, grid, importance, frames, stream, reduced_tokens)
 
 
 _FIELDS = tuple(field.name for field in fields(LayerTokens))
@@ -214,7 +215,7 @@ class EncoderMemory:
             tokens = own.plus(*came)
             if prototypes is not None:  # a token before a prototype that stands where it does
                 order = torch.argsort(tokens.position, dim=-1, stable=True)
-            found, fit = self._retained(tokens, paid, order, grid, stream)
+            found, fit = self._retained(tokens, paid, order, grid, stream, len(frames[-1].tokens))
             kept.append(found)
             fits.append(fit)
         self._pieces = kept
@@ -227,6 +228,7 @@ class EncoderMemory:
         order: Tensor | None,
         grid: tuple[int, int],
         stream: StreamEnd | None,
+        frame_tokens: int,
     ) -> tuple[LayerTokens, Tensor]:
         """What stays of layers that are stacked, decided in one call; and whether what was chosen could be.
 
@@ -236,7 +238,7 @@ class EncoderMemory:
         if order is not None:
             seen = tokens.ordered(order, self._retainer.looks)
             paid = None if importance is None else importance.gather(-1, order)
-        view = seen.view(grid, paid, len(self._frames), stream)
+        view = seen.view(grid, paid, len(self._frames), stream, frame_tokens)
         places = self._retainer.choose(view)  # (L, kept)
         most = self._retainer.tokens_max(view)
         assert places.shape[-1] <= most, f"{places.shape[-1]} tokens are kept, of a budget of {most}"

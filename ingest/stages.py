@@ -58,10 +58,10 @@ class IngestStages:
                 f"frame of {frame_tokens} tokens has no rows and columns here: set retain.pooling = 'none'"
             )
         if isinstance(self.retain, Bounded):
-            least = self.retain.tokens_min(frame_tokens)
+            least = self.retain.tokens_min(group_tokens)
             if self.retain.budget_tokens < least:
                 raise RecipeError(
-                    f"retain.budget_tokens = {self.retain.budget_tokens} is too small for frames of {frame_tokens} "
+                    f"retain.budget_tokens = {self.retain.budget_tokens} is too small for frames of {group_tokens} "
                     f"tokens: give at least {least}"
                 )
 
@@ -96,7 +96,8 @@ def written_out(recipe: Recipe, model: VideoModel, frame_tokens: int) -> Recipe:
     """
     retain = build("retain", recipe.retain, RETAINERS)
     if isinstance(retain, TarVan) and retain.budget_frames:
-        params = {"budget_tokens": retain.budget_frames * frame_tokens, **recipe.retain.params}
+        kept = build("reduce", recipe.reduce, REDUCERS).kept(frame_tokens)
+        params = {"budget_tokens": retain.budget_frames * kept, **recipe.retain.params}
         recipe = recipe.with_stage("retain", Stage("tar_van", {**params, "budget_frames": 0}))
     if recipe.rebuild.method == "yarn":
         asked = scaling_of(recipe)

@@ -12,6 +12,7 @@ from memdb.memory import remembered
 from memdb.models.window import LayerKV
 from memdb.query.retrieve.all import Activated, activate
 from memdb.query.retrieve.pages import MemoryPages
+from memdb.query.retrieve.topk import Rows
 from memdb.query.scope import Opened
 from memdb.query.session import Session
 from memdb.query.stored import Readings, StoredKV
@@ -53,12 +54,28 @@ class Memory:
 
 
 def memory_of(store: Store, opened: Opened) -> Memory:
-    """The memory at the watermark, or as of the question's moment."""
-    found = remembered(store, opened.row, opened.at_ns)
-    if found.keep is None:
+    """The memory at the watermark, or as of the question's moment: what the last unit that had ended left of it, and
+    behind that the frames of the unit that was open then. Nothing had thinned those yet.
+    """
+    found, rows = remembered(store, opened.row, opened.at_ns), _rows_of_the_open_unit(store, opened)
+    keep, layers = found.keep, opened.row.spec.model.shape.layers
+    if keep is None and not len(rows):
         return Memory([], found.bad)
-    layers = activate(opened.kv.table.blocks, opened.blocks, found.keep, opened.kv.held())
-    return Memory(layers, found.bad, _short_from(store, opened, found.unit))
+    came = _tokens_of(store, opened, rows, layers)
+    keep = came if keep is None else keep.followed_by(came)
+    held = activate(opened.kv.table.blocks, opened.blocks, keep, opened.kv.held())
+    return Memory(held, found.bad, 0 if found.keep is None else _short_from(store, opened, found.unit))
+
+
+def _rows_of_the_open_unit(store: Store, opened: Opened) -> Rows:
+    """Frames that had come by the question's moment in a unit that ended later; none at the watermark."""
+    table = opened.kv.table.blocks
+    rows = np.flatnonzero(opened.blocks & (table["kind"] != BlockKind.PROTOTYPE))
+    if opened.at_ns is None or not len(rows):
+        return rows[:0]
+    newest = int(table["unit"][rows].max())
+    ended = opened.clipped(store.unit(opened.row.id, newest).end_ns) <= opened.at_ns
+    return rows[:0] if ended else rows[table["unit"][rows] == newest]
 
 
 def _short_from(store: Store, opened: Opened, unit: int) -> int:
@@ -93,6 +110,13 @@ def newest_of(store: Store, opened: Opened, layers: int, blocks: int) -> Memory:
     """The newest frames, of whatever the memory kept of them, in every layer: mode `recent`."""
     table = opened.kv.table.blocks
     rows = np.flatnonzero(opened.blocks & (table["kind"] != BlockKind.PROTOTYPE))[-blocks:]
+    newest = _tokens_of(store, opened, rows, layers)
+    return Memory(activate(table, opened.blocks, newest, opened.kv.held()))
+
+
+def _tokens_of(store: Store, opened: Opened, rows: Rows, layers: int) -> KeepSet:
+    """All tokens of these frames, in every layer, where the encoder saw them."""
+    table = opened.kv.table.blocks
     ids, positions = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for unit in np.unique(table["unit"][rows]).tolist():
         stands = store.unit(opened.row.id, unit).blocks["position"]
@@ -100,5 +124,4 @@ def newest_of(store: Store, opened: Opened, layers: int, blocks: int) -> Memory:
             tokens = np.arange(int(row["tokens"]))
             ids.append(token_ids(unit, int(row["block"]), tokens))
             positions.append(int(stands[int(row["block"])]) + tokens)
-    newest = KeepSet((np.concatenate(ids),) * layers, (np.concatenate(positions),) * layers)
-    return Memory(activate(table, opened.blocks, newest, opened.kv.held()))
+    return KeepSet((np.concatenate(ids),) * layers, (np.concatenate(positions),) * layers)

@@ -162,10 +162,12 @@ class Session:
             self._kind = KindOf(examples.of_question)
             self._kind.prepare()
 
-    def rank(
-        self, opened: Sequence[Opened], text: str, warnings: list[str], relevance: float = 0.5
-    ) -> list[caption_tier.Ranked]:
-        """All captions in question, a list for each encoder."""
+    def rank(self, opened: Sequence[Opened], text: str, warnings: list[str]) -> list[caption_tier.Ranked]:
+        """All captions in question, a list for each encoder.
+
+        Where recordings of one encoder weigh relevance against novelty otherwise, the heaviest weight counts: a
+        caption near the question is what most of them would rather not miss.
+        """
         head_tokens = self.head_tokens(opened)
         ranked = []
         for name in sorted({one.row.spec.caption_encoder for one in opened} - {""}):
@@ -188,7 +190,11 @@ class Session:
                     vectors,
                     self._captions,
                     text,
-                    relevance=relevance,
+                    relevance=max(
+                        compose(one.row.spec.recipe).retrieve.relevance
+                        for one in opened
+                        if one.row.spec.caption_encoder == name
+                    ),
                     head_tokens=head_tokens,
                 )
             )

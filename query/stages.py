@@ -19,6 +19,7 @@ from memdb.query.retrieve.layer_adaptive import LayerAdaptive
 from memdb.query.retrieve.mmr import CaptionMMR
 from memdb.query.retrieve.pages import MemoryPages
 from memdb.query.retrieve.topk import BlockTopK
+from memdb.schemas.legality import check
 from memdb.schemas.params import build
 from memdb.schemas.recipe import Recipe, canonical
 
@@ -32,7 +33,9 @@ class QueryStages:
 
 
 def compose(recipe: Recipe) -> QueryStages:
-    """Raises RecipeError for unknown methods and parameters, and values out of range."""
+    """Raises RecipeError for unknown methods and parameters, values out of range and illegal combinations: a store
+    may hold what another version, or another hand, wrote.
+    """
     return _composed(canonical(recipe.as_json()))
 
 
@@ -41,6 +44,7 @@ def _composed(data: bytes) -> QueryStages:
     import json
 
     recipe = Recipe.from_json(json.loads(data))
+    check(recipe)
     rebuild = build("rebuild", recipe.rebuild, REBUILDERS)
     window = recipe.encode.params.get("window_tokens", 15_000) if rebuild.windowed else None
     return QueryStages(

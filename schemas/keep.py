@@ -65,6 +65,13 @@ class KeepSet:
         gone = block_ids(token_ids(unit, blocks, 0))
         return self.kept([~np.isin(block_ids(ids), gone) for ids in self.ids])
 
+    def followed_by(self, later: KeepSet) -> KeepSet:
+        """With the tokens of a later unit behind them."""
+        return KeepSet(
+            tuple(map(np.concatenate, zip(self.ids, later.ids, strict=True))),
+            tuple(map(np.concatenate, zip(self.positions, later.positions, strict=True))),
+        )
+
     def same(self, other: KeepSet) -> bool:
         """Whether two hold the same tokens at the same positions in every layer."""
         pairs = zip((*self.ids, *self.positions), (*other.ids, *other.positions), strict=True)

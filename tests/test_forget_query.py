@@ -205,7 +205,7 @@ def test_captions_that_are_left_are_ranked_as_if_the_others_had_never_been(
             said = np.stack([np.asarray(before.read_caption(row).vector, np.float32) for row in kept])
         order = list(mmr_order(said, vectors.of_question(QUESTION), 0.5))
         assert client._engine is not None
-        candidates, found = client._engine._session.rank(seen.opened, QUESTION, [], 0.5)[0]
+        candidates, found = client._engine._session.rank(seen.opened, QUESTION, [])[0]
         assert [(candidates[row].unit, score) for row, score in found] == [
             (kept[row].number, pytest.approx(score)) for row, score in order
         ]

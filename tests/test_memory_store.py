@@ -23,7 +23,7 @@ from memdb.schemas.keep import block_ids, split_ids
 from memdb.schemas.rows import Part
 from memdb.state import StateFiles
 from memdb.store import Store
-from tests.memory_cases import METHODS, Moment, live_scores, memory_recipe, remembered_film, same_keep
+from tests.memory_cases import CLIP, METHODS, Moment, live_scores, memory_recipe, remembered_film, same_keep
 from tests.model_cases import NS, QUESTION, ingest, pictures, record_decisions, reopened
 from tests.run_cases import CHUNK, NAME, content, opened, small_film, small_model, small_spec, unit_digests
 from tests.store_cases import directory_digest, flip
@@ -133,6 +133,29 @@ def test_what_is_forgotten_leaves_every_memory(
                 assert keep is not None
                 assert not any(np.isin(block_ids(ids), (unit << 16) | 1).any() for ids in keep.ids)
             assert moment.unit == unit
+
+
+# A moment inside a unit
+
+
+@pytest.mark.parametrize("at_s", [1, 2, 4, 8, 10, 11, 13])
+def test_as_of_a_moment_inside_a_unit_its_frames_so_far_follow_the_memory(
+    at_s: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a camera would have been asked then: the memory as the last whole clip left it, and what came since."""
+    moments = remembered_film(tmp_path / "s", pictures(14), memory_recipe("recent"))
+    decided = record_decisions(monkeypatch)
+    with reopened(tmp_path / "s") as db:
+        answer = db.ask(QUESTION, mode="kv", at=at_s)
+    # After it has ended, the newest clip is still there as a whole.
+    ended, opened = at_s // CLIP - 1, moments[at_s // CLIP]
+    layers = [own.at((own.frame < at_s).nonzero()[:, 0]) for own in opened.layers]
+    newer = [own.at((own.frame >= at_s // CLIP * CLIP).nonzero()[:, 0]) for own in layers]
+    if ended >= 0:
+        newer = [old.plus(new) for old, new in zip(moments[ended].layers, newer, strict=True)]
+    assert torch.equal(decided[-1], live_scores(Moment(ended, opened.init, newer, opened.keep)))
+    assert max(item.end_s for item in answer.evidence) == at_s
+    assert answer.warnings == ()
 
 
 def test_the_last_of_it_can_be_forgotten(tmp_path: Path) -> None:

@@ -282,3 +282,11 @@ def test_on_three_ids_a_question_meets_the_memory_at_the_ids_of_the_film(tmp_pat
     with reopened(tmp_path / "s") as db:
         found = db._asking().question_logits("film", QUESTION)[1]
     assert relative(found, own.loop(embeddings, seen)[end:]) < 1e-4
+
+
+def test_a_budget_in_frames_is_of_frames_as_the_reducer_leaves_them() -> None:
+    model = small_model("random:0")
+    for settings, tokens in (((), P), (("reduce=ctr", "reduce.tokens=3", "retain.pooling=none"), 3)):
+        written = written_out(row(*settings, frames=10), model, P)
+        assert written.retain.params["budget_tokens"] == 10 * tokens
+        compose(written).check_frames(P)

@@ -303,6 +303,22 @@ def test_a_budget_without_room_for_a_recent_frame_is_refused() -> None:
     assert len(TarVan(24).choose(view)) == 24
 
 
+def test_frames_that_came_reduced_count_as_they_came() -> None:
+    """Five of twelve patches of each frame: a quarter of 60 tokens are three frames, not one."""
+    k, v = normal(2, 144, 8), normal(2, 144, 8, seed=1)
+    full = whole(k, v, (3, 4))
+    some = torch.cat([12 * n + torch.randperm(12)[:5].sort().values for n in range(12)])
+    view = replace(full.part(some), reduced_tokens=5)
+    method = TarVan(40, pooling="none")
+    kept = method.choose(view)
+    assert set(range(45, 60)) <= set(kept.tolist())
+    assert method.order(view)[:15].sort().values.tolist() == list(range(45, 60))
+    # Room for two such frames, and for no whole one.
+    assert TarVan(20, pooling="none").choose(view).shape == (20,)
+    with pytest.raises(RecipeError, match="at least 24"):
+        TarVan(20, pooling="none").choose(full)
+
+
 @pytest.mark.parametrize("tar", [0.03, 0.3, 0.5, 0.7, 1.0])
 def test_the_smallest_budget_holds_a_frame(tar: float) -> None:
     for frame_tokens in (1, 7, 49, 196):
@@ -313,6 +329,7 @@ def test_the_smallest_budget_holds_a_frame(tar: float) -> None:
 def test_parameters_out_of_range_are_refused() -> None:
     bad: list[dict[str, object]] = [
         *({"tar": 0.0}, {"tar": 1.5}, {"recent": 0.0}, {"exempt": -0.1}, {"exempt": 1.1}),
+        {"tar": 1e-320},  # what it is divided by would have no end
         *({"pooling": "0.2"}, {"pooling": "3,2,1"}, {"pooling": "a,b,c"}, {"pooling": "1,2,nan"}),
     ]
     for params in bad:

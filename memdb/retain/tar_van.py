@@ -12,7 +12,7 @@ from torch import Tensor
 from memdb.retain.base import Bounded, best_first
 from memdb.retain.view import LayerView, rows
 from memdb.schemas.errors import RecipeError
-from memdb.schemas.params import at_least, share, share_or_none
+from memdb.schemas.params import LARGEST, at_least, share, share_or_none
 
 KERNELS = (7, 5, 3, 1)  # sides of the pooling, from flat maps to spiky ones
 STEP = 2.0**-16  # of TaR scores: rounding noise of equal content must not decide between tokens
@@ -32,7 +32,8 @@ class TarVan(Bounded):
     which the window is 7, 5 or 3; ours, since no source gives them; "none" switches pooling off. `exempt`: tokens
     that stand for no single patch have no such redundancy; the newest of them stay, up to this share of the budget
     (ours), the others compete by their norms. `budget_frames`: the budget in whole frames, as the released code has
-    it, where `budget_tokens` is not named; 0 for none. It becomes tokens when the recipe meets the frames of a model.
+    it, where `budget_tokens` is not named; 0 for none. It becomes tokens when the recipe meets the frames of a model,
+    of as many tokens as the reducer leaves them.
 
     Differs from the released code, which is in `tar_van_code`: the place of a token is its true frame and patch
     in every round, keys are unrotated (rotation alone spreads the scores of a static film over 0.4), the set is one
@@ -50,6 +51,7 @@ class TarVan(Bounded):
     def __post_init__(self) -> None:
         super().__post_init__()
         share("retain.tar", self.tar)
+        at_least("retain.tar", self.tar, 1 / LARGEST)  # a budget is divided by it
         share("retain.recent", self.recent)
         share_or_none("retain.exempt", self.exempt)
         at_least("retain.budget_frames", self.budget_frames, 0)
@@ -83,7 +85,7 @@ class TarVan(Bounded):
 
     def order(self, view: LayerView) -> Tensor:
         assert not self.budget_frames, "it becomes tokens when the recipe meets a model"
-        frame_tokens = view.grid[0] * view.grid[1]
+        frame_tokens = view.frame_tokens
         if self.budget_tokens < self.tokens_min(frame_tokens):
             raise RecipeError(
                 f"retain.budget_tokens = {self.budget_tokens} holds no recent frame of {frame_tokens} tokens: "

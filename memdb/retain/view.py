@@ -51,6 +51,7 @@ class LayerView:
     importance: Tensor | None = None  # (..., T) fp32
     frames: int | None = None  # no layer has tokens of more distinct frames
     stream: StreamEnd | None = None
+    reduced_tokens: int = 0  # of each frame as the reducer left it; 0: as many as the grid has patches
 
     def __post_init__(self) -> None:
         shape = (*self.k.shape[:-3], self.tokens)
@@ -70,11 +71,17 @@ class LayerView:
         k, v, position, frame, patch, kind = map(stack, ("k", "v", "position", "frame", "patch", "kind"))
         known = [view.frames for view in views if view.frames is not None]
         frames = max(known) if len(known) == len(views) else None
-        return LayerView(k, v, position, frame, patch, kind, views[0].grid, importance, frames)
+        grid, reduced = views[0].grid, views[0].reduced_tokens
+        return LayerView(k, v, position, frame, patch, kind, grid, importance, frames, None, reduced)
 
     @property
     def tokens(self) -> int:
         return int(self.k.shape[-2])
+
+    @property
+    def frame_tokens(self) -> int:
+        """How many tokens a whole frame had when it came."""
+        return self.reduced_tokens or self.grid[0] * self.grid[1]
 
     @property
     def merged(self) -> Tensor:
@@ -94,14 +101,18 @@ class LayerView:
         importance = None if self.importance is None else self.importance[..., own]
         position, frame, kind = (x[..., own] for x in (self.position, self.frame, self.kind))
         k, v, patch = self.k[..., own, :], self.v[..., own, :], self.patch[..., own, :]
-        return LayerView(k, v, position, frame, patch, kind, self.grid, importance, self.frames)
+        return LayerView(
+            k, v, position, frame, patch, kind, self.grid, importance, self.frames, None, self.reduced_tokens
+        )
 
     def part(self, kept: Tensor) -> LayerView:
         """The tokens `kept` (..., kept). Their importance goes: it was shared out over another set of tokens."""
         position, frame, kind = (x.gather(-1, kept) for x in (self.position, self.frame, self.kind))
         patch = self.patch.gather(-2, kept[..., None].expand(*kept.shape, 2))
         k, v = rows(self.k, kept), rows(self.v, kept)
-        return LayerView(k, v, position, frame, patch, kind, self.grid, frames=self.frames)
+        return LayerView(
+            k, v, position, frame, patch, kind, self.grid, None, self.frames, None, self.reduced_tokens
+        )
 
 
 def rows(x: Tensor, places: Tensor) -> Tensor:
