@@ -1,0 +1,47 @@
+"""What a recording's stored recipe says is what questions over it do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memdb.client import connect
+from memdb.query import captions
+from memdb.query.stages import compose
+from memdb.recipes import HYBRID
+from memdb.schemas.errors import RecipeError
+from memdb.schemas.recipe import Stage
+from tests.question_cases import MODEL, House, ingest_small
+
+
+@pytest.mark.parametrize("weights", [(0.9, 0.7), (0.2, 0.3), (0.5, 0.5)])
+def test_over_several_recordings_captions_are_ranked_by_the_largest_of_their_weights(
+    house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: tuple[float, float]
+) -> None:
+    seen: list[float] = []
+    rank = captions.rank
+
+    def looked(*args: Any, relevance: float, **options: Any) -> captions.Ranked:
+        seen.append(relevance)
+        return rank(*args, relevance=relevance, **options)
+
+    with connect(tmp_path / "two.memdb", model=MODEL) as client:
+        for name, weight in zip("ab", weights, strict=True):
+            ingest_small(client, house.film, name, "hybrid", settings=(f"retrieve.relevance={weight}",))
+        client.ask(
+            "What is red?", recording="a", mode="captions"
+        )  # costs are measured first, over all captions
+        monkeypatch.setattr(captions, "rank", looked)
+        for name, wanted in (("a", weights[0]), ("b", weights[1]), (None, max(weights))):
+            seen.clear()
+            assert client.ask("What is red?", recording=name, mode="captions").evidence
+            assert set(seen) == {wanted}
+
+
+def test_a_stored_recipe_that_no_question_could_follow_is_refused() -> None:
+    """Another hand may have written it: captions alone would be read, and KV is there that nothing reads."""
+    odd = HYBRID.with_stage("retrieve", Stage("mmr", {"caption_tokens": 100}))
+    with pytest.raises(RecipeError, match=r"not legal \(R14d\)"):
+        compose(odd)
