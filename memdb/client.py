@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from memdb.ladder import LadderReport
     from memdb.models.caption_vectors import CaptionVectors
     from memdb.models.protocol import VideoModel
+    from memdb.models.sheet import ModelSheet
     from memdb.policy import Policy
     from memdb.query.engine import Engine
     from memdb.schemas.recipe import Recipe
@@ -127,8 +129,9 @@ class Client:
         from memdb.ingest.stages import written_out
         from memdb.recipes import for_live
 
-        typed = chosen_recipe(recipe, profile, codec, settings)
-        checked = _composed(typed)  # before a model loads
+        asked = partial(chosen_recipe, recipe, profile, codec, settings)
+        if (sheet := self._sheet()) is not None:  # before a model loads
+            _composed(asked(_fitted(sheet)))
         slot_ns(sample_fps)
         given_ns = parse_wall_clock(started_at) if started_at is not None else None
         new_epoch = ""
@@ -140,8 +143,8 @@ class Client:
                 name = check_name(recording if recording is not None else opened.info.name)
                 with self._lock:
                     model = self._loaded()
-                    fits = _fitted(model)
-                    row = chosen_recipe(recipe, profile, codec, settings, fits)
+                    fits = _fitted(model.sheet)
+                    row = asked(fits)
                     if opened.info.live:
                         row = for_live(row, fits["hybrid"])
                     known = next((found for found in store.recordings() if found.name == name), None)
@@ -150,7 +153,7 @@ class Client:
                     grid = grid or model.frame_grid(opened.info.height, opened.info.width)
                     frame_tokens = model.shape.tokens_of(grid)
                     row = written_out(row, model, frame_tokens)
-                    stages = checked if row == typed else _composed(row)
+                    stages = _composed(row)
                     stages.check_frames(frame_tokens, grid)
                     vectors = self._vectors(stages.captioner.encoder) if row.keeps_captions else None
                 store.bind_model(model.identity)
@@ -426,14 +429,27 @@ class Client:
 
     # What is loaded once
 
+    def _named(self) -> str:
+        """The Video-LLM's name: as given, else as the store remembers it."""
+        from memdb.models.load import normal_spec
+
+        if self._spec is not None:
+            return normal_spec(self._spec)
+        known = self.store.model
+        return normal_spec(known.spec if known is not None else DEFAULT_MODEL)
+
+    def _sheet(self) -> ModelSheet | None:
+        """What the model's folder says of it, if that can be known without loading it."""
+        from memdb.models.load import sheet_of
+
+        return self._model.sheet if self._model is not None else sheet_of(self._named())
+
     def _loaded(self) -> VideoModel:
-        from memdb.models.load import load_model, normal_spec
+        from memdb.models.load import load_model
 
         if self._model is None:
             known = self.store.model
-            remembered = known.spec if known is not None else DEFAULT_MODEL
-            spec = self._spec if self._spec is not None else remembered
-            self._model = load_model(normal_spec(spec), device=self._device, dtype=self._dtype)
+            self._model = load_model(self._named(), device=self._device, dtype=self._dtype)
             if (
                 self._spec is None
                 and known is not None
@@ -512,12 +528,12 @@ def _composed(row: Recipe) -> IngestStages:
     return stages
 
 
-def _fitted(model: VideoModel) -> dict[str, Recipe]:
+def _fitted(sheet: ModelSheet) -> dict[str, Recipe]:
     """The recipes with what the model says fits it. Raises ModelError where it does not fit."""
     from memdb.models.sheet import unfit
 
-    found = model.sheet.fitted()
-    for name in model.sheet.recipes:
+    found = sheet.fitted()
+    for name in sheet.recipes:
         try:
             _composed(found[name])
         except RecipeError as error:

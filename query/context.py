@@ -42,8 +42,9 @@ class Retrieved:
 
     rows: list[Rows] = field(default_factory=list)
     kv: list[LayerKV | None] = field(default_factory=list)
-    # Of the tokens in `kv`, a layer each, where they stand at original ones.
+    # Of a memory's tokens, those in `kv`, a layer each: their positions, and when their frames began, ns.
     positions: list[Ids] | None = None
+    starts: list[Ids] | None = None
     cache: CacheContext | None = None
     captions: list[tuple[caption_tier.Picked, CaptionAt]] = field(default_factory=list)
     caption_ids: list[int] = field(default_factory=list)  # of all of them, with times and names between
@@ -116,9 +117,8 @@ def retrieve(
             activate(session, memory, chosen, got, readings)
             return
         assert isinstance(stages.rebuild, Original), "rule R2 sees to it"
-        got.rows, got.kv, got.cache = read_pages(
-            session, text, method, stages.rebuild, memory, chosen, decided.init, readings
-        )
+        read = read_pages(session, text, method, stages.rebuild, memory, chosen, decided.init, readings)
+        got.rows, got.kv, got.positions, got.starts, got.cache = read
         return
     assert isinstance(method, BlockTopK | LayerAdaptive | GroupTopK | External), "rule R1 sees to it"
 
@@ -218,23 +218,43 @@ def _shared_out(
 
 def activate(session: Session, memory: Memory, opened: Opened, got: Retrieved, readings: Readings) -> None:
     """A memory token by token, layer by layer, each token with its position."""
-    kv, got.positions = opened.kv, []
+    kv, got.positions, got.starts = opened.kv, [], []
     with kv.reader.pinned(), kv.knowing([own.rows for own in memory.layers], readings):
         for layer, own in enumerate(memory.layers):
             found, own = read_tokens(session, kv, layer, own, readings)
             got.rows.append(own.rows)
             got.kv.append(found)
             got.positions.append(own.in_order()[1])
+            got.starts.append(kv.table.blocks["start_ns"][own.rows_in_order()])
 
 
 def at_original(
-    session: Session, method: Original, opened: Opened, init: Sequence[LayerKV], got: Retrieved
+    session: Session,
+    method: Original,
+    opened: Opened,
+    init: Sequence[LayerKV],
+    got: Retrieved,
+    room: int | None = None,
+    times: int = 0,
 ) -> CacheContext:
-    """[init | tokens of a memory where they stood in the stream]."""
+    """[init | tokens of a memory where they stood in the stream, or where the method puts them], with what the method
+    writes between them: at most `times` tokens, and with the captions and all else at most `room`.
+    """
     assert got.positions is not None
-    spec = opened.row.spec
-    placing = session.model.placing(spec.sample_fps, spec.grid)
-    return method.rebuild(session.rotated(spec), init, got.kv, got.positions, frame_tokens(opened), placing)
+    spec, left = opened.row.spec, None
+    if room is not None:
+        longest = max(0 if kv is None else kv.tokens for kv in got.kv)
+        left = min(times, max(0, room - init[0].tokens - longest - len(got.caption_ids)))
+    return method.rebuild(
+        session.rotated(spec),
+        init,
+        got.kv,
+        got.positions,
+        frame_tokens(opened),
+        session.model.placing(spec.sample_fps, spec.grid),
+        got.starts,
+        left,
+    )
 
 
 def as_written(session: Session, method: Written, opened: Opened, rows: Rows, start: int) -> Places:
@@ -258,7 +278,13 @@ def rebuild(session: Session, decided: Decided, got: Retrieved, room: int) -> Ca
     if got.kv and got.positions is not None:
         assert isinstance(stages.rebuild, Original), "rule R2 sees to it"
         assert chosen is not None, "whoever activated it had it"
-        context = at_original(session, stages.rebuild, chosen, init, got)
+        if got.cache is None or stages.rebuild.time_text_s:
+            got.cache = None  # where it was read with no times between, it goes first
+            plan = decided.plan
+            times = room if plan.mode == "recent" else plan.sizes.time_tokens
+            context = at_original(session, stages.rebuild, chosen, init, got, room, times)
+        else:
+            context = got.cache
     elif got.kv and chosen is not None:
         if isinstance(stages.rebuild, Consecutive) and (stages.rebuild.time_text_s or got.cache is None):
             # The blocks move: what was rotated for retrieval is not needed beside the new cache.

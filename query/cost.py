@@ -98,8 +98,9 @@ def predict(mode: str, sizes: Sizes, asked: Asked, held: Holdings, costs: Costs)
     longest = blocks if passes == 1 else min(held.blocks, math.floor(blocks * asked.spread))
     read_bytes = passes * blocks * held.layers * held.slice_bytes
     if memory is not None:
-        blocks, kv_tokens, read_bytes = memory.blocks, float(memory.tokens), float(memory.read_bytes)
-    stamp_tokens = blocks * asked.stamp_tokens_block
+        blocks = longest = memory.blocks
+        kv_tokens, read_bytes = float(memory.tokens), float(memory.read_bytes)
+    stamp_tokens = blocks * asked.stamp_tokens_block if memory is None else float(sizes.time_tokens)
     context = held.init_tokens + kv_tokens
     stages: dict[str, float] = {}
     if uses_captions:

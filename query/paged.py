@@ -30,8 +30,9 @@ def read_pages(
     opened: Opened,
     init: Sequence[LayerKV],
     readings: Readings,
-) -> tuple[list[Rows], list[LayerKV | None], CacheContext]:
-    """The blocks of which anything was chosen, what was chosen, and the context of both, a layer each.
+) -> tuple[list[Rows], list[LayerKV | None], list[Ids], list[Ids], CacheContext]:
+    """The blocks of which anything was chosen, what was chosen, its positions, and when its frames began, a layer each;
+    and the context of all that.
 
     Deeper layers choose by queries that have seen what shallower ones brought back. The question stands behind all
     that may be chosen, in this pass and in the answer.
@@ -42,6 +43,8 @@ def read_pages(
     rows: list[Rows] = []
     picked: list[LayerKV | None] = []
     stands: list[Ids] = []
+    starts: list[Ids] = []
+    began: Ids = kv.table.blocks["start_ns"]
 
     def fetch(layer: int, q: Tensor) -> LayerKV:
         found, own = read_tokens(session, kv, layer, memory.layers[layer], readings)
@@ -50,10 +53,13 @@ def read_pages(
             rows.append(own.rows)
             picked.append(None)
             stands.append(positions)
+            starts.append(began[own.rows_in_order()])
             return init[layer].part(0, 0)  # nothing, but the question keeps its place
         at = pages.pick(q, found.k, int(np.searchsorted(positions, memory.short_from)))
         chosen, places = LayerKV(found.k[:, at], found.v[:, at]), at.cpu().numpy()
-        rows.append(np.unique(own.rows_in_order()[places]))
+        of_tokens = own.rows_in_order()[places]
+        rows.append(np.unique(of_tokens))
+        starts.append(began[of_tokens])
         picked.append(chosen)
         stands.append(positions[places])
         return chosen
@@ -69,4 +75,4 @@ def read_pages(
         torch.inference_mode(),
     ):
         model.forward(model.embed(model.encode_text(text)), context)
-    return rows, picked, context
+    return rows, picked, stands, starts, context

@@ -120,8 +120,9 @@ def _limited(mode: str, full: Sizes, asked: Asked, held: Holdings, room: int) ->
     free = max(0, free - answer)
     if memory is not None:  # all of it, or another mode: what is left is for captions
         least = _scaled(whole, 0.0, held)
-        captions = min(captions, max(0, free - memory.tokens))
-        return Sizes(memory.blocks, max(captions, least.caption_tokens), answer)
+        captions = max(min(captions, max(0, free - memory.tokens)), least.caption_tokens)
+        times = min(memory.time_tokens, max(0, free - memory.tokens - captions))
+        return Sizes(memory.blocks, captions, answer, times)
     spread = asked.spread if mode != "recent" and blocks < held.blocks else 1.0
     block_tokens = max(1.0, spread * held.block_tokens + asked.stamp_tokens_block)
     wanted = blocks * block_tokens + captions
@@ -151,6 +152,7 @@ def _scaled(sizes: Sizes, scale: float, held: Holdings) -> Sizes:
         blocks=max(1, int(sizes.blocks * scale)) if sizes.blocks else 0,
         caption_tokens=min(sizes.caption_tokens, max(one_caption, int(sizes.caption_tokens * scale))),
         answer_tokens=min(sizes.answer_tokens, max(ANSWER_TOKENS_MIN, int(sizes.answer_tokens * scale))),
+        time_tokens=int(sizes.time_tokens * scale),
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from memdb.models.protocol import VideoModel
 from memdb.models.window import LayerKV
 from memdb.query import captions as caption_tier
@@ -25,7 +27,7 @@ from memdb.query.within import Within
 from memdb.schemas.errors import ModelMismatch, NoPlanFits, QuestionError
 from memdb.schemas.plan import Plan, Sizes
 from memdb.schemas.question import Question
-from memdb.schemas.times import to_s
+from memdb.schemas.times import format_time, to_ns, to_s
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +149,8 @@ def _plan(
     if chosen is not None and isinstance(stages.retrieve, ActivateAll | MemoryPages):
         memory = memory_of(session.store, chosen)
         pages = stages.retrieve if isinstance(stages.retrieve, MemoryPages) else None
-        held = replace(held, memory=memory.size(chosen, pages))
+        size = memory.size(chosen, pages)
+        held = replace(held, memory=replace(size, time_tokens=_time_tokens(session, stages, chosen, memory)))
     held = replace(held, is_span=within.is_span)
     kind, why = session.kind(within.text)
     ids = session.model.encode_text(question.text)
@@ -205,3 +208,17 @@ def _stamp_tokens(session: Session, stages: QueryStages, chosen: Opened | None) 
     first = chosen.usable_blocks[0]
     share = min(1.0, to_s(int(first["end_ns"] - first["start_ns"])) / every_s)
     return share * len(session.model.encode_text("[00:00:00]"))
+
+
+def _time_tokens(session: Session, stages: QueryStages, chosen: Opened, memory: Memory) -> int:
+    """Tokens of the times that would be written into a memory, at most: no two within `time_text_s`."""
+    if not stages.rebuild.time_text_s or not any(len(own.rows) for own in memory.layers):
+        return 0
+    rows = np.unique(np.concatenate([own.rows for own in memory.layers]))
+    starts_ns = chosen.kv.table.blocks["start_ns"][rows]
+    latest_ns = int(starts_ns.max())
+    if (starts_ns % 1_000_000_000).any():  # with a fraction, which takes more signs
+        latest_ns += 500_000_000 - latest_ns % 1_000_000_000
+    apart = int(latest_ns - starts_ns.min()) // to_ns(stages.rebuild.time_text_s) + 1
+    times = min(apart, len(np.unique(starts_ns)))
+    return times * len(session.model.encode_text(f"[{format_time(to_s(latest_ns))}]"))

@@ -9,11 +9,14 @@ KINDS = ("gist", "detail", "place", "motion", "count", "order", "when", "now", "
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much a plan takes of each thing. Blocks are per layer."""
+    """How much a plan takes of each thing. Blocks are per layer. `time_tokens`: of times as text in a memory, at most;
+    blocks bring theirs along.
+    """
 
     blocks: int
     caption_tokens: int
     answer_tokens: int
+    time_tokens: int = 0
 
     def as_json(self) -> dict[str, int]:
         return {name: int(getattr(self, name)) for name in self.__dataclass_fields__}
@@ -24,12 +27,14 @@ class MemorySize:
     """A bounded memory: what a question takes of it, or nothing at all. Blocks and tokens of the layer with the most.
 
     `chosen`: whether the question's own queries choose the tokens, which takes a forward of it over them.
+    `time_tokens`: of the times that would be written into it, at most.
     """
 
     blocks: int
     tokens: int
     read_bytes: int
     chosen: bool = False
+    time_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,16 @@ def test_a_memory_that_a_question_chooses_from_costs_the_question_once_more() ->
     assert recent[0] == recent[1]
 
 
+def test_a_memory_may_have_more_blocks_than_there_are_frames() -> None:
+    """Prototypes are blocks, too: the context is as long as the memory is, and the times in it."""
+    memory = MemorySize(blocks=6, tokens=50, read_bytes=999)
+    many = replace(memory, blocks=6 + 10 * HELD.blocks)
+    few, more = (predict("kv", SIZES, ASKED, replace(HELD, memory=one), COSTS) for one in (memory, many))
+    assert few.context_tokens == more.context_tokens
+    timed = predict("kv", replace(SIZES, time_tokens=9), ASKED, replace(HELD, memory=memory), COSTS)
+    assert timed.context_tokens == few.context_tokens + 9
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     st.sampled_from(["captions", "kv", "both", "recent"]),

@@ -226,6 +226,18 @@ def test_settings_of_the_model_lie_under_those_of_the_user(
     assert not spec.source.of_world
 
 
+def test_a_setting_may_be_one_of_the_method_that_fits_the_model(
+    embedded: Path, films: Path, tmp_path: Path
+) -> None:
+    """The recipe as published has another method there, which has no such parameter."""
+    fit = ("rebuild=restored", "rebuild.consecutive=true", "retain.budget_tokens=600")
+    write_sheet(embedded, replace(SHEET, recipes={"infinipot-v": fit}))
+    own = ("rebuild.time_text_s=8",)
+    spec = ingested(tmp_path / "a.memdb", films / "world.mp4", recipe="infinipot-v", settings=own)
+    assert spec.recipe.rebuild.method == "restored"
+    assert spec.recipe.rebuild.params == {"consecutive": True, "time_text_s": 8.0}
+
+
 @pytest.mark.parametrize(
     ("recipes", "told"),
     [

@@ -21,13 +21,17 @@ def table(count: int, seconds: float = 2.0, start_s: float = 0.0) -> Table:
     return blocks
 
 
+def stamped(blocks: Table, union: np.ndarray, every_ns: int, *, apart_ns: int = 0) -> list[Stamp]:
+    return stamps(blocks["start_ns"][union], union, every_ns, apart_ns=apart_ns)
+
+
 def rows_of(found: list[Stamp]) -> list[int]:
     return [stamp.row for stamp in found]
 
 
 def test_a_stamp_stands_behind_each_run_and_every_four_seconds_within() -> None:
     union = np.array([0, 1, 2, 3, 4, 10, 20, 21])
-    found = stamps(table(30), union, 4 * S)
+    found = stamped(table(30), union, 4 * S)
     assert [(stamp.row, stamp.text) for stamp in found] == [
         (1, "[00:00:02]"),
         (3, "[00:00:06]"),
@@ -38,12 +42,12 @@ def test_a_stamp_stands_behind_each_run_and_every_four_seconds_within() -> None:
 
 
 def test_fractions_are_written_to_a_tenth_and_hours_go_on() -> None:
-    [stamp] = stamps(table(1, start_s=100 * 3600 + 0.4567), np.array([0]), S)
+    [stamp] = stamped(table(1, start_s=100 * 3600 + 0.4567), np.array([0]), S)
     assert stamp.text == "[100:00:00.500]"
 
 
 def test_nothing_retrieved_needs_no_stamp() -> None:
-    assert stamps(table(3), np.array([], np.int64), S) == []
+    assert stamped(table(3), np.array([], np.int64), S) == []
 
 
 @settings(deadline=None)
@@ -52,7 +56,7 @@ def test_stamps_are_due_or_too_close(rows: set[int], every_s: int, apart_s: int)
     """A stretch is closed where a run ends or its next block would make it longer than `every_s`; a stamp stands
     behind each, but for those that follow another too closely."""
     union, blocks = np.array(sorted(rows)), table(100)
-    found = rows_of(stamps(blocks, union, every_s * S, apart_ns=apart_s * S))
+    found = rows_of(stamped(blocks, union, every_s * S, apart_ns=apart_s * S))
     stretches: list[list[int]] = []
     for row in sorted(rows):
         starts = not stretches or row - 1 not in rows or 2.0 * (row - stretches[-1][0]) >= every_s

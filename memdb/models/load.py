@@ -13,7 +13,7 @@ import torch
 from memdb.models.joint import load_head, random_head
 from memdb.models.protocol import VideoModel
 from memdb.models.quiet import no_progress_bars
-from memdb.models.sheet import ModelSheet, check_files, read_sheet
+from memdb.models.sheet import PLAIN, ModelSheet, check_files, read_sheet
 from memdb.models.weights import folder_digest
 from memdb.schemas.errors import ModelError, ModelNotFound, UnsupportedModel
 from memdb.schemas.fingerprint import digest_of
@@ -107,6 +107,17 @@ def _load_random(name: str, device: torch.device, dtype: torch.dtype, *, spec: s
     model = LlavaOnevision(network, tokenizer, _preprocessing(None), spec, weights)
     model.joint = random_head(model.shape.embedding_size, int(seed), device)
     return model
+
+
+def sheet_of(spec: str) -> ModelSheet | None:
+    """The sheet of the model that `spec` names, without loading it; None where only loading tells, or says why not."""
+    if spec.startswith(("random:", "random-qwen:")):
+        return PLAIN
+    folder = EMBEDDED if spec == "embedded" else Path(spec).expanduser()
+    try:
+        return read_sheet(folder) if spec and folder.is_dir() else None
+    except ModelError:
+        return None
 
 
 def _load_embedded(device: torch.device, dtype: torch.dtype) -> VideoModel:

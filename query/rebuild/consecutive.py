@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from memdb.models.cache import CacheContext
 from memdb.models.places import LINE, Placing
 from memdb.models.protocol import VideoModel
 from memdb.models.window import LayerKV
-from memdb.query.rebuild.stamps import Stamp, layer_places, stamps
+from memdb.query.rebuild.stamps import Stamp, layer_places, stamped, written_stamps
 from memdb.query.retrieve.topk import Rows
 from memdb.schemas.params import at_least
 from memdb.schemas.times import to_ns
@@ -48,13 +47,16 @@ class Consecutive:
         """[init | stamps and blocks in time order], a list of blocks per layer.
 
         blocks: the key table's. rows: per layer, its blocks, ascending. found: their keys and values, joined.
-        The stamps are prefilled in one forward in which each sees only what stands before it. Where they would
-        take more than `stamp_tokens_max` they are thinned out. Where a token has three ids, blocks are renumbered in
-        time alone, each layer's own, and keep their rows and columns; `rasters`: a layer each, of their tokens, where
-        these are not all of a frame's (see `Placing.ids`).
+        Where stamps would take more than `stamp_tokens_max` they are thinned out. Where a token has three ids, blocks
+        are renumbered in time alone, each layer's own, and keep their rows and columns; `rasters`: a layer each, of
+        their tokens, where these are not all of a frame's (see `Placing.ids`).
         """
         union = np.unique(np.concatenate(rows)) if rows else np.zeros(0, np.int64)
-        marks, texts = self._stamps(model, blocks, union, stamp_tokens_max) if self.time_text_s else ([], [])
+        marks: list[Stamp] = []
+        texts: list[list[int]] = []
+        if self.time_text_s:
+            starts, every_ns = blocks["start_ns"][union], to_ns(self.time_text_s)
+            marks, texts = written_stamps(model, starts, union, every_ns, stamp_tokens_max)
         if not marks and placing == LINE:
             return CacheContext(model.rotary, init, found, window=window)
         sizes = [len(ids) for ids in texts]
@@ -63,31 +65,4 @@ class Consecutive:
             layer_places(start, mine, blocks["tokens"][mine].astype(np.int64), marks, sizes, placing, raster)
             for mine, raster in zip(rows, rasters or [None] * len(rows), strict=True)
         ]
-        context = CacheContext(
-            model.rotary,
-            init,
-            found,
-            window=window,
-            places=[places.of_blocks(model.device) for places in own],
-            placing=placing,
-        )
-        if not marks:
-            return context
-        context.place_next([places.of_stamps(model.device) for places in own])
-        with torch.inference_mode():
-            model.forward(model.embed([token for ids in texts for token in ids]), context)
-        return context
-
-    def _stamps(
-        self, model: VideoModel, blocks: Table, union: Rows, tokens_max: int | None
-    ) -> tuple[list[Stamp], list[list[int]]]:
-        """The stamps and their ids, further apart the less room there is."""
-        every_ns = apart_ns = to_ns(self.time_text_s)
-        marks = stamps(blocks, union, every_ns)
-        texts = [model.encode_text(mark.text) for mark in marks]
-        while marks and tokens_max is not None and sum(map(len, texts)) > tokens_max:
-            last = len(marks) == 1
-            marks = [] if last else stamps(blocks, union, every_ns, apart_ns=apart_ns)
-            texts = [model.encode_text(mark.text) for mark in marks]
-            apart_ns *= 2
-        return marks, texts
+        return stamped(model, init, found, own, texts, placing, window)

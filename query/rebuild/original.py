@@ -10,7 +10,7 @@ behind the newest token that is remembered.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
@@ -27,7 +27,10 @@ from memdb.schemas.keep import Ids
 @dataclass(frozen=True)
 class Original:
     windowed: ClassVar[bool] = False
-    time_text_s: ClassVar[float] = 0.0  # between neighbouring positions there is no room for text
+
+    time_text_s: float = field(
+        default=0.0, init=False
+    )  # between neighbouring positions there is no room for text
 
     def rebuild(
         self,
@@ -37,10 +40,13 @@ class Original:
         positions: Sequence[Ids],
         frame_tokens: int,
         placing: Placing = LINE,
+        starts: Sequence[Ids] | None = None,
+        stamp_tokens_max: int | None = None,
     ) -> CacheContext:
         """[init | tokens at their positions]: keys and values of each layer, (H, tokens, D), and where they stand.
 
         Where a token has three ids they follow from its position; `frame_tokens`: of each frame of the stream.
+        `starts`: when the frame of each token began, ns; it and the last are for methods that write times.
         """
         n, none = init[0].tokens, np.zeros(0, np.int64)
         own = [none if kv is None else at for kv, at in zip(found, positions, strict=True)]

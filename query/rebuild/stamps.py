@@ -13,10 +13,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from memdb.models.cache import CacheContext
 from memdb.models.places import LINE, Next, Places, Placing
+from memdb.models.protocol import VideoModel
+from memdb.models.window import LayerKV
 from memdb.query.retrieve.topk import Rows
+from memdb.schemas.keep import Ids
 from memdb.schemas.times import format_time, to_s
-from memdb.schemas.units import Table
 
 
 @dataclass(frozen=True)
@@ -55,15 +58,15 @@ class LayerPlaces:
         return Places(tokens, ids, Next(self.end, self.end_id))
 
 
-def stamps(blocks: Table, union: Rows, every_ns: int, *, apart_ns: int = 0) -> list[Stamp]:
+def stamps(starts: Ids, union: Rows, every_ns: int, *, apart_ns: int = 0) -> list[Stamp]:
     """One stamp behind each run of neighbouring blocks and wherever `every_ns` have passed in a run.
 
-    It says when the block that it stands behind began. union: the rows that at least one layer holds, ascending.
-    Stamps that would follow another within `apart_ns` are left out: that is for contexts in which not all of them
-    have room.
+    It says when the block that it stands behind began. union: the rows that at least one layer holds, ascending;
+    starts: when these began, ns. Stamps that would follow another within `apart_ns` are left out: that is for contexts
+    in which not all of them have room.
     """
     found: list[Stamp] = []
-    starts_ns = blocks["start_ns"][union].tolist()
+    starts_ns = starts.tolist()
     begun_ns, last_ns = 0, 0  # of the blocks since the last stamp, and the time that it said
     fresh = True
     for index, (row, start_ns) in enumerate(zip(union.tolist(), starts_ns, strict=True)):
@@ -77,6 +80,50 @@ def stamps(blocks: Table, union: Rows, every_ns: int, *, apart_ns: int = 0) -> l
             found.append(Stamp(row, f"[{format_time(round(to_s(start_ns), 1))}]"))
             last_ns = start_ns
     return found
+
+
+def written_stamps(
+    model: VideoModel,
+    starts: Ids,
+    union: Rows,
+    every_ns: int,
+    tokens_max: int | None = None,
+    *,
+    apart_ns: int = 0,
+) -> tuple[list[Stamp], list[list[int]]]:
+    """The stamps and their ids, further apart the less room there is."""
+
+    def written(apart_ns: int) -> tuple[list[Stamp], list[list[int]]]:
+        marks = stamps(starts, union, every_ns, apart_ns=apart_ns)
+        return marks, [model.encode_text(mark.text) for mark in marks]
+
+    marks, texts = written(apart_ns)
+    apart_ns = max(apart_ns, every_ns)
+    while marks and tokens_max is not None and sum(map(len, texts)) > tokens_max:
+        marks, texts = ([], []) if len(marks) == 1 else written(apart_ns)
+        apart_ns *= 2
+    return marks, texts
+
+
+def stamped(
+    model: VideoModel,
+    init: Sequence[LayerKV],
+    found: Sequence[LayerKV | None],
+    own: Sequence[LayerPlaces],
+    texts: Sequence[Sequence[int]],
+    placing: Placing,
+    window: int | None = None,
+) -> CacheContext:
+    """[init | blocks and stamps at their places]. The stamps are prefilled in one forward, in which each sees only
+    what stands before it.
+    """
+    places = [layer.of_blocks(model.device) for layer in own]
+    context = CacheContext(model.rotary, init, found, window=window, places=places, placing=placing)
+    if texts:
+        context.place_next([layer.of_stamps(model.device) for layer in own])
+        with torch.inference_mode():
+            model.forward(model.embed([token for ids in texts for token in ids]), context)
+    return context
 
 
 def layer_places(
