@@ -180,9 +180,10 @@ class Ager:
 def due_now(store: Store, ages: tuple[Age, ...], now_ns: int) -> dict[str, int]:
     """Recording to how many of its units a compaction would age at this moment."""
     found: dict[str, int] = {}
-    for row in store.recordings():
-        due = Ager(store, row, ages, now_ns).due(store.catalog).values()
-        found[row.name] = sum(one.units for one in due)
+    with store.snapshot():  # a recording that is listed may be forgotten before it is looked at
+        for row in store.recordings():
+            due = Ager(store, row, ages, now_ns).due(store.catalog).values()
+            found[row.name] = sum(one.units for one in due)
     return {name: units for name, units in found.items() if units}
 
 

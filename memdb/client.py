@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from memdb.schemas.answer import Answer, SearchHit
-from memdb.schemas.errors import ModelError, ModelMismatch, RecipeError, SourceMismatch, UsageError
+from memdb.schemas.errors import (
+    ModelError,
+    ModelMismatch,
+    RecipeError,
+    SourceMismatch,
+    UnknownRecording,
+    UsageError,
+)
 from memdb.schemas.question import Budget, Question, check_text
 from memdb.schemas.recording import check_name
 from memdb.schemas.times import parse_time, parse_wall_clock, to_ns
@@ -303,8 +311,13 @@ class Client:
 
     def digest(self, recording: str | None = None, *, tier: str = "all") -> dict[str, str]:
         """Recording to digest of its content, from the bytes on disk. tier: all, kv or captions."""
-        names = [recording] if recording is not None else [row.name for row in self.store.recordings()]
-        return {name: recording_digest(self.store, name, tier) for name in names}
+        if recording is not None:
+            return {recording: recording_digest(self.store, recording, tier)}
+        found = {}
+        for row in self.store.recordings():
+            with suppress(UnknownRecording):  # forgotten since it was listed
+                found[row.name] = recording_digest(self.store, row.name, tier)
+        return found
 
     def export(self, recording: str, out: str | os.PathLike[str], *, format: str = "jsonl") -> int:
         """Write a recording's captions as JSON lines (jsonl) or subtitles (srt), or all of it (memdb).

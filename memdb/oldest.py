@@ -13,6 +13,7 @@ from memdb.catalog import Catalog
 from memdb.compact import compact
 from memdb.forget import forget
 from memdb.room import used_bytes
+from memdb.schemas.errors import UnknownRecording
 from memdb.schemas.rows import RecordingRow
 from memdb.schemas.times import NS_PER_S
 from memdb.stats import size_bytes
@@ -54,14 +55,18 @@ def make_room(store_path: Path, size_bytes: int, *, own: str, move_on: Callable[
             if missing <= 0 or done == known:
                 return  # or nothing came of the last step, and more of the same would forget for nothing
             known = done
-            span = _oldest(store, max(missing, before // STEP_SHARE), own)
+            with store.snapshot():
+                span = _oldest(store, max(missing, before // STEP_SHARE), own)
             if span is None:
                 return
             name = span.recording.name
-            if span.is_all:
-                forget(store, name)
-            else:
-                forget(store, name, start_ns=span.start_ns, end_ns=span.end_ns)
+            try:
+                if span.is_all:
+                    forget(store, name)
+                else:
+                    forget(store, name, start_ns=span.start_ns, end_ns=span.end_ns)
+            except UnknownRecording:  # somebody else made room with it just now
+                continue
             logger.warning("%s: forgot what was oldest, to make room", name)
             if span.recording.id == own:
                 move_on()

@@ -56,16 +56,18 @@ def stats(store: Store) -> StoreStats:
         state_bytes[owner] = state_bytes.get(owner, 0) + size_bytes(path)
     derived = {name: _tree_bytes(store.path / name) for name in FOLDERS if name not in _OWN}
     derived["catalog.sqlite"] = sum(size_bytes(path) for path in store.path.glob("catalog.sqlite*"))
+    with store.snapshot():  # a recording that is listed may be forgotten before it is looked at
+        rows = [(row, store.catalog.dead_bytes(row.id), store.state(row.id)) for row in store.recordings()]
     return StoreStats(
         recordings=[
             _recording(
                 row,
                 segment_bytes.get(row.id, 0),
                 state_bytes.get(row.id, 0),
-                store.catalog.dead_bytes(row.id),
-                store.state(row.id).written().ratio,
+                dead_bytes,
+                state.written().ratio,
             )
-            for row in store.recordings()
+            for row, dead_bytes, state in rows
         ],
         model=model.spec if model else None,
         model_fingerprint=model.fingerprint if model else None,
