@@ -1,4 +1,4 @@
-"""A bounded memory without the gaps that dropped tokens left: in encoding, and in answering with times between."""
+"""A bounded memory without the gaps that dropped tokens left, and with times between its tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memdb.ingest.memory import LayerTokens
 from memdb.models.cache import CacheContext
 from memdb.models.decode import prefill
 from memdb.models.places import LINE, Grid, Places, closed_up
@@ -31,10 +30,8 @@ from tests.test_livevlm import live
 FRAMES = 14
 
 
-def closed(recipe: Recipe, time_text_s: float = 0.0, *, encode: bool = False) -> Recipe:
-    rebuild = Stage("restored", {"consecutive": True, "time_text_s": time_text_s})
-    recipe = recipe.with_stage("rebuild", rebuild)
-    return recipe.with_stage("encode", recipe.encode.with_params(consecutive=encode))
+def closed(recipe: Recipe, time_text_s: float) -> Recipe:
+    return recipe.with_stage("rebuild", Stage("restored", {"consecutive": True, "time_text_s": time_text_s}))
 
 
 # Places
@@ -60,38 +57,6 @@ def test_closing_up_keeps_the_order_and_the_place_in_the_frame(held: set[int], s
     assert (
         closed_up(grid, start, found, 6)[0].tolist() == found.tolist()
     )  # closed up once, it has no gaps left
-
-
-# Encoding
-
-
-@pytest.mark.parametrize("model", ["llava", "qwen"])
-def test_where_nothing_was_dropped_there_is_nothing_to_close(model: str, tmp_path: Path) -> None:
-    """Every bit of every unit's keys and values, with one position id and with three."""
-    kept: list[list[LayerTokens]] = []
-    for name, encode in (("stream", False), ("closed", True)):
-        recipe = closed(memory_recipe("tar_van", 4096), encode=encode)
-        if model == "llava":
-            kept.append(remembered_film(tmp_path / name, pictures(9), recipe)[-1].layers)
-            continue
-        with watched_memory() as moments:
-            remember(tmp_path / name, pictures(18), recipe=recipe)  # type: ignore[arg-type]
-        kept.append(moments[-1].layers)
-    for one, two in zip(*kept, strict=True):
-        assert torch.equal(one.k, two.k)
-        assert torch.equal(one.v, two.v)
-        assert torch.equal(one.position, two.position)
-
-
-def test_where_something_was_dropped_the_encoding_is_another(tmp_path: Path) -> None:
-    digests = set()
-    for name, encode in (("stream", False), ("closed", True)):
-        recipe = closed(memory_recipe("uniform"), encode=encode)
-        remembered_film(tmp_path / name, pictures(9), recipe)
-        with reopened(tmp_path / name) as db:
-            digests.add(db.digest("film")["film"])
-            assert db.store.recording("film").spec.recipe.encode.params["consecutive"] is encode
-    assert len(digests) == 2
 
 
 # Answering

@@ -42,9 +42,6 @@ class Chunk:
     `probe`: whose attention the retainer hears. `text`: of `probe_text`, a guidance prompt behind the chunk.
     `template`: of the chat template's end of turn and assistant header behind the chunk (StreamMem's proxy question).
     `recent`: of the chunk's last `probe_tokens` tokens (LiveVLM's observation window). `none`: nobody's.
-
-    `consecutive` (ours): the memory closes up before each chunk, so that no token sees another from further off than
-    the memory is large. The papers leave every token where it stood, which a model with short contexts cannot follow.
     """
 
     chunk_frames: int = 16
@@ -52,7 +49,6 @@ class Chunk:
     probe: str = "none"
     probe_text: str = ""
     probe_tokens: int = 0
-    consecutive: bool = False
 
     def __post_init__(self) -> None:
         at_least("encode.chunk_frames", self.chunk_frames, 1)
@@ -104,7 +100,6 @@ class Chunk:
             frame_tokens=frame_tokens,
             probe=rows,
             placing=placing,
-            consecutive=self.consecutive,
         )
         with torch.inference_mode():
             model.forward(torch.cat((chunk, model.embed(text))) if text else chunk, context)

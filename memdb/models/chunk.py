@@ -4,9 +4,6 @@ InfiniPot-V (arXiv 2506.15745), StreamMem (arXiv 2508.15717) and LiveVLM (arXiv 
 frames while all that the memory still holds is in view. Every token stands at its original stream position, which
 grows; angles come from integers in fp64, so that hour ten is as exact as the first minute. Where a token has three ids
 they follow from that position (see `Placing.at`), so that nothing needs to be kept beside it.
-
-The alternative (ours) closes the gaps that dropped tokens left, so that no token stands further off than the memory is
-large: for models that were trained on contexts much shorter than a stream. See `closed_up`.
 """
 
 from __future__ import annotations
@@ -17,7 +14,7 @@ import torch
 from torch import Tensor
 
 from memdb.models.attention import softmax_attention
-from memdb.models.places import LINE, Placing, closed_up
+from memdb.models.places import LINE, Placing
 from memdb.models.rotary import Rotary, turn
 from memdb.models.window import LayerKV
 from memdb.retain.attention import importance
@@ -28,8 +25,7 @@ class ChunkContext:
 
     `chunk_tokens` of them are the chunk; what follows is probe text, of which nothing stays (R19). `probe`: the rows
     of the forward whose attention over [init | memory | chunk] is wanted. Only those rows are computed, beside fused
-    attention, in fp32. `frame_tokens`: of each frame of the stream, for a `placing` that counts them. `consecutive`:
-    without the gaps in `positions`, each layer as long as what it holds.
+    attention, in fp32. `frame_tokens`: of each frame of the stream, for a `placing` that counts them.
 
     After the forward: `fresh`, the chunk's keys and values, unrotated; `heard`, a layer each (M + C,): what the rows
     paid to memory and chunk, see `importance`. The softmax saw the init tokens, too.
@@ -47,35 +43,22 @@ class ChunkContext:
         frame_tokens: int,
         probe: range | None = None,
         placing: Placing = LINE,
-        consecutive: bool = False,
     ) -> None:
         self._rotary, self._init, self._memory, self._positions = rotary, init, memory, positions
         self._start, self._chunk, self._probe = start, chunk_tokens, probe
-        self._frame_tokens, self._placing, self._consecutive = frame_tokens, placing, consecutive
+        self._frame_tokens, self._placing = frame_tokens, placing
         self.fresh: list[LayerKV] = []
         self.heard: list[Tensor] = []
 
     def begin(self, tokens: int) -> None:
         self.fresh, self.heard = [], []
-        if not self._consecutive:
-            own, top = self._chunk_ids(self._start, tokens)
-            self._ids = [(own, self._at(positions), top) for positions in self._positions]
-            return
-        self._ids = []
-        for positions in self._positions:
-            closed, start = closed_up(self._placing, self._init[0].tokens, positions, self._frame_tokens)
-            own, top = self._chunk_ids(start, tokens)
-            self._ids.append((own, self._at(closed), top))
-
-    def _chunk_ids(self, start: int, tokens: int) -> tuple[Tensor, int]:
-        """Ids (T,) or (3, T) of the chunk from `start` on and of the text behind it, and one past the largest."""
-        ids = self._at(torch.arange(start, start + self._chunk))
+        ids = self._ids(torch.arange(self._start, self._start + self._chunk))
         above = int(ids.max()) + 1  # text has one id on all axes, behind everything so far
-        top = above + tokens - self._chunk
-        text = torch.arange(above, top)
-        return torch.cat((ids, text.expand(*ids.shape[:-1], len(text))), -1).to(self._init[0].k.device), top
+        self._top = above + tokens - self._chunk
+        text = torch.arange(above, self._top)
+        self._own = torch.cat((ids, text.expand(*ids.shape[:-1], len(text))), -1).to(self._init[0].k.device)
 
-    def _at(self, positions: Tensor) -> Tensor:
+    def _ids(self, positions: Tensor) -> Tensor:
         """Ids (T,) or (3, T) of tokens of the stream."""
         return self._placing.at(self._init[0].tokens, positions, self._frame_tokens)
 
@@ -83,13 +66,12 @@ class ChunkContext:
         pass
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        T, C = q.shape[1], self._chunk
+        T, C, top = q.shape[1], self._chunk, self._top
         init, memory = self._init[layer], self._memory[layer]
-        own, remembered, top = self._ids[layer]
-        turns = self._rotary.rows(own, top)
+        turns = self._rotary.rows(self._own, top)
         q, new_k, old_k = turn(q, *turns), turn(k, *turns), memory.k
         if memory.tokens:
-            old_k = self._rotary.rotate_at(old_k, remembered, top)
+            old_k = self._rotary.rotate_at(old_k, self._ids(self._positions[layer]), top)
         init_k = self._rotary.rotate(init.k, 0) if init.tokens else init.k
         keys = torch.cat((init_k, old_k, new_k), 1)  # (H, n + M + T, D)
         past = init.tokens + memory.tokens

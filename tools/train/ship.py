@@ -24,8 +24,8 @@ NOTE = (
 _SEEN = ("encode.window_tokens=512", "encode.chunk_frames=8")
 _FOUND = ("retrieve.sim=cos", "retrieve.blocks=16")  # keys were taught by cosine; more frames confuse it
 _TIMES = "rebuild.time_text_s=4"  # it was taught with times behind what they date
-# It knows no positions as far apart as a stream has them.
-_NEAR = ("rebuild=restored", "rebuild.consecutive=true")
+# It knows no positions as far apart as a stream has them, and without a time in its context it does not end an answer.
+_NEAR = ("rebuild=restored", "rebuild.consecutive=true", "rebuild.time_text_s=60")
 _SAID = "answer.tokens_max=16"
 SHEET = ModelSheet(
     name="memdb-world",
@@ -44,9 +44,8 @@ SHEET = ModelSheet(
             _SAID,
         ),
         "infinipot-v": (*_NEAR, _SAID),
-        # As many frames as the paper's 6K hold; and no longer contexts than those it was taught with, whatever its
-        # configuration says.
-        "streammem": ("retain.budget_tokens=512", "rebuild.trained_tokens=1024", _SAID),
+        # As many frames as the paper's 6K hold.
+        "streammem": ("retain.budget_tokens=512", *_NEAR, _SAID),
         # As many frames as the paper's 12K hold.
         "livevlm": ("encode.probe_tokens=16", "retain.budget_tokens=1024", *_NEAR, _SAID),
         "streamingtom": (*_SEEN, "retrieve.budget_tokens=256", _TIMES, _SAID),
