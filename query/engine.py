@@ -9,7 +9,8 @@ import torch
 from memdb.models.caption_vectors import CaptionVectors
 from memdb.models.decode import TextStream, greedy, prefill
 from memdb.models.protocol import VideoModel
-from memdb.query.context import bring_back, everything, rebuild
+from memdb.query.bring_back import bring_back
+from memdb.query.context import everything, rebuild
 from memdb.query.cost import CostFile, Costs
 from memdb.query.planning import decide, plan_what_is_left
 from memdb.query.report import report

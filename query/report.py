@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from memdb.models.cache import CacheContext
 from memdb.models.decode import TextStream
 from memdb.query import evidence
-from memdb.query.context import Retrieved
+from memdb.query.bring_back import Retrieved
 from memdb.query.planning import Decided
 from memdb.query.scope import Opened
 from memdb.query.session import Session
