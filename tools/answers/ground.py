@@ -109,7 +109,7 @@ def _ingest(
     if any(row.name == name and row.finished for row in client.recordings()):
         return 0.0
     if job.paint:
-        side = {"height": job.film_size[1], "width": job.film_size[0]}
+        side = {"height": job.size[1], "width": job.size[0]}
         source: Any = painted(scenes, fps=SAMPLE_FPS, device=resolve_device(job.device), **side)
     else:
         source = film_of(job, seed, scenes, tell)
@@ -131,7 +131,7 @@ def _ingest(
 
 def film_of(job: Job, seed: int, scenes: list[Scene], tell: Tell) -> Path:
     """The film of a seed, rendered once: by its name it is known again while nothing that draws it has changed."""
-    width, height = job.film_size
+    width, height = job.size
     name = f"{SPLIT}-{seed}-{scenes[-1].end_s}s-{job.fps}fps-{width}x{height}-{_drawn_by()}.mp4"
     path = job.folder / "films" / name
     if path.exists():
@@ -161,7 +161,7 @@ def _drawn_by() -> str:
 
 
 def _store_name(job: Job, seed: int) -> str:
-    said = repr((job.recipe, job.settings, job.model, job.dtype, job.paint, job.fps, job.film_size)).encode()
+    said = repr((job.recipe, job.settings, job.model, job.dtype, job.paint, job.fps, job.size)).encode()
     return f"{seed}-{job.length_s}s-{hashlib.blake2b(said, digest_size=4).hexdigest()}.memdb"
 
 

@@ -11,6 +11,7 @@ from tools.answers.rows import ROWS
 FILM_FPS, FILM_FPS_LONG = 25, 5  # the second from LONG_S on: only a frame a second is looked at
 LONG_S = 4 * 3600
 FILM_SIZE = (640, 360)
+PAINTED_SIZE = (320, 180)  # no decoder is to meet a real size, and to paint it would be most of the work
 SAMPLE_FPS = 1.0
 SPLIT = "test"
 OWN = "own"  # in place of a codec: the recipe's
@@ -38,10 +39,14 @@ class Job:
     device: str | None = None
     dtype: str | None = None
     film_fps: int | None = None
-    film_size: tuple[int, int] = FILM_SIZE
+    film_size: tuple[int, int] | None = None
     paint: bool = False
     cold: bool = False
     reuse: bool = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.film_size or (PAINTED_SIZE if self.paint else FILM_SIZE)
 
     @property
     def fps(self) -> int:
