@@ -36,10 +36,10 @@ def at_original(
     times: int = 0,
 ) -> CacheContext:
     """[init | tokens of a memory where they stood in the stream, or where the method puts them], with what the method
-    writes between them: at most `times` tokens, and with the captions and all else at most `room`.
+    writes between them: at most `times` tokens, and with the captions and all else at most `room`; none without one.
     """
     assert got.positions is not None
-    spec, left = opened.row.spec, None
+    spec, left = opened.row.spec, 0
     if room is not None:
         longest = max(0 if kv is None else kv.tokens for kv in got.kv)
         left = min(times, max(0, room - init[0].tokens - longest - len(got.caption_ids)))

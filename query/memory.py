@@ -53,18 +53,23 @@ class Memory:
         )
 
 
-def memory_of(store: Store, opened: Opened) -> Memory:
+def memory_of(store: Store, opened: Opened, room: int | None = None) -> Memory:
     """The memory at the watermark, or as of the question's moment: what the last unit that had ended left of it, and
-    behind that the frames of the unit that was open then. Nothing had thinned those yet.
+    behind that the frames of the unit that was open then, which nothing had thinned yet. Of these a compaction may have
+    left some tokens since, and the oldest go where there is no `room` for that many tokens.
     """
     found, rows = remembered(store, opened.row, opened.at_ns), _rows_of_the_open_unit(store, opened)
     keep, layers = found.keep, opened.row.spec.model.shape.layers
-    if keep is None and not len(rows):
-        return Memory([], found.bad)
-    came = _tokens_of(store, opened, rows, layers)
-    keep = came if keep is None else keep.followed_by(came)
-    held = activate(opened.kv.table.blocks, opened.blocks, keep, opened.kv.held())
-    return Memory(held, found.bad, 0 if found.keep is None else _short_from(store, opened, found.unit))
+    table, held = opened.kv.table.blocks, opened.kv.held()
+    own = [] if keep is None else activate(table, opened.blocks, keep, held)
+    if room is not None:
+        tokens = table["tokens"][rows].astype(np.int64)
+        spare = room - max((len(layer.positions) for layer in own), default=0)
+        rows = rows[np.cumsum(tokens[::-1])[::-1] <= spare]
+    if len(rows):
+        came = _tokens_of(store, opened, rows, layers)
+        own = activate(table, opened.blocks, came if keep is None else keep.followed_by(came), held)
+    return Memory(own, found.bad, 0 if keep is None else _short_from(store, opened, found.unit))
 
 
 def _rows_of_the_open_unit(store: Store, opened: Opened) -> Rows:

@@ -13,6 +13,7 @@ from memdb.query import captions as caption_tier
 from memdb.query import scope
 from memdb.query.cost import Asked, Costs
 from memdb.query.memory import Memory, memory_of
+from memdb.query.plan import ANSWER_TOKENS_MIN
 from memdb.query.plan import plan as make_plan
 from memdb.query.retrieve.all import ActivateAll
 from memdb.query.retrieve.groups import GroupTopK
@@ -25,9 +26,10 @@ from memdb.query.session import Session
 from memdb.query.stages import QueryStages, compose
 from memdb.query.within import Within
 from memdb.schemas.errors import ModelMismatch, NoPlanFits, QuestionError
+from memdb.schemas.keep import Ids
 from memdb.schemas.plan import Plan, Sizes
 from memdb.schemas.question import Question
-from memdb.schemas.times import format_time, to_ns, to_s
+from memdb.schemas.times import NS_PER_S, format_time, to_ns, to_s
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,18 +147,22 @@ def _plan(
     head_tokens = session.head_tokens(opened)
     shape, element_bytes = session.model.shape, session.model.dtype.itemsize
     held = scope.holdings(chosen, opened, shape, element_bytes, init[0].tokens, head_tokens)
+    ids, prompt_tokens = (
+        session.model.encode_text(question.text),
+        len(session.model.prompt_ids(question.text)),
+    )
     memory = None
     if chosen is not None and isinstance(stages.retrieve, ActivateAll | MemoryPages):
-        memory = memory_of(session.store, chosen)
+        least = prompt_tokens + min(stages.answer.tokens_max, ANSWER_TOKENS_MIN)
+        memory = memory_of(session.store, chosen, session.room(question) - init[0].tokens - least)
         pages = stages.retrieve if isinstance(stages.retrieve, MemoryPages) else None
         size = memory.size(chosen, pages)
         held = replace(held, memory=replace(size, time_tokens=_time_tokens(session, stages, chosen, memory)))
     held = replace(held, is_span=within.is_span)
     kind, why = session.kind(within.text)
-    ids = session.model.encode_text(question.text)
     asked = Asked(
         question_tokens=len(ids),
-        prompt_tokens=len(session.model.prompt_ids(question.text)),
+        prompt_tokens=prompt_tokens,
         stamp_tokens_block=_stamp_tokens(session, stages, chosen),
         passes=2 if isinstance(stages.retrieve, LayerAdaptive) else 1,
         spread=stages.retrieve.spread if isinstance(stages.retrieve, LayerAdaptive) else 1.0,
@@ -201,13 +207,13 @@ def _blocks(stages: QueryStages, chosen: Opened | None) -> int:
 
 
 def _stamp_tokens(session: Session, stages: QueryStages, chosen: Opened | None) -> float:
-    """Tokens of time text a block, at most: one stamp a block, or one every `time_text_s`."""
+    """Tokens of time text a block: about one stamp every `time_text_s` of blocks that stand together."""
     every_s = stages.rebuild.time_text_s
     if not every_s or chosen is None or not len(chosen.usable_blocks):
         return 0.0
-    first = chosen.usable_blocks[0]
-    share = min(1.0, to_s(int(first["end_ns"] - first["start_ns"])) / every_s)
-    return share * len(session.model.encode_text("[00:00:00]"))
+    blocks = chosen.usable_blocks
+    share = min(1.0, to_s(int(blocks[0]["end_ns"] - blocks[0]["start_ns"])) / every_s)
+    return share * _longest_stamp(session, blocks["start_ns"])
 
 
 def _time_tokens(session: Session, stages: QueryStages, chosen: Opened, memory: Memory) -> int:
@@ -215,10 +221,14 @@ def _time_tokens(session: Session, stages: QueryStages, chosen: Opened, memory: 
     if not stages.rebuild.time_text_s or not any(len(own.rows) for own in memory.layers):
         return 0
     rows = np.unique(np.concatenate([own.rows for own in memory.layers]))
-    starts_ns = chosen.kv.table.blocks["start_ns"][rows]
-    latest_ns = int(starts_ns.max())
-    if (starts_ns % 1_000_000_000).any():  # with a fraction, which takes more signs
-        latest_ns += 500_000_000 - latest_ns % 1_000_000_000
-    apart = int(latest_ns - starts_ns.min()) // to_ns(stages.rebuild.time_text_s) + 1
-    times = min(apart, len(np.unique(starts_ns)))
-    return times * len(session.model.encode_text(f"[{format_time(to_s(latest_ns))}]"))
+    starts_ns = np.unique(chosen.kv.table.blocks["start_ns"][rows])
+    apart = int(starts_ns[-1] - starts_ns[0]) // to_ns(stages.rebuild.time_text_s) + 1
+    return min(apart, len(starts_ns)) * _longest_stamp(session, starts_ns)
+
+
+def _longest_stamp(session: Session, starts_ns: Ids) -> int:
+    """Tokens of a time as text, as long as it gets: with a fraction, which takes more signs, if any start has one."""
+    latest_s = to_s(int(starts_ns.max())) // 1
+    if (starts_ns % NS_PER_S).any():
+        latest_s += 0.5
+    return len(session.model.encode_text(f"[{format_time(latest_s)}]"))

@@ -66,6 +66,13 @@ def at_least(where: str, value: float, lowest: float) -> None:
         raise RecipeError(f"{where} = {value!r} is too small: give at least {lowest}")
 
 
+def seconds_or_none(where: str, value: float) -> None:
+    """Raises RecipeError for what is neither 0 nor a millisecond at least: nothing comes more often."""
+    at_least(where, value, 0)
+    if 0 < value < 1e-3:
+        raise RecipeError(f"{where} = {value!r} is too small: give 0 for none, or at least 0.001")
+
+
 def share(where: str, value: float) -> None:
     """Raises RecipeError for a share outside (0, 1]."""
     if not 0 < value <= 1:

@@ -12,18 +12,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import memdb
 from memdb.models.cache import CacheContext
 from memdb.models.decode import prefill
 from memdb.models.places import LINE, Grid, Places, closed_up
+from memdb.query.rebuild import restored
 from memdb.query.rebuild.consecutive import Consecutive
 from memdb.query.stages import compose
 from memdb.query.stored import Readings
-from memdb.recipes import adjusted
+from memdb.recipes import REKV, adjusted
 from memdb.schemas.errors import RecipeError
 from memdb.schemas.recipe import Recipe, Stage
 from memdb.schemas.times import format_time
 from tests.memory_cases import FRAME_TOKENS, Moment, memory_recipe, remembered_film, watched_memory
-from tests.model_cases import QUESTION, pictures, record_decisions, relative, reopened, wrapped
+from tests.model_cases import (
+    QUESTION,
+    TINY,
+    ingest,
+    pictures,
+    record_decisions,
+    relative,
+    reopened,
+    timed,
+    wrapped,
+)
 from tests.qwen_cases import N, remember
 from tests.test_livevlm import live
 
@@ -45,18 +57,14 @@ def closed(recipe: Recipe, time_text_s: float) -> Recipe:
 )
 def test_closing_up_keeps_the_order_and_the_place_in_the_frame(held: set[int], start: int, grid: Any) -> None:
     positions = torch.tensor(sorted(held)) + start
-    found, end = closed_up(grid, start, positions, 6)
+    found = closed_up(grid, start, positions, 6)
     frames = sorted({token // 6 for token in held})
     if grid == LINE:
         assert found.tolist() == list(range(start, start + len(held)))
-        assert end == start + len(held)
     else:
         wanted = [start + frames.index(token // 6) * 6 + token % 6 for token in sorted(held)]
         assert found.tolist() == wanted
-        assert end == start + 6 * len(frames)
-    assert (
-        closed_up(grid, start, found, 6)[0].tolist() == found.tolist()
-    )  # closed up once, it has no gaps left
+    assert closed_up(grid, start, found, 6).tolist() == found.tolist()  # closed up once, it has no gaps left
 
 
 # Answering
@@ -140,6 +148,47 @@ def test_of_whole_frames_it_is_the_context_of_consecutive_blocks(
         )
         scores = prefill(model, model.embed(model.prompt_ids(QUESTION)), context)
     assert relative(decided[0], scores) < 1e-5
+
+
+def test_the_ladder_writes_no_times(tmp_path: Path) -> None:
+    shown = pictures(FRAMES)
+    ingest(tmp_path / "s", shown, recipe=closed(memory_recipe("uniform", 4096), 1.0))
+    with reopened(tmp_path / "s") as db:
+        report = db.compare_uncut(((n * 1.0, shown[n]) for n in range(FRAMES)), "film", QUESTION)
+    assert report.relative < 1e-4
+
+
+@pytest.mark.parametrize("every_s", [0.7, 4.4, 11.6])
+def test_there_is_room_for_every_time_also_where_starts_have_fractions(
+    every_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts: list[str] = []
+    written = restored.written_stamps
+
+    def counted(*given: Any, **options: Any) -> Any:
+        marks, ids = written(*given, **options)
+        model, starts, union, every_ns, most = given
+        free = written(model, starts, union, every_ns, None, **options)
+        assert ids == free[1], most
+        texts.extend(mark.text for mark in marks)
+        return marks, ids
+
+    recipe = closed(memory_recipe("uniform", 6), every_s)
+    with memdb.connect(tmp_path / "s", model=TINY, device="cpu") as db:
+        db.ingest(timed(pictures(33), step_s=0.4), recording="film", recipe=recipe, sample_fps=2.5)
+    monkeypatch.setattr(restored, "written_stamps", counted)
+    with reopened(tmp_path / "s") as db:
+        answer = db.ask(QUESTION, mode="kv")
+    assert texts
+    assert answer.plan.predicted.context_tokens >= answer.used.context_tokens
+
+
+def test_seconds_too_short_to_be_any_are_refused() -> None:
+    for rebuild in (Stage("restored", {"consecutive": True}), Stage("consecutive")):
+        for few in (1e-10, 5e-4):
+            recipe = REKV if rebuild.method == "consecutive" else memory_recipe()
+            with pytest.raises(RecipeError, match=r"give 0 for none, or at least 0\.001"):
+                compose(recipe.with_stage("rebuild", rebuild.with_params(time_text_s=few)))
 
 
 def test_times_have_no_room_where_gaps_stay() -> None:

@@ -21,7 +21,7 @@ from memdb.models.random_llava import random_llava, save_random_llava
 from memdb.models.sheet import ModelSheet, read_sheet, write_sheet
 from memdb.recipes import RECIPES, for_live
 from memdb.repair import repair
-from memdb.schemas.errors import ModelError, ModelMismatch, RecipeError
+from memdb.schemas.errors import ModelError, ModelMismatch, ModelNotFound, RecipeError
 from memdb.schemas.rows import RecordingSpec
 from memdb.world.films import render
 from memdb.world.scenes import plan
@@ -262,6 +262,28 @@ def test_what_the_user_typed_is_refused_before_a_model_is_loaded(
     embedded.mkdir()  # nothing that could be loaded
     with pytest.raises(RecipeError, match="framse"):
         ingested(tmp_path / "a.memdb", films / "world.mp4", settings=("unit.framse=4",))
+
+
+def test_so_it_is_for_a_model_of_the_hub_whose_sheet_alone_is_fetched(
+    films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    def fetched(*_: Any, **__: Any) -> str:
+        raise EntryNotFoundError("it has none")
+
+    def offline(*_: Any, **__: Any) -> str:
+        raise LocalEntryNotFoundError("no network")
+
+    def refused(name: str) -> Path:
+        raise ModelNotFound(name)
+
+    monkeypatch.setattr(load, "_fetch", refused)
+    for hub, told in ((fetched, RecipeError), (offline, ModelNotFound)):
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub)
+        with memdb.connect(tmp_path / told.__name__, model="some/model") as db, pytest.raises(told):
+            db.ingest(films / "world.mp4", sample_fps=1, settings=("unit.framse=4",))
 
 
 def test_a_film_of_another_world_gets_one_note(embedded: Path, films: Path, tmp_path: Path) -> None:

@@ -158,6 +158,19 @@ def test_as_of_a_moment_inside_a_unit_its_frames_so_far_follow_the_memory(
     assert answer.warnings == ()
 
 
+def test_a_bound_on_the_context_takes_the_open_units_oldest_frames(tmp_path: Path) -> None:
+    """A moment inside a unit is answered wherever the memory before it alone could be."""
+    remembered_film(tmp_path / "s", pictures(16), memory_recipe("recent"))
+    with reopened(tmp_path / "s") as db:
+        whole = db.ask(QUESTION, mode="kv", at=9).plan.predicted.context_tokens
+        for at_s in range(3, 17):
+            for room in (whole, whole + 16, whole + 20, whole + 32):
+                answer = db.ask(QUESTION, mode="kv", at=at_s, context_tokens_max=room)
+                assert answer.used.context_tokens <= room
+                fits = at_s % CLIP == 0 or room >= whole + 16
+                assert (max(item.end_s for item in answer.evidence) == at_s) >= fits
+
+
 def test_the_last_of_it_can_be_forgotten(tmp_path: Path) -> None:
     """Where nothing is left, a question says so, and in the tiers that are left it is answered."""
     from memdb.schemas.errors import QuestionError

@@ -13,6 +13,7 @@ import torch
 from memdb.models.joint import load_head, random_head
 from memdb.models.protocol import VideoModel
 from memdb.models.quiet import no_progress_bars
+from memdb.models.sheet import NAME as SHEET_FILE
 from memdb.models.sheet import PLAIN, ModelSheet, check_files, read_sheet
 from memdb.models.weights import folder_digest
 from memdb.schemas.errors import ModelError, ModelNotFound, UnsupportedModel
@@ -115,7 +116,9 @@ def sheet_of(spec: str) -> ModelSheet | None:
         return PLAIN
     folder = EMBEDDED if spec == "embedded" else Path(spec).expanduser()
     try:
-        return read_sheet(folder) if spec and folder.is_dir() else None
+        if spec and folder.is_dir():
+            return read_sheet(folder)
+        return _hub_sheet(spec) if spec.count("/") == 1 else None
     except ModelError:
         return None
 
@@ -221,6 +224,21 @@ def _fetch(hub_id: str) -> Path:
             f"model {hub_id!r} is neither a folder here nor to be had from the Hub ({_first_line(error)}): "
             "check the name and the network, or download it and name the folder"
         ) from error
+
+
+def _hub_sheet(hub_id: str) -> ModelSheet | None:
+    """The sheet of a Hub repository, that one file alone; None where nobody can say whether there is one."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return read_sheet(Path(hf_hub_download(hub_id, SHEET_FILE)).parent)
+    except LocalEntryNotFoundError:
+        return None
+    except EntryNotFoundError:
+        return PLAIN
+    except Exception:  # as in _fetch: loading says what is wrong
+        return None
 
 
 def _preprocessing(folder: Path | None) -> dict[str, Any]:

@@ -202,17 +202,16 @@ class Grid:
         return np.minimum(raster, self.tokens - 1)  # of text, which has no place in a frame
 
 
-def closed_up(placing: Placing, start: int, positions: Tensor, frame_tokens: int) -> tuple[Tensor, int]:
-    """Positions (T,) of the same tokens without the gaps that others left, from `start` on, and the next one.
+def closed_up(placing: Placing, start: int, positions: Tensor, frame_tokens: int) -> Tensor:
+    """Positions (T,) of the same tokens without the gaps that others left, from `start` on.
 
     positions (T,): ascending, of a run that began at `start`. On a line one token follows the other. On a grid frames
     are renumbered, and a token keeps its place in its frame, whatever else is left of that.
     """
     if placing == LINE:
-        end = start + len(positions)
-        return torch.arange(start, end, device=positions.device), end
-    frames, nth = torch.unique((positions - start) // frame_tokens, return_inverse=True)
-    return start + nth * frame_tokens + (positions - start) % frame_tokens, start + len(frames) * frame_tokens
+        return torch.arange(start, start + len(positions), device=positions.device)
+    nth: Tensor = torch.unique((positions - start) // frame_tokens, return_inverse=True)[1]
+    return start + nth * frame_tokens + (positions - start) % frame_tokens
 
 
 def place_frames(

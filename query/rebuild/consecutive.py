@@ -13,7 +13,7 @@ from memdb.models.protocol import VideoModel
 from memdb.models.window import LayerKV
 from memdb.query.rebuild.stamps import Stamp, layer_places, stamped, written_stamps
 from memdb.query.retrieve.topk import Rows
-from memdb.schemas.params import at_least
+from memdb.schemas.params import seconds_or_none
 from memdb.schemas.times import to_ns
 from memdb.schemas.units import Table
 
@@ -30,7 +30,7 @@ class Consecutive:
     time_text_s: float = 4.0
 
     def __post_init__(self) -> None:
-        at_least("rebuild.time_text_s", self.time_text_s, 0)
+        seconds_or_none("rebuild.time_text_s", self.time_text_s)
 
     def rebuild(
         self,

@@ -20,7 +20,7 @@ from memdb.query.rebuild.original import Original
 from memdb.query.rebuild.stamps import layer_places, stamped, written_stamps
 from memdb.schemas.errors import RecipeError
 from memdb.schemas.keep import Ids
-from memdb.schemas.params import at_least
+from memdb.schemas.params import seconds_or_none
 from memdb.schemas.times import to_ns
 
 
@@ -38,7 +38,7 @@ class Restored(Original):
     time_text_s: float = 0.0
 
     def __post_init__(self) -> None:
-        at_least("rebuild.time_text_s", self.time_text_s, 0)
+        seconds_or_none("rebuild.time_text_s", self.time_text_s)
         if self.time_text_s and not self.consecutive:
             raise RecipeError(
                 "rebuild.time_text_s writes times between tokens, and at restored positions there is no room between "
@@ -80,7 +80,7 @@ class Restored(Original):
     def seat(self, placing: Placing, start: int, positions: Ids, frame_tokens: int, end: Next) -> Places:
         if not self.consecutive:
             return super().seat(placing, start, positions, frame_tokens, end)
-        closed, _ = closed_up(placing, start, torch.from_numpy(positions), frame_tokens)
+        closed = closed_up(placing, start, torch.from_numpy(positions), frame_tokens)
         if placing == LINE:
             return Places.line(closed, start + len(positions))
         ids = placing.at(start, closed, frame_tokens)
