@@ -71,5 +71,5 @@ def _save(path: Path, figure: Any, axes: Any) -> None:
     axes.set_ylim(-3, 103)
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend()
+        axes.legend(loc="lower right")  # the search for the best place warns where it is slow
     figure.savefig(path, dpi=150)
