@@ -30,7 +30,7 @@ def chosen_recipe(
     profile: str | None,
     codec: str | None,
     settings: Sequence[str],
-    known: Mapping[str, Recipe] | None = None,
+    known: Mapping[str, Recipe],
 ) -> Recipe:
     """What an ingest was asked for: `recipe` by name, file or as it is, with the changes. known: what names mean.
 
@@ -38,7 +38,6 @@ def chosen_recipe(
     """
     if isinstance(recipe, Recipe):
         return recipes.adjusted(recipe, profile=profile, codec=codec, settings=tuple(settings))
-    known = known if known is not None else recipes.RECIPES
     return recipes.recipe(
         os.fspath(recipe), profile=profile, codec=codec, settings=tuple(settings), known=known
     )

@@ -386,9 +386,8 @@ def recording_digest(store: Store, name: str, tier: str = "all") -> str:
         except (SegmentGone, UnknownRecording):  # compacted or forgotten meanwhile
             if not left:
                 raise
-        except (
-            CorruptionError
-        ):  # rows that are not there, if nothing is damaged, are those of a recording that is gone
+        except CorruptionError:
+            # Rows that are not there, if nothing is damaged, are those of a recording that is gone.
             if not left or recording.id in {row.id for row in store.recordings()}:
                 raise
     raise AssertionError("not reached")

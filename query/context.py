@@ -15,6 +15,7 @@ from memdb.query.memory import frame_tokens, memory_of
 from memdb.query.planning import Decided
 from memdb.query.rebuild.consecutive import Consecutive
 from memdb.query.rebuild.original import Original
+from memdb.query.rebuild.restored import Restored
 from memdb.query.rebuild.written import Written
 from memdb.query.retrieve.all import ActivateAll
 from memdb.query.retrieve.pages import MemoryPages
@@ -27,52 +28,51 @@ from memdb.schemas.errors import CorruptionError
 
 
 def at_original(
+    session: Session, method: Original, opened: Opened, init: Sequence[LayerKV], got: Retrieved
+) -> CacheContext:
+    """[init | tokens of a memory where they stood in the stream, or where the method puts them]."""
+    assert got.positions is not None
+    spec = opened.row.spec
+    placing = session.model.placing(spec.sample_fps, spec.grid)
+    return method.rebuild(session.rotated(spec), init, got.kv, got.positions, frame_tokens(opened), placing)
+
+
+def with_times(
     session: Session,
-    method: Original,
+    method: Restored,
     opened: Opened,
     init: Sequence[LayerKV],
     got: Retrieved,
-    room: int | None = None,
-    times: int = 0,
+    tokens_max: int,
 ) -> CacheContext:
-    """[init | tokens of a memory where they stood in the stream, or where the method puts them], with what the method
-    writes between them: at most `times` tokens, and with the captions and all else at most `room`; none without one.
-    """
-    assert got.positions is not None
-    spec, left = opened.row.spec, 0
-    if room is not None:
-        longest = max(0 if kv is None else kv.tokens for kv in got.kv)
-        left = min(times, max(0, room - init[0].tokens - longest - len(got.caption_ids)))
-    return method.rebuild(
-        session.rotated(spec),
-        init,
-        got.kv,
-        got.positions,
-        frame_tokens(opened),
-        session.model.placing(spec.sample_fps, spec.grid),
-        got.starts,
-        left,
-    )
+    """[init | tokens of a memory without gaps, and between them times in at most so many tokens]."""
+    assert got.positions is not None, "whoever activated them knows"
+    assert got.starts is not None
+    spec, got.cache = opened.row.spec, None  # where it was read with no times between, it goes first
+    placing = session.model.placing(spec.sample_fps, spec.grid)
+    tokens = list(zip(got.positions, got.starts, strict=True))
+    model = session.rotated(spec)
+    return method.dated(model, init, got.kv, tokens, frame_tokens(opened), placing, tokens_max)
 
 
 def rebuild(session: Session, decided: Decided, got: Retrieved, room: int) -> CacheContext:
     """[init | blocks in time order, with times | captions in time order, with times], in at most `room` tokens."""
     stages, init, chosen = decided.stages, decided.init, decided.chosen
+    longest = max((0 if kv is None else kv.tokens for kv in got.kv), default=0)
+    left = max(0, room - init[0].tokens - longest - len(got.caption_ids))
     if got.kv and got.positions is not None:
         assert isinstance(stages.rebuild, Original), "rule R2 sees to it"
         assert chosen is not None, "whoever activated it had it"
-        if got.cache is None or stages.rebuild.time_text_s:
-            got.cache = None  # where it was read with no times between, it goes first
+        if isinstance(stages.rebuild, Restored) and stages.rebuild.time_text_s:
             plan = decided.plan
-            times = room if plan.mode == "recent" else plan.sizes.time_tokens
-            context = at_original(session, stages.rebuild, chosen, init, got, room, times)
+            times = left if plan.mode == "recent" else min(left, plan.sizes.time_tokens)
+            context = with_times(session, stages.rebuild, chosen, init, got, times)
         else:
-            context = got.cache
+            context = got.cache or at_original(session, stages.rebuild, chosen, init, got)
     elif got.kv and chosen is not None:
         if isinstance(stages.rebuild, Consecutive) and (stages.rebuild.time_text_s or got.cache is None):
             # The blocks move: what was rotated for retrieval is not needed beside the new cache.
             got.cache = None
-            longest = max(0 if kv is None else kv.tokens for kv in got.kv)
             spec = chosen.row.spec
             placing = session.model.placing(spec.sample_fps, spec.grid)
             context = stages.rebuild.rebuild(
@@ -82,7 +82,7 @@ def rebuild(session: Session, decided: Decided, got: Retrieved, room: int) -> Ca
                 got.rows,
                 got.kv,
                 stages.window_tokens,
-                stamp_tokens_max=max(0, room - init[0].tokens - longest - len(got.caption_ids)),
+                stamp_tokens_max=left,
                 placing=placing,
                 rasters=[raster_of(chosen, placing, rows) for rows in got.rows],
             )

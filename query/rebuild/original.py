@@ -40,13 +40,10 @@ class Original:
         positions: Sequence[Ids],
         frame_tokens: int,
         placing: Placing = LINE,
-        starts: Sequence[Ids] | None = None,
-        stamp_tokens_max: int | None = None,
     ) -> CacheContext:
         """[init | tokens at their positions]: keys and values of each layer, (H, tokens, D), and where they stand.
 
         Where a token has three ids they follow from its position; `frame_tokens`: of each frame of the stream.
-        `starts`: when the frame of each token began, ns; it and the last are for methods that write times.
         """
         n, none = init[0].tokens, np.zeros(0, np.int64)
         own = [none if kv is None else at for kv, at in zip(found, positions, strict=True)]

@@ -45,36 +45,36 @@ class Restored(Original):
                 "them: set rebuild.consecutive = true, or rebuild.time_text_s = 0"
             )
 
-    def rebuild(
+    def dated(
         self,
         model: VideoModel,
         init: Sequence[LayerKV],
         found: Sequence[LayerKV | None],
-        positions: Sequence[Ids],
+        tokens: Sequence[tuple[Ids, Ids]],
         frame_tokens: int,
-        placing: Placing = LINE,
-        starts: Sequence[Ids] | None = None,
-        stamp_tokens_max: int | None = None,
+        placing: Placing,
+        tokens_max: int,
     ) -> CacheContext:
-        if not self.time_text_s:
-            return super().rebuild(model, init, found, positions, frame_tokens, placing)
-        assert starts is not None, "whoever knows the tokens knows when they were"
+        """[init | tokens without gaps, with times between], the times in at most `tokens_max` tokens.
+
+        tokens: a layer each, positions and when the frame of each began, ns. The rest: see `rebuild`.
+        """
         n, none = init[0].tokens, np.zeros(0, np.int64)
-        stand = [none if kv is None else at - n for kv, at in zip(found, positions, strict=True)]
-        began = [none if kv is None else at for kv, at in zip(found, starts, strict=True)]
+        stand = [none if kv is None else at - n for kv, (at, _) in zip(found, tokens, strict=True)]
+        began = [none if kv is None else at for kv, (_, at) in zip(found, tokens, strict=True)]
         frames = [at // frame_tokens for at in stand]
         union, first = np.unique(np.concatenate(frames), return_index=True)
         every_ns = to_ns(self.time_text_s)
         marks, texts = written_stamps(
-            model, np.concatenate(began)[first], union, every_ns, stamp_tokens_max, apart_ns=every_ns
+            model, np.concatenate(began)[first], union, every_ns, tokens_max, apart_ns=every_ns
         )
         own, sizes = [], [len(ids) for ids in texts]
         for at, frame in zip(stand, frames, strict=True):
-            mine, tokens = np.unique(frame, return_counts=True)
+            mine, counts = np.unique(frame, return_counts=True)
             raster = None
             if isinstance(placing, Grid):
                 raster = (2 * (at % frame_tokens) + 1) * placing.tokens // (2 * frame_tokens)
-            own.append(layer_places(n, mine, tokens, marks, sizes, placing, raster))
+            own.append(layer_places(n, mine, counts, marks, sizes, placing, raster))
         return stamped(model, init, found, own, texts, placing)
 
     def seat(self, placing: Placing, start: int, positions: Ids, frame_tokens: int, end: Next) -> Places:
