@@ -6,26 +6,21 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from memdb.loaded import Loaded
 from memdb.schemas.answer import Answer, SearchHit
 from memdb.schemas.errors import (
-    ModelError,
-    ModelMismatch,
-    RecipeError,
-    SourceMismatch,
     UnknownRecording,
     UsageError,
 )
 from memdb.schemas.question import Budget, Question, check_text
-from memdb.schemas.recording import check_name
-from memdb.schemas.times import parse_time, parse_wall_clock, to_ns
+from memdb.schemas.times import parse_time, to_ns
 from memdb.store import Store, recording_digest
 
 if TYPE_CHECKING:
@@ -36,9 +31,6 @@ if TYPE_CHECKING:
     from memdb.ingest.run import IngestReport, Progress
     from memdb.ingest.stages import IngestStages
     from memdb.ladder import LadderReport
-    from memdb.models.caption_vectors import CaptionVectors
-    from memdb.models.protocol import VideoModel
-    from memdb.models.sheet import ModelSheet
     from memdb.policy import Policy
     from memdb.query.engine import Engine
     from memdb.schemas.recipe import Recipe
@@ -48,8 +40,6 @@ if TYPE_CHECKING:
     from memdb.verify import VerifyReport
 
 log = logging.getLogger(__name__)
-
-DEFAULT_MODEL = "embedded"
 
 
 def connect(
@@ -87,12 +77,10 @@ class Client:
     ) -> None:
         """Use `connect`."""
         self.store = store
-        self._spec, self._device, self._dtype = model, device, dtype
+        self.loaded = Loaded(store, model, device, dtype)
         self._key_index = key_index
-        self._model: VideoModel | None = None
         self._engine: Engine | None = None
         self._captions: CaptionIndex | None = None
-        self._encoders: dict[str, CaptionVectors] = {}
         self._lock = threading.RLock()
 
     # Ingest
@@ -128,81 +116,24 @@ class Client:
         Raises RecipeError, BudgetError, SourceError, ModelMismatch, EncodingMismatch, SourceMismatch,
         LockedError, StoreError.
         """
-        from memdb.ingest.begin import already_whole, chosen_recipe, indexer, spec_of
-        from memdb.ingest.growing import grown, started_at_ns
-        from memdb.ingest.pipeline import ingest
-        from memdb.ingest.run import Diverged
-        from memdb.ingest.sampling import slot_ns
-        from memdb.ingest.sources import open_source
-        from memdb.ingest.stages import written_out
-        from memdb.recipes import for_live
+        from memdb.ingest.job import Job, Wanted
 
-        asked = partial(chosen_recipe, recipe, profile, codec, settings)
-        if (sheet := self._sheet()) is not None:  # before a model loads
-            _composed(asked(_fitted(sheet)))
-        slot_ns(sample_fps)
-        given_ns = parse_wall_clock(started_at) if started_at is not None else None
-        new_epoch = ""
-        while True:
-            with (
-                open_source(source, fps=fps, track=track, reconnect_s=reconnect_s) as opened,
-                Store.open(self.store.path, create=True, write=True) as store,
-            ):
-                name = check_name(recording if recording is not None else opened.info.name)
-                with self._lock:
-                    model = self._loaded()
-                    fits = _fitted(model.sheet)
-                    row = asked(fits)
-                    if opened.info.live:
-                        row = for_live(row, fits["hybrid"])
-                    known = next((found for found in store.recordings() if found.name == name), None)
-                    # One a recording, whatever comes later.
-                    grid = known.spec.grid if known is not None else None
-                    grid = grid or model.frame_grid(opened.info.height, opened.info.width)
-                    frame_tokens = model.shape.tokens_of(grid)
-                    row = written_out(row, model, frame_tokens)
-                    stages = _composed(row)
-                    stages.check_frames(frame_tokens, grid)
-                    vectors = self._vectors(stages.captioner.encoder) if row.keeps_captions else None
-                store.bind_model(model.identity)
-                started_ns = started_at_ns(given_ns, known, opened)
-                spec = spec_of(
-                    row,
-                    name,
-                    opened.info,
-                    sample_fps,
-                    seed,
-                    started_ns,
-                    model,
-                    vectors,
-                    grid,
-                    stages.index,
-                )
-                done = already_whole(store, spec)
-                if done is not None:
-                    return done
-                spec = grown(spec, known, opened)
-                try:
-                    return ingest(
-                        store,
-                        opened,
-                        spec,
-                        model,
-                        stages,
-                        vectors,
-                        index=indexer(store, spec),
-                        progress=progress,
-                        stop=stop,
-                        new_epoch=new_epoch,
-                        turn=self._lock,
-                    )
-                except Diverged as error:
-                    if isinstance(source, Iterator):  # used up: the frames behind the watermark are gone
-                        raise SourceMismatch(
-                            f"{error}: give the same frames as at first, or another recording"
-                        ) from None
-                    log.warning("%s; going on from a fresh window", error)
-                    new_epoch = f"{error}: another machine or library version"
+        wanted = Wanted(
+            source,
+            recording,
+            recipe,
+            profile,
+            codec,
+            settings,
+            sample_fps,
+            fps,
+            started_at,
+            track,
+            reconnect_s,
+            seed,
+        )
+        job = Job(self.store.path, wanted, self.loaded, _composed, self._lock)
+        return job.run(progress, stop)
 
     # Questions
 
@@ -241,7 +172,7 @@ class Client:
             engine = self._asking()
             engine.prepare(question)
             answer = engine.ask(question, on_text=on_text)
-            if note := self._loaded().sheet.note:
+            if note := self.loaded.model().sheet.note:
                 answer = _with_note(answer, note, self.store.recordings(), recording)
         return self.save_frames(answer, save_frames) if save_frames is not None else answer
 
@@ -276,7 +207,7 @@ class Client:
                 rows,
                 text,
                 index=self._captions,
-                vectors=self._search_vectors,
+                vectors=self.loaded.search_vectors,
                 start_ns=start_ns,
                 end_ns=end_ns,
                 limit=limit,
@@ -421,7 +352,7 @@ class Client:
         with self._lock, open_source(source, fps=fps) as opened:
             engine = self._asking()
             row = self.store.recording(recording)
-            model = self._loaded()
+            model = self.loaded.model()
             frames = sample(opened.frames(), row.spec.sample_fps)
             pixels = [model.prepare(frame.image, row.spec.grid) for frame in frames]
             ids, logits, blocks = engine.question_logits(recording, question)
@@ -440,78 +371,14 @@ class Client:
     ) -> None:
         self.close()
 
-    # What is loaded once
-
-    def _named(self) -> str:
-        """The Video-LLM's name: as given, else as the store remembers it."""
-        from memdb.models.load import normal_spec
-
-        if self._spec is not None:
-            return normal_spec(self._spec)
-        known = self.store.model
-        return normal_spec(known.spec if known is not None else DEFAULT_MODEL)
-
-    def _sheet(self) -> ModelSheet | None:
-        """What the model's folder says of it, if that can be known without loading it."""
-        from memdb.models.load import sheet_of
-
-        return self._model.sheet if self._model is not None else sheet_of(self._named())
-
-    def _loaded(self) -> VideoModel:
-        from memdb.models.load import load_model
-
-        if self._model is None:
-            known = self.store.model
-            self._model = load_model(self._named(), device=self._device, dtype=self._dtype)
-            if (
-                self._spec is None
-                and known is not None
-                and known.fingerprint != self._model.identity.fingerprint
-            ):
-                raise ModelMismatch(
-                    f"the store remembers the model {known.spec!r}, but what loads under that name now is another "
-                    f"({known.fingerprint[:12]}, now {self._model.identity.fingerprint[:12]}): name the right one with "
-                    "--model, or ingest into a new store"
-                )
-        return self._model
-
     def _asking(self) -> Engine:
         from memdb.query.engine import Engine
 
         if self._engine is None:
             self._engine = Engine(
-                self.store, self._loaded(), self._question_vectors, key_index=self._key_index
+                self.store, self.loaded.model(), self.loaded.question_vectors, key_index=self._key_index
             )
         return self._engine
-
-    def _vectors(self, encoder: str) -> CaptionVectors:
-        """The encoder of caption vectors by the name that a recipe or a recording has (with or without @digest)."""
-        from memdb.models.caption_vectors import caption_vectors
-
-        if encoder not in self._encoders:
-            vectors = caption_vectors(encoder.split("@")[0], self._loaded)
-            if "@" in encoder and vectors.name != encoder:
-                raise ModelMismatch(
-                    f"captions here were embedded by {encoder}, and what is loaded is {vectors.name}: use that model"
-                )
-            self._encoders[encoder] = vectors
-        return self._encoders[encoder]
-
-    def _question_vectors(self, encoder: str) -> CaptionVectors | None:
-        """For questions: None where what is loaded is not the encoder that made the vectors."""
-        try:
-            return self._vectors(encoder)
-        except ModelMismatch as error:
-            log.info("%s; ranking by words", error)
-            return None
-
-    def _search_vectors(self, encoder: str) -> CaptionVectors | None:
-        """For search: encoders that need a Video-LLM take part only if it is loaded already."""
-        from memdb.models.caption_vectors import INPUT_EMBEDDINGS
-
-        if encoder.startswith(INPUT_EMBEDDINGS) and self._model is None:
-            return None
-        return self._question_vectors(encoder)
 
     def _span_ns(
         self, start_s: float | str | None, end_s: float | str | None, recording: str | None
@@ -539,19 +406,6 @@ def _composed(row: Recipe) -> IngestStages:
     stages = compose(row)
     compose_query(row)
     return stages
-
-
-def _fitted(sheet: ModelSheet) -> dict[str, Recipe]:
-    """The recipes with what the model says fits it. Raises ModelError where it does not fit."""
-    from memdb.models.sheet import unfit
-
-    found = sheet.fitted()
-    for name in sheet.recipes:
-        try:
-            _composed(found[name])
-        except RecipeError as error:
-            raise ModelError(f"{unfit(name)}: {error}") from None
-    return found
 
 
 def _with_note(answer: Answer, note: str, rows: Sequence[RecordingRow], recording: str | None) -> Answer:

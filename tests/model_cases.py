@@ -105,7 +105,7 @@ def ingest(
 ) -> None:
     """One frame a second into a store, closed again. The model is the one that tests share."""
     with memdb.connect(store, model=model, device="cpu", dtype=dtype) as db:
-        db._model = wrapped(model, dtype or "float32")
+        db.loaded._model = wrapped(model, dtype or "float32")
         db.ingest(
             timed(shown),
             recording=recording,

@@ -44,7 +44,7 @@ def remember(
 ) -> None:
     """Frames at `fps` into a store, closed again, by the model that tests share."""
     with memdb.connect(store, model=QWEN, device="cpu") as db:
-        db._model = qwen()
+        db.loaded._model = qwen()
         db.ingest(
             timed(shown, step_s=1 / fps),
             recording="film",

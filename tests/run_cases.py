@@ -145,7 +145,7 @@ def small_film(path: Path, seconds: float = 24, *, seed: int = 0) -> Path:
 def opened(store: Path, model: VideoModel, *, create: bool = True) -> Client:
     """A connection that uses a model which is loaded already."""
     client = connect(store, model=model.identity.spec, create=create)
-    client._model = model
+    client.loaded._model = model
     return client
 
 

@@ -160,7 +160,7 @@ def test_zeroed_and_shuffled_content_is_that(asked: Ground) -> None:
     client.ask("what was red?", recording="int4", mode="kv")
     kv = client._asking()._session._opened[client.store.recording("int4").id]
     rows = np.arange(64)
-    model = client._loaded()
+    model = client.loaded.model()
 
     def read(content: str) -> torch.Tensor:
         tap.turn(None, content)

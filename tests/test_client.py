@@ -92,7 +92,9 @@ def test_a_slowed_reader_changes_the_plan(
         def measured(delay_s: float) -> tuple[Engine, Costs]:
             monkeypatch.setenv("MEMDB_CACHE_DIR", str(tmp_path / f"{delay_s}"))
             reader = SliceReader(client.store, delay_s=delay_s)
-            engine = Engine(client.store, client._loaded(), client._question_vectors, reader=reader)
+            engine = Engine(
+                client.store, client.loaded.model(), client.loaded.question_vectors, reader=reader
+            )
             engine.prepare(question)
             assert engine._costs is not None
             return engine, replace(engine._costs[1], ratios={})
@@ -453,7 +455,7 @@ def test_questions_that_are_none_are_refused(client: Client, text: str) -> None:
 
 
 def test_a_question_longer_than_the_context_is_refused(client: Client) -> None:
-    longest = client._loaded().shape.context_tokens_max
+    longest = client.loaded.model().shape.context_tokens_max
     with pytest.raises(QuestionError, match="shorten it"):
         client.ask("?!" * min(longest, 49_000), recording="hall", mode="captions")
 

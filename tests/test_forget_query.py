@@ -112,7 +112,7 @@ def looking(patch: pytest.MonkeyPatch) -> Iterator[Seen]:
 
 def forget_in(client: Client, start_s: float | None = SPAN[0], end_s: float | None = SPAN[1]) -> Any:
     """By another connection than the one that asks."""
-    with opened(client.store.path, client._model or pytest.fail("no model"), create=False) as other:
+    with opened(client.store.path, client.loaded._model or pytest.fail("no model"), create=False) as other:
         return other.forget(NAME, start_s=start_s, end_s=end_s)
 
 
@@ -198,7 +198,7 @@ def test_captions_that_are_left_are_ranked_as_if_the_others_had_never_been(
         forget_in(client)
         client.ask(QUESTION, mode="captions")
         table = seen.opened[0].kv.table
-        vectors = client._vectors(client.store.recording(NAME).spec.caption_encoder)
+        vectors = client.loaded.vectors(client.store.recording(NAME).spec.caption_encoder)
         with Store.open(house.stores[recipe]) as before:
             kept = [row for row in before.units(before.recording(NAME).id) if row.caption_tokens]
             kept = [row for row in kept if (row.start_ns / NS, row.end_ns / NS) in clips_left(before.path)]
@@ -396,7 +396,7 @@ def test_the_store_holds_what_the_tests_above_believe(house: House, tmp_path: Pa
             recording = found.recording(NAME)
             before = [read_unit(store / "segments", recording, row) for row in found.units(recording.id)]
         with opened(store, house.model, create=False) as client:
-            client._loaded()
+            client.loaded.model()
             forget_in(client)
         want = [
             husk(unit, round(SPAN[0] * NS), round(SPAN[1] * NS), 0)

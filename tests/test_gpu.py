@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 
 from memdb import codecs
 from memdb.client import connect
+from memdb.codecs import planes
 from memdb.retain import attention
 from memdb.retain.attention import attention_rows, importance
 
@@ -27,6 +30,26 @@ def exact_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     """By default convolutions round to TF32, another way for another number of frames."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
+@pytest.fixture
+def plain_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machines with a GPU may have no zstandard: slices then stay as they are, of the same values."""
+    if find_spec("zstandard") is None:
+        monkeypatch.setattr(planes, "pack", lambda raw, element_bytes, **_: raw)
+
+
+@pytest.fixture
+def waiting() -> Iterator[Callable[[str], None]]:
+    """What a wait for the GPU is from now on: error or default. Whatever happens, the default for tests to come."""
+
+    def is_now(mode: str) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+            torch.cuda.set_sync_debug_mode(mode)
+
+    yield is_now
+    torch.cuda.set_sync_debug_mode("default")
 
 
 def frames() -> list[np.ndarray]:
@@ -58,7 +81,9 @@ def test_a_codec_gives_the_same_bytes_on_cpu_and_gpu(name: str, dtype: torch.dty
 
 @pytest.mark.parametrize("model", ["random:0", "random-qwen:0"])
 @pytest.mark.parametrize("window", [1 << 20, 130])
-def test_the_ladder_holds_on_a_gpu(tmp_path: Path, window: int, model: str, exact_fp32: None) -> None:
+def test_the_ladder_holds_on_a_gpu(
+    tmp_path: Path, window: int, model: str, exact_fp32: None, plain_slices: None
+) -> None:
     settings = [f"encode.window_tokens={window}", "encode.chunk_frames=5", "rebuild.time_text_s=0"]
     with connect(tmp_path / "s", model=model, device="cuda", dtype="float32") as db:
         db.ingest(frames(), fps=1, recording="r", recipe="rekv", codec="raw", settings=settings, sample_fps=1)
@@ -100,7 +125,7 @@ def test_a_probe_pays_the_same_whether_its_keys_are_widened_or_not(
         assert abs(float(own.sum()) - 1) < 1e-4
 
 
-def test_a_memory_is_taken_without_waiting_for_the_gpu(tmp_path: Path) -> None:
+def test_a_memory_is_taken_without_waiting_for_the_gpu(waiting: Callable[[str], None]) -> None:
     """But for the copy at the end: in every other place a wait is an error."""
     from memdb.ingest.frames import SeenFrame
     from memdb.ingest.memory import EncoderMemory, Snapshot
@@ -112,7 +137,7 @@ def test_a_memory_is_taken_without_waiting_for_the_gpu(tmp_path: Path) -> None:
     look = EncoderMemory._look
 
     def looking(self: EncoderMemory, fits: Sequence[torch.Tensor]) -> Snapshot:
-        torch.cuda.set_sync_debug_mode("default")
+        waiting("default")
         return look(self, fits)
 
     none = [LayerKV(*torch.zeros(2, 4, 0, 128, dtype=torch.bfloat16, device="cuda"))] * 3
@@ -125,7 +150,7 @@ def test_a_memory_is_taken_without_waiting_for_the_gpu(tmp_path: Path) -> None:
                 drawn = torch.randn(3, 2, 4, 32, 128, device="cuda").bfloat16()
                 paid = [torch.rand(len(own.id) + 32, device="cuda") for own in memory.layers]
                 at = torch.arange(32, device="cuda")
-                torch.cuda.set_sync_debug_mode("error")
+                waiting("error")
                 made = None
                 if isinstance(retainer, Template):
                     own_paid = torch.stack([own[-32:] for own in paid])
@@ -135,4 +160,3 @@ def test_a_memory_is_taken_without_waiting_for_the_gpu(tmp_path: Path) -> None:
                     )
                 heard = paid if retainer.hears else []
                 memory.take(unit, frames, [LayerKV(*own) for own in drawn], made, heard, unit * 32, (4, 4))
-    torch.cuda.set_sync_debug_mode("default")

@@ -167,7 +167,7 @@ def test_a_caption_that_the_disk_does_not_give_is_a_typed_error(
 def asked(client: Client, disk: Disk, mode: str, recording: str) -> Answer:
     """A question over a disk that is well until the question comes."""
     reader = SliceReader(client.store, preadv=disk.preadv, deadline_s=DEADLINE_S)
-    engine = Engine(client.store, client._loaded(), client._question_vectors, reader=reader)
+    engine = Engine(client.store, client.loaded.model(), client.loaded.question_vectors, reader=reader)
     question = Question("what colour was the star?", mode, recording)
     hang, disk.hang = disk.hang, lambda _: False
     engine.prepare(question)
@@ -235,7 +235,9 @@ def test_costs_that_could_not_be_measured_are_not_kept(
     with house.open() as client:
         for failing in (True, False):
             reader = SliceReader(client.store, preadv=disk.preadv)
-            engine = Engine(client.store, client._loaded(), client._question_vectors, reader=reader)
+            engine = Engine(
+                client.store, client.loaded.model(), client.loaded.question_vectors, reader=reader
+            )
             engine.prepare(question)
             engine.close()
             assert engine._costs is not None

@@ -55,7 +55,7 @@ def test_a_caption_finds_itself_first(client: Client) -> None:
 
 def test_meaning_alone_ranks_by_cosine(client: Client) -> None:
     query = "zzzz"  # no caption has the word
-    vector = client._vectors("all-MiniLM-L6-v2").of_question(query)
+    vector = client.loaded.vectors("all-MiniLM-L6-v2").of_question(query)
     rows = captions(client, "hall")
     cosines = [float(v @ vector / np.linalg.norm(v) / np.linalg.norm(vector)) for *_, v in rows]
     hits = client.search(query, recording="hall")
@@ -93,7 +93,7 @@ def test_the_wall_clock_is_understood_where_it_is_known(client: Client) -> None:
 def test_all_recordings_are_fused_by_rank(house: House) -> None:
     """A list an encoder; a caption that leads its own list cannot be behind one that is second in the other."""
     with house.open() as client:
-        client._loaded()  # so that both encoders take part
+        client.loaded.model()  # so that both encoders take part
         apart = {name: client.search("red star", recording=name, limit=50) for name in ("hall", "roof")}
         both = client.search("red star", limit=50)
     assert len(both) == 12

@@ -90,7 +90,7 @@ def overhead(folder: Path, film: Path, spec: str, rounds: int, sample_fps: float
         forwards(plain, film, sample_fps, limit=16)  # warm up
         for index in range(rounds):
             with connect(folder / f"round-{index}.memdb", model=spec) as db:
-                db._model = plain._loaded()  # the same weights, loaded once
+                db.loaded._model = plain._loaded()  # the same weights, loaded once
                 db._encoders = plain._encoders
                 started = time.perf_counter()
                 report = db.ingest(film, recording="film", sample_fps=sample_fps)

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-from memdb.client import DEFAULT_MODEL
+from memdb.loaded import DEFAULT_MODEL
 from memdb.models.load import load_model
 from memdb.recipes import RECIPES
 from memdb.world.questions import KINDS

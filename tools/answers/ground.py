@@ -46,8 +46,8 @@ class TappedClient(Client):
         if self._engine is None:
             self._engine = Engine(
                 self.store,
-                self._loaded(),
-                self._question_vectors,
+                self.loaded.model(),
+                self.loaded.question_vectors,
                 key_index=self._key_index,
                 open_kv=partial(TappedKV, tap=self._tap),
             )
@@ -115,7 +115,7 @@ def _ingest(
         source = film_of(job, seed, scenes, tell)
     what = f"ingest of seed {seed} as {name}"
     length_s = float(scenes[-1].end_s)
-    client._loaded()  # loading is no part of it
+    client.loaded.model()  # loading is no part of it
     began_s = time.perf_counter()
     client.ingest(
         source,
