@@ -86,7 +86,7 @@ class StreamEncoder:
     def step(self, frames: Sequence[ReadyFrame]) -> list[Unit]:
         """One batch: see, cut units, reduce, encode, caption, pack."""
         closed: list[list[SeenFrame]] = []
-        for seen in self._see(frames):
+        for seen in self._carried.arrived(self._see(frames)):
             closed += self._carried.extend(seen)
         self._took(frames[-1])
         return self._close(closed)
@@ -146,7 +146,7 @@ class StreamEncoder:
             keys=keys,
             caption=caption,
             keyframe=frames[0].jpeg(),
-            keep=encoded.keep,
+            keep=encoded.keep(),
             embeddings=encoded.embeddings,
         )
         counters.unit += 1
@@ -166,8 +166,9 @@ class StreamEncoder:
             counters.position = start + sum(sizes)
             if encoded.prototypes is not None:
                 blocks = add_prototypes(encoded.frames, blocks, layers, encoded.prototypes)
+            means = stages.index.means(layers)
             packed = pack_unit(stages.codec, layers, counters.widths, self._terms.model.dtype)
-            keys = stages.index.keys(layers)
+            keys = stages.index.checked(means)
             counters.widths = {
                 int(row["layer"]): int(row["scale_bytes"]) for row in packed.slices if row["scale_bytes"]
             }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -78,11 +80,19 @@ def mean_token(tokens: Tensor) -> Tensor:
     return tokens.float().mean(0)
 
 
+def compared(frames: Sequence[SeenFrame]) -> list[SeenFrame]:
+    """Frames that will be compared with one another, their embeddings on the host: a GPU is waited for once."""
+    if not frames:
+        return []
+    own = torch.stack([frame.embedding for frame in frames]).cpu()
+    return [replace(frame, latest=latest) for frame, latest in zip(frames, own, strict=True)]
+
+
 def cosine(a: Tensor, b: Tensor) -> float:
     """Of two embeddings (E,); in fp64, so that equal ones give 1. What has no length is like nothing."""
-    one, other = a.double(), b.double()
-    lengths = one.norm() * other.norm()
-    return min(1.0, float(one @ other / lengths)) if float(lengths) else 0.0
+    one, other = (x.double().cpu().numpy() for x in (a, b))
+    lengths = math.sqrt(float(one @ one)) * math.sqrt(float(other @ other))
+    return min(1.0, float(one @ other) / lengths) if lengths else 0.0
 
 
 def joined(first: SeenFrame, second: SeenFrame, share: float) -> SeenFrame:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
 from functools import partial
 
 import numpy as np
@@ -17,121 +16,22 @@ from torch import Tensor
 
 from memdb.ingest.frames import SeenFrame
 from memdb.ingest.held import Held, is_meant
+from memdb.ingest.layer_tokens import (
+    FIELDS,
+    LayerTokens,
+    chunk_words,
+    of_prototypes,
+    prototype_ids,
+)
+from memdb.ingest.snapshot import Asked
 from memdb.models.places import Grid, Placing
+from memdb.models.transfers import Received, sent
 from memdb.models.window import LayerKV
 from memdb.retain.base import Bounded
 from memdb.retain.prototypes import Prototypes
-from memdb.retain.view import LayerView, StreamEnd, received, rows, sent
-from memdb.schemas.keep import Ids, KeepSet, token_ids
+from memdb.retain.view import StreamEnd
+from memdb.schemas.keep import KeepSet
 from memdb.schemas.recording import Tombstone
-from memdb.schemas.units import BlockKind
-
-
-@dataclass(eq=False)
-class LayerTokens:
-    """Tokens of one layer in the order of the stream: k, v (H, M, D) unrotated, the others (M,) int64. Of several
-    layers that hold equally many, `stacked`, with one more dimension in front.
-
-    In memory the heads of a token stand together, see `rows`.
-
-    id: see schemas/keep.py. position: at which they were encoded. frame, kind: see LayerView. patch: raster index in
-    the frame, -1 for what was merged.
-    """
-
-    k: Tensor
-    v: Tensor
-    id: Tensor
-    position: Tensor
-    frame: Tensor
-    patch: Tensor
-    kind: Tensor
-
-    @classmethod
-    def none(cls, like: LayerKV) -> LayerTokens:
-        words = torch.empty(0, dtype=torch.long, device=like.k.device)
-        return cls(like.k[:, :0], like.v[:, :0], *([words] * 5))
-
-    @property
-    def kv(self) -> LayerKV:
-        return LayerKV(self.k, self.v)
-
-    @staticmethod
-    def stacked(layers: Sequence[LayerTokens]) -> LayerTokens:
-        k, v = (_stacked([getattr(layer, name) for layer in layers]) for name in ("k", "v"))
-        return LayerTokens(
-            k, v, *(torch.stack([getattr(layer, name) for layer in layers]) for name in _WORDS)
-        )
-
-    def unstacked(self) -> list[LayerTokens]:
-        return [LayerTokens(*parts) for parts in zip(*(getattr(self, name) for name in _FIELDS), strict=True)]
-
-    def at(self, places: Tensor) -> LayerTokens:
-        """The tokens at these places (..., n)."""
-        words = (getattr(self, name).gather(-1, places) for name in _WORDS)
-        return LayerTokens(rows(self.k, places), rows(self.v, places), *words)
-
-    def ordered(self, order: Tensor, looks: bool) -> LayerTokens:
-        """All of them in another order (..., M). Keys and values of no use to who does not look are NaN: to move them
-        takes longer than everything else.
-        """
-        if looks:
-            return self.at(order)
-        words = (getattr(self, name).gather(-1, order) for name in _WORDS)
-        k, v = (x.new_full((), math.nan).expand(x.shape) for x in (self.k, self.v))
-        return LayerTokens(k, v, *words)
-
-    def plus(self, *others: LayerTokens) -> LayerTokens:
-        """With other tokens behind them, whose words may be (n,) for all layers."""
-        lead = self.id.shape[:-1]
-        both = (
-            torch.cat([getattr(part, name).expand(*lead, -1) for part in (self, *others)], -1)
-            for name in _WORDS
-        )
-        k, v = (
-            torch.cat([x.transpose(-3, -2) for x in parts], -3).transpose(-3, -2)
-            for parts in zip(*((part.k, part.v) for part in (self, *others)), strict=True)
-        )
-        return LayerTokens(k, v, *both)
-
-    def view(
-        self,
-        grid: tuple[int, int],
-        importance: Tensor | None,
-        frames: int | None = None,
-        stream: StreamEnd | None = None,
-        reduced_tokens: int = 0,
-    ) -> LayerView:
-        """As a retainer sees them, of one layer or of several that are stacked. grid: rows and columns of a frame.
-        The others: what the host knows, see LayerView.
-        """
-        patch = self.patch[..., None]  # (..., M, 1)
-        place = torch.cat((patch // grid[1], patch % grid[1]), -1).where(patch >= 0, -1)
-        words = (self.position, self.frame, place, self.kind)
-        return LayerView(self.k, self.v, *words, grid, importance, frames, stream, reduced_tokens)
-
-
-_FIELDS = tuple(field.name for field in fields(LayerTokens))
-_WORDS = _FIELDS[2:]
-
-
-def _stacked(layers: Sequence[Tensor]) -> Tensor:
-    """Keys or values (H, n, D), a layer each -> (L, H, n, D), in memory the heads of a token together."""
-    return torch.stack([x.transpose(0, 1) for x in layers]).transpose(1, 2)
-
-
-@dataclass(frozen=True, eq=False)
-class Snapshot:
-    """What the memory holds, on the host: a layer each, in the order of ids."""
-
-    ids: tuple[Ids, ...]
-    positions: tuple[Ids, ...]
-    frames: frozenset[int]
-
-    def tokens_from(self, layers: slice, position: int) -> int:
-        """How many stand at this position or behind it, as many in each of these layers."""
-        counts = {int(np.count_nonzero(own >= position)) for own in self.positions[layers]}
-        assert len(counts) == 1, "the newest frames are whole in all layers"
-        return counts.pop()
 
 
 class EncoderMemory:
@@ -141,15 +41,17 @@ class EncoderMemory:
     so that a GPU is asked once and not L times; after a forgetting they may differ, and come together again.
 
     While a chunk is taken the host never waits for the GPU, which still encodes that chunk: everything is put into its
-    queue, and one copy at the end says what has come of it.
+    queue, and one copy at the end says what has come of it. Whoever wants to know that (`keep_set`, the next chunk)
+    waits for it, and the host does other things until then.
     """
 
     def __init__(self, init: Sequence[LayerKV], retainer: Bounded) -> None:
         self.init = list(init)
         self._retainer = retainer
         self._frames: dict[int, Held] = {}  # of which any layer holds a token, by number
+        self._in_order = True  # ids rise with the stream, as long as there are no prototypes
         self._hold([LayerTokens.none(kv) for kv in init])
-        self._seen = self._look([])
+        self._look([])
 
     @property
     def layers(self) -> list[LayerTokens]:
@@ -166,6 +68,7 @@ class EncoderMemory:
     @property
     def frames(self) -> list[Held]:
         """The frames that it holds anything of, oldest first."""
+        self.settle()
         return [self._frames[number] for number in sorted(self._frames)]
 
     def _hold(self, layers: Sequence[LayerTokens]) -> None:
@@ -178,7 +81,7 @@ class EncoderMemory:
         self,
         unit: int,
         frames: Sequence[SeenFrame],
-        fresh: Sequence[LayerKV],
+        fresh: LayerKV,
         prototypes: Prototypes | None,
         heard: Sequence[Tensor],
         start: int,
@@ -186,21 +89,21 @@ class EncoderMemory:
     ) -> None:
         """A chunk comes in, and what the retainer does not choose goes.
 
-        fresh: the chunk's keys and values, a layer each. prototypes: one of each of its frames, in all layers, where
-        the retainer makes them.
-        heard: what the probe paid to memory and chunk, empty without one. start: the stream position of its first
-        token. grid: rows and columns of a frame.
+        fresh: the chunk's keys and values, all layers together (L, H, C, D). prototypes: one of each of its frames, in
+        all layers, where the retainer makes them. heard: what the probe paid to memory and chunk, empty without one.
+        start: the stream position of its first token. grid: rows and columns of a frame.
         """
+        self.settle()
+        self._in_order = self._in_order and prototypes is None
         for frame in frames:
             self._frames[frame.number] = Held(frame.start_ns, frame.end_ns, len(frame.tokens))
-        device, count = fresh[0].k.device, sum(len(frame.tokens) for frame in frames)
+        device, count = fresh.k.device, sum(len(frame.tokens) for frame in frames)
         words = chunk_words(unit, frames, start, device)
-        ids = None if prototypes is None else _prototype_ids(unit, len(frames), device)
+        ids = None if prototypes is None else prototype_ids(unit, len(frames), device)
         kept: list[LayerTokens] = []
         fits: list[Tensor] = []
         for own, layers in zip(self._pieces, self._layers_of_pieces(), strict=True):
-            k, v = (_stacked([getattr(kv, name) for kv in fresh[layers]]) for name in ("k", "v"))
-            came = [LayerTokens(k, v, *words)]
+            came = [LayerTokens(fresh.k[layers], fresh.v[layers], *words)]
             paid = torch.stack(list(heard[layers])) if heard else None
             order, stream = None, None
             if prototypes is None or ids is None:
@@ -208,7 +111,7 @@ class EncoderMemory:
                 stream = StreamEnd(start + count, len(frames[-1].tokens), behind)
             else:
                 assert paid is not None, "prototypes are means by importance"
-                came.append(_of_prototypes(prototypes, ids, layers))
+                came.append(of_prototypes(prototypes, ids, layers))
                 # What the probe paid to the tokens of its frame together is the importance of a prototype in the round
                 # in which it is made (ours).
                 paid = torch.cat((paid, prototypes.mass[layers]), -1)
@@ -219,7 +122,7 @@ class EncoderMemory:
             kept.append(found)
             fits.append(fit)
         self._pieces = kept
-        self._note(fits)
+        self._look(fits)
 
     def _retained(
         self,
@@ -253,15 +156,8 @@ class EncoderMemory:
         """How many stand at a position or behind it in these layers, with a chunk of `count` tokens from `start` on."""
         return self._seen.tokens_from(layers, position) + min(count, max(0, start + count - position))
 
-    def _note(self, fits: Sequence[Tensor] = ()) -> None:
-        """Look at what it holds now, and let go of frames of which nothing is left."""
-        self._seen = self._look(fits)
-        self._frames = {number: held for number, held in self._frames.items() if number in self._seen.frames}
-        if len({piece.id.shape[-1] for piece in self._pieces}) == 1 < len(self._pieces):
-            self._hold(self.layers)
-
-    def _look(self, fits: Sequence[Tensor]) -> Snapshot:
-        """What it holds, by one copy from the device. fits: whether what retainers chose could be."""
+    def _look(self, fits: Sequence[Tensor]) -> None:
+        """Ask the device what it holds now. fits: whether what retainers chose could be."""
         numbers = sorted(self._frames)
         device = self._pieces[0].id.device
         known = sent(torch.tensor(numbers, dtype=torch.long), device)
@@ -269,44 +165,53 @@ class EncoderMemory:
         ids: list[Tensor] = []
         positions: list[Tensor] = []
         for piece in self._pieces:
-            mine, order = piece.id.sort(-1)
+            mine, position = piece.id, piece.position
+            if not self._in_order:
+                mine, order = mine.sort(-1)
+                position = position.gather(-1, order)
             ids.append(mine.flatten())
-            positions.append(piece.position.gather(-1, order).flatten())
+            positions.append(position.flatten())
             held.scatter_(-1, torch.searchsorted(known, piece.frame.flatten()), 1)
         fit = torch.stack(list(fits)).all() if fits else torch.ones((), dtype=torch.bool, device=device)
-        flat = received(torch.cat((*ids, *positions, held, fit.long()[None])))
-        assert flat[-1], "the places of a layer do not ascend, or lie outside"
         sizes = [piece.id.shape[-1] for piece in self._pieces for _ in range(len(piece.id))]
-        M, ends = sum(sizes), np.cumsum(sizes)[:-1]
-        there = flat[2 * M : 2 * M + len(numbers)].tolist()
-        return Snapshot(
-            tuple(np.split(flat[:M], ends)),
-            tuple(np.split(flat[M : 2 * M], ends)),
-            frozenset(number for number, is_held in zip(numbers, there, strict=True) if is_held),
-        )
+        flat = torch.cat((*ids, *positions, held, fit.long()[None]))
+        self._asked: Asked | None = Asked(Received(flat), tuple(sizes), tuple(numbers))
+        if len(set(sizes)) == 1 < len(self._pieces):
+            self._hold(self.layers)
+
+    def settle(self) -> None:
+        """Hear what the device answered, and let go of frames of which nothing is left."""
+        if self._asked is None:
+            return
+        self._seen, self._asked = self._asked.answer(), None
+        for number in self._seen.gone:
+            del self._frames[number]
 
     def forget(self, tombstones: Sequence[Tombstone]) -> None:
         """Let go of the tokens of frames that overlap these spans."""
+        self.settle()
         gone = [number for number, frame in self._frames.items() if is_meant(frame, tombstones)]
         left = []
         for own in self.layers:
             stays = ~torch.isin(own.frame, torch.tensor(gone, dtype=torch.long, device=own.frame.device))
             left.append(own.at(stays.nonzero()[:, 0]))
         self._hold(left)
-        self._note()
+        self._look([])
 
     def keep_set(self) -> KeepSet:
         """What it holds, for the commit of the unit that came in last; in the order of ids."""
+        self.settle()
         return KeepSet(self._seen.ids, self._seen.positions)
 
     # The exact byte form
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for number, own in enumerate(self.layers):
-            for name in _FIELDS:
+            for name in FIELDS:
                 yield f"memory.{number}.{name}", getattr(own, name)
 
     def frame_rows(self) -> list[list[int]]:
+        self.settle()
         return [[number, held.start_ns, held.end_ns, held.tokens] for number, held in self._frames.items()]
 
     def restore(
@@ -315,7 +220,7 @@ class EncoderMemory:
         """Inverse of `tensors` and `frame_rows`. Raises KeyError, ValueError for what is none of this memory."""
         layers: list[LayerTokens] = []
         for number, own in enumerate(self.layers):
-            parts = [tensors[f"memory.{number}.{name}"].to(device) for name in _FIELDS]
+            parts = [tensors[f"memory.{number}.{name}"].to(device) for name in FIELDS]
             found = LayerTokens(*parts)
             shapes = {found.k.shape, found.v.shape, (own.k.shape[0], len(found.id), own.k.shape[2])}
             if len(shapes) > 1 or found.k.dtype != own.k.dtype or len({len(part) for part in parts[2:]}) > 1:
@@ -324,8 +229,9 @@ class EncoderMemory:
                 raise ValueError(f"the memory of layer {number} has words that are no numbers")
             layers.append(found)
         self._frames = {int(number): Held(int(a), int(b), int(n)) for number, a, b, n in rows}
+        self._in_order = all(bool((layer.id.diff() > 0).all()) for layer in layers)
         self._hold(layers)
-        self._seen = self._look([])
+        self._look([])
 
 
 def grid_of(placing: Placing, frame_tokens: int) -> tuple[int, int]:
@@ -334,47 +240,3 @@ def grid_of(placing: Placing, frame_tokens: int) -> tuple[int, int]:
         return placing.rows, placing.columns
     side = math.isqrt(frame_tokens)
     return (side, side) if side * side == frame_tokens else (1, frame_tokens)
-
-
-def chunk_words(
-    unit: int, frames: Sequence[SeenFrame], start: int, device: torch.device
-) -> tuple[Tensor, ...]:
-    """What a chunk's tokens are, beside keys and values: each frame is a block of the unit, in raster order.
-
-    Of a reduced frame the patches are those that its tokens stood at; a centre that CTR blended counts as its own
-    patch, of which most of it is (ours). What was merged of several frames stands for no patch (R6).
-    """
-    sizes = [len(frame.tokens) for frame in frames]
-    block = np.repeat(np.arange(len(frames)), sizes)
-    within = np.concatenate([np.arange(size) for size in sizes])
-    number = np.repeat([frame.number for frame in frames], sizes)
-    kind = np.repeat([int(frame.kind) for frame in frames], sizes)
-    position = start + np.arange(len(block))
-    words = np.stack((token_ids(unit, block, within), position, number, kind)).astype(np.int64)
-    known, patches = torch.from_numpy(words), [_patches(frame) for frame in frames]
-    if all(patch.device.type == "cpu" for patch in patches):  # in one piece with the others
-        *others, kinds, patch = sent(torch.cat((known, torch.cat(patches)[None])), device).unbind()
-    else:
-        *others, kinds = sent(known, device).unbind()
-        patch = torch.cat([patch if patch.device == device else sent(patch, device) for patch in patches])
-    return (*others, patch, kinds)
-
-
-def _patches(frame: SeenFrame) -> Tensor:
-    """(tokens,) raster numbers in the frame, -1 where a token is of several frames."""
-    if frame.count > 1:
-        return torch.full((len(frame.tokens),), -1)
-    own = torch.arange(len(frame.tokens)) if frame.raster is None else frame.raster
-    return own.to(torch.long)
-
-
-def _prototype_ids(unit: int, frames: int, device: torch.device) -> Tensor:
-    """Of the prototypes of a unit: blocks of their own behind the unit's frames, one each."""
-    return sent(torch.from_numpy(token_ids(unit, frames + np.arange(frames), 0)), device)
-
-
-def _of_prototypes(made: Prototypes, ids: Tensor, layers: slice) -> LayerTokens:
-    """As tokens, in these layers; of the words what is the same in all of them once."""
-    merged, kind = (torch.full_like(ids, fill) for fill in (-1, int(BlockKind.PROTOTYPE)))
-    k, v, position = made.k[layers], made.v[layers], made.position[layers]
-    return LayerTokens(k, v, ids, position, made.frame, merged, kind)

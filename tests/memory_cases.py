@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from memdb.ingest.memory import EncoderMemory, LayerTokens
+from memdb.ingest.layer_tokens import LayerTokens
+from memdb.ingest.memory import EncoderMemory
 from memdb.models.cache import CacheContext
 from memdb.models.decode import prefill
 from memdb.models.places import Places

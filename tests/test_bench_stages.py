@@ -13,8 +13,11 @@ from memdb.ingest.stages import compose
 from memdb.models.load import load_model
 from memdb.recipes import RECIPES
 from tests.test_imports import REFUSE, run
-from tools import bench_stages
-from tools.bench_stages import HEAD, SETTINGS, Call, Meter, bench, idle, line, metered, moved, row, settled
+from tools.bench_stages import HEAD, bench, line
+from tools.stages.calls import idle
+from tools.stages.ground import BUDGETS, SETTINGS, settled
+from tools.stages.measure import moved, row
+from tools.stages.meter import Call, Meter, metered
 
 CPU = torch.device("cpu")
 
@@ -115,7 +118,7 @@ def test_budgets_of_the_full_size_are_the_recipes_own() -> None:
     model = load_model("random:0", device="cpu")
     for name, plain in RECIPES.items():
         chosen = settled(name, model, 1.0)
-        for stage, params in bench_stages.BUDGETS.items():
+        for stage, params in BUDGETS.items():
             for param in params:
                 if param in getattr(plain, stage).params:
                     assert getattr(chosen, stage).params[param] == getattr(plain, stage).params[param]

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memdb.ingest.frames import SeenFrame
-from memdb.ingest.memory import EncoderMemory, chunk_words
+from memdb.ingest.layer_tokens import chunk_words, layers_together
+from memdb.ingest.memory import EncoderMemory
 from memdb.ingest.reduce.ctr import CausalTemporal
 from memdb.memory import remembered
 from memdb.models.window import LayerKV
@@ -143,7 +144,7 @@ def test_no_layer_ever_holds_more_than_the_budget(
             at, paid = torch.arange(T), torch.stack([one[-T:] for one in heard])
             k, v = torch.stack([kv.k for kv in fresh]), torch.stack([kv.v for kv in fresh])
             made_of = prototypes(k, v, paid, number + at // N, start + at)
-        memory.take(unit, frames, fresh, made_of, heard, start, (2, 2))
+        memory.take(unit, frames, layers_together(fresh), made_of, heard, start, (2, 2))
         for layer, own in enumerate(memory.layers):
             ids = own.id.tolist()
             new = {(unit << 32) | (block << 16) | token for block in range(count) for token in range(N)}
@@ -197,7 +198,7 @@ def chunk_for(memory: EncoderMemory, unit: int, made: torch.Generator, N: int = 
     k, v = torch.stack([kv.k for kv in fresh]), torch.stack([kv.v for kv in fresh])
     paid, at = torch.stack([own[-2 * N :] for own in heard]), torch.arange(2 * N)
     joined = prototypes(k, v, paid, 2 * unit + at // N, unit * 2 * N + at, [2 * unit, 2 * unit + 1])
-    return unit, frames, fresh, joined, heard, unit * 2 * N, (2, 2)
+    return unit, frames, layers_together(fresh), joined, heard, unit * 2 * N, (2, 2)
 
 
 def test_keys_and_values_follow_their_tokens_where_the_retainer_does_not_look_at_them() -> None:
@@ -214,12 +215,13 @@ def test_keys_and_values_follow_their_tokens_where_the_retainer_does_not_look_at
         assert not any(bool(kv.k.isnan().any()) for kv in memories[0].kv)
 
 
-def test_a_choice_that_cannot_be_is_caught_with_the_copy_at_the_end() -> None:
+def test_a_choice_that_cannot_be_is_caught_before_its_keep_set_is_stored() -> None:
     none = [LayerKV(torch.zeros(2, 0, 4), torch.zeros(2, 0, 4))] * 3
     memory = EncoderMemory(none, Wrong(budget_tokens=6))
     unit, frames, fresh, _, _, start, grid = chunk_for(memory, 0, torch.Generator())
+    memory.take(unit, frames, fresh, None, [], start, grid)
     with pytest.raises(AssertionError, match="do not ascend"):
-        memory.take(unit, frames, fresh, None, [], start, grid)
+        memory.keep_set()
 
 
 def test_a_memory_that_comes_back_goes_on_as_it_would_have() -> None:
@@ -254,10 +256,12 @@ def test_layers_of_different_lengths_are_decided_each_for_itself(name: str) -> N
         heard: list[torch.Tensor] = []
         if name == "vision_sink":
             heard = [torch.rand(len(layer.id) + 2 * N, generator=made) for layer in whole.layers]
-        whole.take(unit, frames, fresh, None, heard, unit * 2 * N, (2, 2))
+        whole.take(unit, frames, layers_together(fresh), None, heard, unit * 2 * N, (2, 2))
         for layer, alone in enumerate(apart):
             own = heard[layer : layer + 1]
-            alone.take(unit, frames, fresh[layer : layer + 1], None, own, unit * 2 * N, (2, 2))
+            alone.take(
+                unit, frames, layers_together(fresh[layer : layer + 1]), None, own, unit * 2 * N, (2, 2)
+            )
         if unit in (3, 5):
             stone = Tombstone(0, 3 * NS, 5 * NS if unit == 3 else 9 * NS, 99, 0)
             for memory in (whole, *apart):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -126,37 +126,34 @@ def test_a_probe_pays_the_same_whether_its_keys_are_widened_or_not(
 
 
 def test_a_memory_is_taken_without_waiting_for_the_gpu(waiting: Callable[[str], None]) -> None:
-    """But for the copy at the end: in every other place a wait is an error."""
+    """Who asks afterwards what it holds waits; before that a wait is an error anywhere."""
     from memdb.ingest.frames import SeenFrame
-    from memdb.ingest.memory import EncoderMemory, Snapshot
+    from memdb.ingest.layer_tokens import layers_together
+    from memdb.ingest.memory import EncoderMemory
     from memdb.models.window import LayerKV
     from memdb.retain.tar_van import TarVan
     from memdb.retain.template import Template, prototypes
     from memdb.retain.vision_sink import VisionSink
 
-    look = EncoderMemory._look
-
-    def looking(self: EncoderMemory, fits: Sequence[torch.Tensor]) -> Snapshot:
-        waiting("default")
-        return look(self, fits)
-
     none = [LayerKV(*torch.zeros(2, 4, 0, 128, dtype=torch.bfloat16, device="cuda"))] * 3
     for retainer in (TarVan(64), Template(64), VisionSink(64, short_frames=2)):
         memory = EncoderMemory(none, retainer)
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(EncoderMemory, "_look", looking)
-            for unit in range(5):
-                frames = [SeenFrame(n, n, n + 1, torch.zeros(16, 1), b"") for n in (2 * unit, 2 * unit + 1)]
-                drawn = torch.randn(3, 2, 4, 32, 128, device="cuda").bfloat16()
-                paid = [torch.rand(len(own.id) + 32, device="cuda") for own in memory.layers]
-                at = torch.arange(32, device="cuda")
-                waiting("error")
-                made = None
-                if isinstance(retainer, Template):
-                    own_paid = torch.stack([own[-32:] for own in paid])
-                    numbers = [frame.number for frame in frames]
-                    made = prototypes(
-                        drawn[:, 0], drawn[:, 1], own_paid, 2 * unit + at // 16, unit * 32 + at, numbers
-                    )
-                heard = paid if retainer.hears else []
-                memory.take(unit, frames, [LayerKV(*own) for own in drawn], made, heard, unit * 32, (4, 4))
+        for unit in range(5):
+            frames = [SeenFrame(n, n, n + 1, torch.zeros(16, 1), b"") for n in (2 * unit, 2 * unit + 1)]
+            drawn = torch.randn(3, 2, 4, 32, 128, device="cuda").bfloat16()
+            paid = [torch.rand(len(own.id) + 32, device="cuda") for own in memory.layers]
+            at = torch.arange(32, device="cuda")
+            waiting("error")
+            made = None
+            if isinstance(retainer, Template):
+                own_paid = torch.stack([own[-32:] for own in paid])
+                numbers = [frame.number for frame in frames]
+                made = prototypes(
+                    drawn[:, 0], drawn[:, 1], own_paid, 2 * unit + at // 16, unit * 32 + at, numbers
+                )
+            heard = paid if retainer.hears else []
+            fresh = layers_together([LayerKV(*own) for own in drawn])
+            memory.take(unit, frames, fresh, made, heard, unit * 32, (4, 4))
+            waiting("default")
+            room, each = 64 + 16 * retainer.short_frames, 34 if made else 32
+            assert len(memory.keep_set().ids[0]) == min(room, (unit + 1) * each)

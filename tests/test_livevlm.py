@@ -18,7 +18,8 @@ from torch import Tensor
 
 from memdb.client import connect
 from memdb.ingest.encoder import StreamEncoder
-from memdb.ingest.memory import EncoderMemory, LayerTokens
+from memdb.ingest.layer_tokens import LayerTokens
+from memdb.ingest.memory import EncoderMemory
 from memdb.ingest.stages import compose
 from memdb.models.cache import CacheContext
 from memdb.models.decode import prefill

@@ -17,7 +17,8 @@ from torch import Tensor
 from memdb.ingest.encode.chunk import OpenMemory
 from memdb.ingest.encoder import StreamEncoder
 from memdb.ingest.frames import ReadyFrame
-from memdb.ingest.memory import EncoderMemory, LayerTokens
+from memdb.ingest.layer_tokens import LayerTokens
+from memdb.ingest.memory import EncoderMemory
 from memdb.ingest.stages import compose, written_out
 from memdb.models.protocol import VideoModel
 from memdb.models.window import LayerKV

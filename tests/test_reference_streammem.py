@@ -140,20 +140,20 @@ def test_m3_old_tokens_outlive_newer_ones_that_matter_less(tmp_path: Path) -> No
 
 def test_m4_a_prototype_is_what_the_template_paid_of_its_frame(tmp_path: Path) -> None:
     """In the store: a plain loop over the clip's own keys and values, and what each of them was paid."""
-    came: list[tuple[list[LayerKV], Prototypes, list[Tensor], int]] = []
+    came: list[tuple[LayerKV, Prototypes, list[Tensor], int]] = []
     take = EncoderMemory.take
 
     def taking(
         self: EncoderMemory,
         unit: int,
         frames: Sequence[SeenFrame],
-        fresh: Sequence[LayerKV],
+        fresh: LayerKV,
         made: Prototypes,
         heard: Sequence[Tensor],
         start: int,
         grid: tuple[int, int],
     ) -> None:
-        came.append((list(fresh), made, list(heard), start))
+        came.append((fresh, made, list(heard), start))
         take(self, unit, frames, fresh, made, heard, start, grid)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -169,7 +169,7 @@ def test_m4_a_prototype_is_what_the_template_paid_of_its_frame(tmp_path: Path) -
                     mass = sum(float(paid[at]) for at in own)
                     weights = [float(paid[at]) / mass for at in own]
                     assert sum(weights) == pytest.approx(1)
-                    for found, of in ((stored.k, fresh[layer].k), (stored.v, fresh[layer].v)):
+                    for found, of in ((stored.k, fresh.k[layer]), (stored.v, fresh.v[layer])):
                         want = sum(w * of[:, at].double() for w, at in zip(weights, own, strict=True))
                         assert isinstance(want, Tensor)
                         torch.testing.assert_close(found[:, frame].double(), want, rtol=1e-5, atol=1e-5)

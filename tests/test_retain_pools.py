@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memdb.ingest.frames import SeenFrame
+from memdb.ingest.layer_tokens import layers_together
 from memdb.ingest.memory import EncoderMemory
 from memdb.models.window import LayerKV
 from memdb.retain import BOUNDED
@@ -47,7 +48,7 @@ def test_tokens_pass_from_one_queue_to_the_other_and_none_comes_back(
     for unit, (count, forgotten) in enumerate(chunks):
         T = count * N
         fresh = [LayerKV(torch.randn(H, T, D), torch.randn(H, T, D))] * L
-        memory.take(unit, frames_from(number, count), fresh, None, [], start, (2, 2))
+        memory.take(unit, frames_from(number, count), layers_together(fresh), None, [], start, (2, 2))
         number, start = number + count, start + T
         short += range(start - T, start)
         while short and short[0] < start - short_frames * N:  # age, and not how full it is, hands over

@@ -93,7 +93,7 @@ def plain_tar_van(view: LayerView, method: TarVan) -> list[int]:
     scores = plain_tar(view, frames)
     past = [i for i in best(scores, frame) if not merged[i] and i not in recent]
     changed = past[: tar_tokens - len(recent)]
-    spared = [i for i in best([0.0] * T, frame) if merged[i]][: int(method.exempt * C)]
+    spared = [i for i in reversed(range(T)) if merged[i]][: int(method.exempt * C)]
 
     kernel = 1
     if method.limits():

@@ -23,7 +23,7 @@ import torch
 
 from memdb.client import connect
 from memdb.schemas.frames import Image
-from tools.bench_stages import uncompressed
+from tools.stages.ground import uncompressed
 
 MODEL = "{family}:0:{config}"
 

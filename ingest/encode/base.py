@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -59,12 +59,17 @@ class Opened(Part, Protocol):
         ...
 
 
+def no_keep_set() -> None:
+    """Of a unit of which nothing is ever dropped."""
+
+
 @dataclass(frozen=True, eq=False)
 class Encoded:
     """A unit behind the language model.
 
     kv: keys and values of its frames' tokens, then of the summary's, a layer each; None without KV. position: of its
-    first token in the stream, None where it follows on. keep: see Unit. prototypes: what joins the unit's tokens in a
+    first token in the stream, None where it follows on. keep: see Unit; asked for after the unit is packed, since a GPU
+    may have to be waited for. prototypes: what joins the unit's tokens in a
     memory. queries: of the retainer's guidance prompt, a layer each. embeddings (F, E): of the frames, where the index
     keeps them.
     """
@@ -73,7 +78,7 @@ class Encoded:
     kv: Sequence[LayerKV] | None = None
     summary: SeenFrame | None = None
     position: int | None = None
-    keep: KeepSet | None = None
+    keep: Callable[[], KeepSet | None] = no_keep_set
     prototypes: Prototypes | None = None
     queries: Sequence[Tensor] = ()
     embeddings: npt.NDArray[np.float16] | None = None

@@ -20,6 +20,7 @@ from memdb.ingest.encode.base import Encoded, no_kv, numbers
 from memdb.ingest.encoder_state import Saved, tensor_size
 from memdb.ingest.frames import SeenFrame
 from memdb.ingest.held import Timed
+from memdb.ingest.layer_tokens import layers_together
 from memdb.ingest.memory import EncoderMemory, grid_of
 from memdb.ingest.terms import Terms
 from memdb.models.chunk import ChunkContext
@@ -29,6 +30,7 @@ from memdb.models.protocol import VideoModel
 from memdb.models.window import LayerKV, WindowContext
 from memdb.retain.base import Bounded
 from memdb.schemas.errors import RecipeError
+from memdb.schemas.keep import KeepSet
 from memdb.schemas.params import at_least
 from memdb.schemas.recording import Tombstone
 
@@ -144,10 +146,15 @@ class OpenMemory:
             )
         with terms.laps("retain"):
             number_of = [frame.number for frame in group for _ in range(len(frame.tokens))]
-            made = self._retain.prototypes_of(context.fresh, context.heard, number_of, start)
+            fresh = layers_together(context.fresh)
+            made = self._retain.prototypes_of(fresh, context.heard, number_of, start)
             grid = grid_of(terms.placing, terms.model.shape.frame_tokens)
-            memory.take(number, group, context.fresh, made, context.heard, start, grid)
-        return Encoded(group, context.fresh, keep=memory.keep_set(), prototypes=made)
+            memory.take(number, group, fresh, made, context.heard, start, grid)
+        return Encoded(group, context.fresh, keep=self._keep_set, prototypes=made)
+
+    def _keep_set(self) -> KeepSet:
+        with self._terms.laps("retain"):
+            return self.memory.keep_set()
 
     def without(self, tombstones: Sequence[Tombstone]) -> OpenMemory:
         """The rest stays: it is all that there is of the past, and the store keeps those tokens too."""

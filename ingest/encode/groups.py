@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -143,7 +144,9 @@ class OpenGroups:
         self._frames = newest([*self._frames, *came], self.context.held_tokens)
         for nth, own in enumerate(apart(kv, [len(one) for one in tokens])):
             place = places[nth] if places else None
-            yield Encoded(groups[nth], own, position=place, keep=self._stood(frames[nth], unit + nth))
+            yield Encoded(
+                groups[nth], own, position=place, keep=partial(self._stood, frames[nth], unit + nth)
+            )
 
     def _stood(self, frame: SeenFrame, unit: int) -> KeepSet | None:
         """Where in their frame the tokens of a unit stood, if ids depend on it and some were left out."""

@@ -46,6 +46,10 @@ class Carried:
         tokens = self._terms.model.visual_tokens(pixels)
         return tokens, [None] * len(tokens)
 
+    def arrived(self, frames: Sequence[SeenFrame]) -> Sequence[SeenFrame]:
+        """The frames of a batch, before they come one by one: what can be done for all of them at once."""
+        return frames
+
     def extend(self, frame: SeenFrame) -> list[list[SeenFrame]]:
         """The units that close with this frame."""
         closed, self.opened = self._unit.extend(self.opened, frame)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from memdb.ingest.encoder_state import Saved, bytes_tensor, tensor_bytes
-from memdb.ingest.frames import SeenFrame, cosine, joined
+from memdb.ingest.frames import SeenFrame, compared, cosine, joined
 from memdb.ingest.reduce.base import Carried, Reducer
 from memdb.ingest.terms import Terms
 from memdb.ingest.units.base import UnitStage
@@ -57,6 +57,9 @@ class Merging(Carried):
     def __init__(self, method: MergeFrames, terms: Terms, unit: UnitStage) -> None:
         super().__init__(terms, unit)
         self._method = method
+
+    def arrived(self, frames: Sequence[SeenFrame]) -> Sequence[SeenFrame]:
+        return compared(frames)
 
     def extend(self, frame: SeenFrame) -> list[list[SeenFrame]]:
         if not self.opened:

@@ -16,8 +16,11 @@ from torch import Tensor
 
 from memdb.models.frame_encoder import FrameEncoder
 from memdb.models.protocol import VideoModel
+from memdb.models.transfers import Received, sent
 from memdb.models.window import LayerKV
 from memdb.schemas.errors import CodecError
+
+_EXPONENT = np.uint16(0x7C00)  # of an fp16
 
 
 @dataclass(frozen=True)
@@ -28,27 +31,39 @@ class MeanKey:
 
     def keys(self, layers: Sequence[Sequence[LayerKV | None]]) -> npt.NDArray[np.float16]:
         """Blocks of a unit, per layer, each (H, T, D) -> (L, blocks, H*D); zeros where a layer holds no block."""
-        held = [
-            (layer, block, kv.k)
-            for layer, row in enumerate(layers)
-            for block, kv in enumerate(row)
-            if kv is not None
-        ]
-        H, _, D = held[0][2].shape
-        keys = np.zeros((len(layers), len(layers[0]), H * D), np.float16)
-        at: list[int] = []
-        which: list[int] = []
+        return self.checked(self.means(layers))
+
+    def means(self, layers: Sequence[Sequence[LayerKV | None]]) -> Received:
+        """`keys` on their way from the device: put into its queue, and not waited for."""
+        blocks = [kv for row in layers for kv in row]
+        sizes = [0 if kv is None else kv.tokens for kv in blocks]
+        first = next(kv for kv in blocks if kv is not None)
+        place = np.full(
+            len(blocks), len(blocks) - sizes.count(0)
+        )  # of those that none holds: behind all others
         found: list[Tensor] = []
-        for tokens in sorted({k.shape[1] for _, _, k in held}):  # all of one size at once, of all layers
-            own = [item for item in held if item[2].shape[1] == tokens]
-            means = torch.stack([k for _, _, k in own]).mean(2, dtype=torch.float32).flatten(1)
-            at += [layer for layer, _, _ in own]
-            which += [block for _, block, _ in own]
-            found.append(means.to(torch.float16))  # accumulated in fp32, stored in fp16
-        keys[at, which] = torch.cat(found).cpu().numpy()  # a GPU is waited for once
-        if not np.isfinite(keys).all():
+        at = 0
+        for size in sorted(set(sizes) - {0}):  # all of one size at once, of all layers
+            own = [n for n, tokens in enumerate(sizes) if tokens == size]
+            place[own] = np.arange(at, at + len(own))
+            at += len(own)
+            stacked = torch.stack([kv.k for n in own if (kv := blocks[n]) is not None])
+            found.append(stacked.mean(2, dtype=torch.float32).flatten(1).to(torch.float16))
+        H, _, D = first.k.shape
+        rows = found[0] if len(found) == 1 and at == len(blocks) else self._placed(found, place)
+        return Received(rows.view(len(layers), len(layers[0]), H * D))
+
+    def checked(self, means: Received) -> npt.NDArray[np.float16]:
+        """The keys themselves. Raises CodecError where one does not fit into fp16."""
+        keys: npt.NDArray[np.float16] = means.read()
+        if ((keys.view(np.uint16) & _EXPONENT) == _EXPONENT).any():  # infinite, or no number
             raise CodecError("a block's mean key exceeds fp16: try --dtype float32, or check the checkpoint")
         return keys
+
+    def _placed(self, found: Sequence[Tensor], place: npt.NDArray[np.int64]) -> Tensor:
+        """Rows of all sizes, one after another, at their places; behind them a row of zeros."""
+        nothing = found[0].new_zeros(1, found[0].shape[1])
+        return torch.cat((*found, nothing)).index_select(0, sent(torch.from_numpy(place), nothing.device))
 
 
 def fold(q: Tensor, kv_heads: int) -> Tensor:

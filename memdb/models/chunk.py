@@ -79,6 +79,10 @@ class ChunkContext:
         self.fresh.append(LayerKV(k[:, :C], v[:, :C]))
         if self._probe is not None:
             rows = slice(self._probe.start, self._probe.stop)
-            paid = importance(q[:, rows], keys[:, : past + C], scale, mask[rows, past : past + C])
+            hidden = past + min(
+                C, self._probe.start
+            )  # what stands before the first of these rows each of them sees
+            seen = mask[rows, hidden : past + C] if hidden < past + C else None
+            paid = importance(q[:, rows], keys[:, : past + C], scale, seen)
             self.heard.append(paid[init.tokens :])
         return softmax_attention(q, keys, torch.cat((init.v, memory.v, v), 1), scale, mask)

@@ -87,12 +87,12 @@ class Bounded(ABC):
         return [list(blocks) for blocks in layers]
 
     def prototypes_of(
-        self, fresh: Sequence[LayerKV], heard: Sequence[Tensor], frame: Sequence[int], start: int
+        self, fresh: LayerKV, heard: Sequence[Tensor], frame: Sequence[int], start: int
     ) -> Prototypes | None:
         """Tokens that a chunk's own are joined by, one a frame; None for none.
 
-        fresh: the chunk's keys and values, a layer each (H, C, D). heard: what the probe paid to memory and chunk, a
-        layer each. frame: number of each token's frame. start: the stream position of the first token.
+        fresh: the chunk's keys and values, all layers together (L, H, C, D). heard: what the probe paid to memory and
+        chunk, a layer each. frame: number of each token's frame. start: the stream position of the first token.
         """
         return None
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from memdb.retain.view import sent
+from memdb.models.transfers import sent
 
 
 @dataclass(frozen=True, eq=False)

@@ -100,8 +100,8 @@ class TarVan(Bounded):
         # The recent ones are the first of TaR's share.
         changed = best_first(redundancy, view.frame, torch.where(recent, 0, torch.where(merged, 2, 1)))
         taken = _marked(changed[..., : self.tar_tokens], view.tokens)
-        newest = best_first(torch.zeros_like(norms), view.frame, (~merged).byte())  # merged ones first
-        spared = _marked(newest[..., : int(self.exempt * self.budget_tokens)], view.tokens)
+        behind = merged.sum(-1, keepdim=True) - merged.cumsum(-1)  # merged ones that are newer
+        spared = merged & (behind < int(self.exempt * self.budget_tokens))
 
         # Recent, exempt (the newest first), changed, then whatever has the largest norm.
         tier = torch.where(
@@ -140,16 +140,15 @@ def tar_scores(view: LayerView, age: Tensor, frames: int) -> Tensor:
     table = table.scatter_reduce(-1, slot, torch.arange(T, device=age.device).expand_as(slot), "amax")[
         ..., :-1
     ]
-    there = (table >= 0).view(*lead, frames, P, 1, 1)
-    recent = F.normalize(rows(view.k, table.clamp(min=0)).float(), dim=-1).transpose(
-        -3, -2
-    )  # (..., F*P, H, D)
-    recent = recent.view(*lead, frames, P, *recent.shape[-2:]) * there
-    count = there.sum(-4)  # (..., P, 1, 1)
-    mean = (recent.sum(-4) / count.clamp(min=1)).transpose(-3, -2)  # (..., H, P, D)
-
+    there, at = table >= 0, table.clamp(min=0)
     length = lengths(view.k).clamp(min=1e-12)  # (..., H, T)
-    likeness = (rows(mean, patch) * view.k).sum(-1) / length  # (..., H, T)
+    # By an infinite length what is not there becomes nothing.
+    long = rows(length[..., None], at).masked_fill(~there[..., None, :, None], math.inf)
+    recent = (rows(view.k, at) / long).transpose(-3, -2)  # (..., F*P, H, D)
+    count = there.view(*lead, frames, P, 1, 1).sum(-4)  # (..., P, 1, 1)
+    recent = recent.view(*lead, frames, P, *recent.shape[-2:])
+    mean = (recent.sum(-4) / count.clamp(min=1)).transpose(-3, -2)  # (..., H, P, D)
+    likeness = rows(mean, patch).mul_(view.k).sum(-1) / length  # (..., H, T)
     score = (-likeness.mean(-2) / STEP).round() * STEP
     return score.masked_fill(count[..., 0, 0].gather(-1, patch) == 0, math.inf)
 

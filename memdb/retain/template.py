@@ -9,10 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from memdb.models.transfers import sent
 from memdb.models.window import LayerKV
 from memdb.retain.base import Bounded, best_first, front
 from memdb.retain.prototypes import Prototypes, prototypes
-from memdb.retain.view import LayerView, sent
+from memdb.retain.view import LayerView
 from memdb.schemas.params import share_or_none
 
 
@@ -44,13 +45,13 @@ class Template(Bounded):
         return prune_order(view.importance, view.prototype, view.frame, spared)
 
     def prototypes_of(
-        self, fresh: Sequence[LayerKV], heard: Sequence[Tensor], frame: Sequence[int], start: int
+        self, fresh: LayerKV, heard: Sequence[Tensor], frame: Sequence[int], start: int
     ) -> Prototypes:
-        k = torch.stack([kv.k for kv in fresh])  # (L, H, C, D)
-        v = torch.stack([kv.v for kv in fresh])
         paid = torch.stack([own[-len(frame) :] for own in heard])  # (L, C)
-        number, position = sent(torch.tensor((list(frame), list(range(start, start + len(frame))))), k.device)
-        return prototypes(k, v, paid, number, position, sorted(set(frame)))
+        number, position = sent(
+            torch.tensor((list(frame), list(range(start, start + len(frame))))), fresh.k.device
+        )
+        return prototypes(fresh.k, fresh.v, paid, number, position, sorted(set(frame)))
 
 
 def prune_order(importance: Tensor, prototype: Tensor, frame: Tensor, spared: int) -> Tensor:

@@ -6,8 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -132,16 +130,3 @@ def rows(x: Tensor, places: Tensor) -> Tensor:
     start = torch.arange(math.prod((*lead, H)), device=x.device).view(*lead, H, 1) * T
     index = start + places[..., None, :]  # (..., H, n)
     return table.index_select(0, index.flatten()).view(*index.shape, D)
-
-
-def sent(x: Tensor, device: torch.device) -> Tensor:
-    """x of the host on a device, without waiting for what that still has to do."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
-
-
-def received(x: Tensor) -> npt.NDArray[np.int64]:
-    """x (n,) int64 of a device, on the host."""
-    if x.device.type != "cuda":
-        return np.asarray(x.numpy())
-    held = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)  # several times as fast as into other memory
-    return np.asarray(held.copy_(x).numpy())
