@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,7 @@ from memdb.caption_indexer import BATCH_ROWS as BATCH_ROWS
 from memdb.caption_indexer import TAIL_UNITS_MAX as TAIL_UNITS_MAX
 from memdb.caption_indexer import CaptionIndexer
 from memdb.caption_purge import holds_forgotten, purge
-from memdb.caption_rows import KeptCaptions, recordings_of
+from memdb.caption_rows import KeptCaptions, LiveRows, Place, recordings_of
 from memdb.caption_search import CaptionSearch, Filter
 from memdb.live_table import LiveTables
 from memdb.locks import FileLock
@@ -36,6 +36,7 @@ from memdb.schemas.search import CaptionHits
 from memdb.table_files import FOLDER
 
 if TYPE_CHECKING:
+    from memdb.schemas.rows import UnitRow
     from memdb.store import Store
 
 _QUERY_WORDS_MAX = 256
@@ -109,6 +110,21 @@ class CaptionIndex:
         purge(store, self._indexer)
 
     # Searching
+
+    def words(self, store: Store, places: Sequence[Place]) -> list[list[str]]:
+        """The words of captions by recording id and unit, from the segments; none of what is forgotten or damaged."""
+        self._kept.drop_forgotten(store.recordings())
+        rows = LiveRows(store)
+        rows.look_up(places)
+        return [self._said(store, rows[place]) for place in places]
+
+    def _said(self, store: Store, row: UnitRow | None) -> list[str]:
+        try:
+            said = None if row is None else self._kept.read(store, row)
+        except CorruptionError as error:
+            _log.warning("a caption is not searched by its words: %s", error)
+            return []
+        return [] if said is None else said[0]
 
     def search(
         self,

@@ -150,6 +150,7 @@ HYBRID = Recipe(
             "sim": "dot",
             "caption_tokens": 2_000,
             "relevance": 0.5,
+            "words": True,
             "newest_now": True,
         },
     ),

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from memdb.bm25 import bm25, words_of
 from memdb.caption_rows import caption_now, unit_now
 from memdb.captions import CaptionIndex
 from memdb.models.caption_vectors import CaptionVectors
 from memdb.query.rebuild.text import CaptionAt
-from memdb.query.retrieve.mmr import mmr_order, within_budget
+from memdb.query.retrieve.mmr import Floats, joined_relevance, mmr_order, within_budget
 from memdb.query.scope import Opened
 from memdb.schemas.errors import CorruptionError
 from memdb.schemas.times import format_time, to_s
@@ -55,9 +56,14 @@ def rank(
     text: str,
     *,
     relevance: float,
+    words: bool = False,
     head_tokens: int = 0,
 ) -> Ranked:
-    """All captions in question of one encoder, and their MMR order as it is asked for."""
+    """All captions in question of one encoder, and their MMR order as it is asked for.
+
+    words: they are relevant by what they say, too. Beyond `EXACT_CAPTIONS_MAX` and `CANDIDATES` captions words count of
+    those that vectors rank first.
+    """
     query = vectors.of_question(text)
     own = [i for i, opened in enumerate(scope) if opened.row.spec.caption_encoder == vectors.name]
     masks = {i: scope[i].captions for i in own}
@@ -72,7 +78,22 @@ def rank(
             parts.append(scope[i].kv.table.caption_vectors()[rows])
     if not candidates:
         return [], iter(())
-    return candidates, mmr_order(np.concatenate(parts), query, relevance)
+    said, relevant = np.concatenate(parts), None
+    if words:
+        first = _nearest(said, query, CANDIDATES)
+        places = [(scope[candidates[row].opened].row.id, candidates[row].unit) for row in first]
+        matches = np.zeros(len(candidates))
+        matches[first] = bm25(words_of(text), index.words(store, places))
+        relevant = joined_relevance(said, query, matches)
+    return candidates, mmr_order(said, query, relevance, relevant)
+
+
+def _nearest(vectors: Floats, query: Floats, limit: int) -> npt.NDArray[np.intp]:
+    """Rows of the `limit` captions nearest to a question, ascending; all of them where there are no more."""
+    if len(vectors) <= limit:
+        return np.arange(len(vectors))
+    cosine = vectors @ query / np.maximum(np.linalg.norm(vectors, axis=1), 1e-12)
+    return np.sort(np.argsort(-cosine, kind="stable")[:limit])
 
 
 def rank_by_words(

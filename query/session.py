@@ -166,7 +166,7 @@ class Session:
         """All captions in question, a list for each encoder.
 
         Where recordings of one encoder weigh relevance against novelty otherwise, the heaviest weight counts: a
-        caption near the question is what most of them would rather not miss.
+        caption near the question is what most of them would rather not miss. Words count if they do for one.
         """
         head_tokens = self.head_tokens(opened)
         ranked = []
@@ -183,6 +183,11 @@ class Session:
                     )
                 )
                 continue
+            methods = [
+                compose(one.row.spec.recipe).retrieve
+                for one in opened
+                if one.row.spec.caption_encoder == name
+            ]
             ranked.append(
                 caption_tier.rank(
                     self.store,
@@ -190,11 +195,8 @@ class Session:
                     vectors,
                     self._captions,
                     text,
-                    relevance=max(
-                        compose(one.row.spec.recipe).retrieve.relevance
-                        for one in opened
-                        if one.row.spec.caption_encoder == name
-                    ),
+                    relevance=max(method.relevance for method in methods),
+                    words=any(method.words for method in methods),
                     head_tokens=head_tokens,
                 )
             )

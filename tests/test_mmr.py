@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from memdb.query.retrieve.mmr import CaptionMMR, mmr_order, within_budget
+from memdb.query.retrieve.mmr import CaptionMMR, joined_relevance, mmr_order, within_budget
 from memdb.schemas.errors import RecipeError
 
 
@@ -77,6 +77,39 @@ def test_the_budget_is_kept_and_the_first_that_does_not_fit_ends_it(tokens: list
     assert picks == order[: len(picks)]
     assert sum(tokens[row] for row, _ in picks) < budget or not picks
     assert sum(tokens[row] for row, _ in order[: len(picks) + 1]) >= budget
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 12).flatmap(
+        lambda n: st.tuples(
+            arrays(np.float32, (n, 4), elements=st.integers(-2, 2)),
+            arrays(np.float64, n, elements=st.sampled_from([0.0, 0.5, 1.5, 3.0])),
+        )
+    )
+)
+def test_relevance_by_meaning_and_words_is_the_mean_of_two_reciprocal_ranks(
+    case: tuple[np.ndarray, np.ndarray],
+) -> None:
+    vectors, matches = case
+    query = np.array([1, 2, 0, -1], np.float32)
+    found = joined_relevance(vectors, query, matches)
+    near = [cosine(vector.astype(np.float64), query.astype(np.float64)) for vector in vectors]
+    for row in range(len(vectors)):
+        by_meaning = 61 / (61 + sum(other > near[row] + 1e-6 for other in near))
+        by_words = 61 / (61 + sum(other > matches[row] for other in matches)) if matches[row] else 0.0
+        exact = all(abs(other - near[row]) > 1e-6 or other == near[row] for other in near)
+        assume(exact)
+        assert found[row] == pytest.approx((by_meaning + by_words) / 2, abs=1e-6)
+    assert 0 < float(found.min()) <= float(found.max()) <= 1
+
+
+def test_a_caption_with_the_words_of_the_question_comes_before_one_that_is_only_near() -> None:
+    vectors = np.array([[1, 0.2, 0], [1, 0.3, 0], [0.9, 0.6, 0]], np.float32)
+    query = np.array([1, 0, 0], np.float32)
+    relevant = joined_relevance(vectors, query, np.array([0.0, 0.0, 2.5]))
+    assert [row for row, _ in mmr_order(vectors, query, 1.0, relevant)] == [2, 0, 1]
+    assert next(mmr_order(vectors, query, 1.0, relevant))[1] == pytest.approx(cosine(vectors[2], query))
 
 
 def test_parameters_out_of_range_are_refused() -> None:

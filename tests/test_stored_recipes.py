@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,33 @@ def test_over_several_recordings_captions_are_ranked_by_the_largest_of_their_wei
             seen.clear()
             assert client.ask("What is red?", recording=name, mode="captions").evidence
             assert set(seen) == {wanted}
+
+
+def test_words_count_where_a_recipe_of_those_that_are_asked_says_so(
+    house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And with words the table's own state makes no difference: they are read from the segments."""
+    seen: list[bool] = []
+    rank = captions.rank
+
+    def looked(*args: Any, words: bool, **options: Any) -> captions.Ranked:
+        seen.append(words)
+        return rank(*args, words=words, **options)
+
+    said: dict[str | None, list[Any]] = {}
+    with connect(tmp_path / "two.memdb", model=MODEL) as client:
+        for name, words in (("a", "true"), ("b", "false")):
+            ingest_small(client, house.film, name, "hybrid", settings=(f"retrieve.words={words}",))
+        client.ask("What is red?", mode="captions")
+        monkeypatch.setattr(captions, "rank", looked)
+        for name, wanted in (("a", True), ("b", False), (None, True)):
+            seen.clear()
+            said[name] = list(client.ask("What is red?", recording=name, mode="captions").evidence)
+            assert set(seen) == {wanted}
+    shutil.rmtree(tmp_path / "two.memdb" / "captions.lance")
+    with connect(tmp_path / "two.memdb", model=MODEL, create=False) as client:
+        for name, evidence in said.items():
+            assert list(client.ask("What is red?", recording=name, mode="captions").evidence) == evidence
 
 
 def test_a_stored_recipe_that_no_question_could_follow_is_refused() -> None:

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from memdb.query.retrieve.beside import TakesCaptions
 from memdb.query.retrieve.topk import Rows
 from memdb.schemas.keep import Ids, KeepSet, block_ids, first_ids, split_ids, token_ids
-from memdb.schemas.params import at_least, share
+from memdb.schemas.params import at_least
 from memdb.schemas.units import Table
 
 
@@ -53,17 +54,14 @@ class Activated:
 
 
 @dataclass(frozen=True)
-class ActivateAll:
-    """`blocks`: the newest frames that mode `recent` takes. `caption_tokens` and `relevance`: see CaptionMMR."""
+class ActivateAll(TakesCaptions):
+    """`blocks`: the newest frames that mode `recent` takes."""
 
     blocks: int = 64
-    caption_tokens: int = 0
-    relevance: float = 0.5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least("retrieve.blocks", self.blocks, 1)
-        at_least("retrieve.caption_tokens", self.caption_tokens, 0)
-        share("retrieve.relevance", self.relevance)
 
 
 def activate(

@@ -12,30 +12,25 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from memdb.query.retrieve.beside import TakesCaptions
 from memdb.query.retrieve.topk import Rows, in_runs
 from memdb.schemas.errors import RecipeError
-from memdb.schemas.params import at_least, share
+from memdb.schemas.params import at_least
 
 Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class External:
-    """`blocks`: r, blocks in every layer. `group`: as in BlockTopK.
-
-    `caption_tokens` and `relevance` are for the captions that mode `both` adds (see CaptionMMR).
-    """
+class External(TakesCaptions):
+    """`blocks`: r, blocks in every layer. `group`: as in BlockTopK."""
 
     blocks: int = 64
     group: int = 1
-    caption_tokens: int = 0
-    relevance: float = 0.5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least("retrieve.blocks", self.blocks, 1)
         at_least("retrieve.group", self.group, 1)
-        at_least("retrieve.caption_tokens", self.caption_tokens, 0)
-        share("retrieve.relevance", self.relevance)
         if self.blocks % self.group:
             raise RecipeError(
                 f"retrieve.blocks = {self.blocks} is no multiple of retrieve.group = {self.group}"

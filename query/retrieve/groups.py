@@ -17,26 +17,22 @@ import numpy.typing as npt
 
 from memdb.index.exact import Sim
 from memdb.index.key_search import KeySearch
+from memdb.query.retrieve.beside import TakesCaptions
 from memdb.query.retrieve.topk import Rows
-from memdb.schemas.params import at_least, share
+from memdb.schemas.params import at_least
 
 
 @dataclass(frozen=True)
-class GroupTopK:
-    """`budget_tokens`: k is the number of groups that it takes to hold so many tokens. `caption_tokens` and
-    `relevance` are for the captions that mode `both` adds (see CaptionMMR).
-    """
+class GroupTopK(TakesCaptions):
+    """`budget_tokens`: k is the number of groups that it takes to hold so many tokens."""
 
     similarity: ClassVar[Sim] = "cos"
 
     budget_tokens: int = 12_544
-    caption_tokens: int = 0
-    relevance: float = 0.5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least("retrieve.budget_tokens", self.budget_tokens, 1)
-        at_least("retrieve.caption_tokens", self.caption_tokens, 0)
-        share("retrieve.relevance", self.relevance)
 
     def groups(self, group_tokens: int) -> int:
         """k for groups of so many tokens: 251 for 12,544 and 50."""

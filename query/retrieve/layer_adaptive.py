@@ -17,39 +17,36 @@ import torch
 
 from memdb.index.exact import Sim
 from memdb.index.key_search import KeySearch
+from memdb.query.retrieve.beside import TakesCaptions
 from memdb.query.retrieve.topk import Rows
 from memdb.retain.select_kv import MODES, exact_counts
 from memdb.retain.select_kv_code import RETRIEVE_MAX, code_retrieve_counts
 from memdb.schemas.errors import RecipeError
-from memdb.schemas.params import at_least, share
+from memdb.schemas.params import at_least
 
 Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class LayerAdaptive:
+class LayerAdaptive(TakesCaptions):
     """`blocks`: r, blocks a layer on average, at most 128 (the most that any layer is given).
 
     `mode`: how SelectKV counts, see there. `fixed` and `paper` score by cosine and give out exactly L * r; `code`
     scores by dot product and may miss the total. `band`: every layer gets r (1 - band) to r (1 + band) blocks, at
     least one (its script: 0.5; the paper names none). `local_blocks`: of a layer's blocks so many are the newest
-    ones whatever they score (its script: 8). `caption_tokens` and `relevance` are for the captions that mode `both`
-    adds (see CaptionMMR).
+    ones whatever they score (its script: 8).
     """
 
     blocks: int = 64
     mode: str = "fixed"
     band: float = 0.5
     local_blocks: int = 0
-    caption_tokens: int = 0
-    relevance: float = 0.5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least("retrieve.blocks", self.blocks, 1)
         at_least("retrieve.band", self.band, 0)
         at_least("retrieve.local_blocks", self.local_blocks, 0)
-        at_least("retrieve.caption_tokens", self.caption_tokens, 0)
-        share("retrieve.relevance", self.relevance)
         if self.blocks > RETRIEVE_MAX:
             raise RecipeError(
                 f"retrieve.blocks = {self.blocks}: no layer is given more than {RETRIEVE_MAX}, so give at most that"

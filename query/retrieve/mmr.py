@@ -3,45 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from memdb.schemas.params import at_least, share_or_none
+from memdb.fusion import RANK_CONSTANT
+from memdb.query.retrieve.beside import TakesCaptions
 
 Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class CaptionMMR:
-    """`caption_tokens`: the budget. `relevance`: lambda, the weight of relevance against novelty (paper: 0.5)."""
+class CaptionMMR(TakesCaptions):
+    """Captions alone."""
 
-    caption_tokens: int = 10_000
-    relevance: float = 0.5
-
-    def __post_init__(self) -> None:
-        at_least("retrieve.caption_tokens", self.caption_tokens, 0)
-        share_or_none("retrieve.relevance", self.relevance)
+    caption_tokens: int = field(default=10_000, kw_only=True)
 
 
-def mmr_order(vectors: Floats, query: Floats, relevance: float) -> Iterator[tuple[int, float]]:
+def mmr_order(
+    vectors: Floats, query: Floats, relevance: float, relevant: Floats | None = None
+) -> Iterator[tuple[int, float]]:
     """Rows of `vectors` (n, E) in MMR order, each with its cosine to `query` (E,); ties go to the lower row.
 
     score = relevance * cos(q, c) - (1 - relevance) * max cos(c, chosen); the maximum is 0 before the first pick,
-    so that one is the most relevant. The maxima are kept and updated by one product a pick: O(n * picks).
+    so that one is the most relevant. `relevant` (n,): what counts in place of cos(q, c). The maxima are kept and
+    updated by one product a pick: O(n * picks).
     """
-    unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    cosine = unit @ (query / max(float(np.linalg.norm(query)), 1e-12))
+    unit = _directions(vectors)
+    cosine = unit @ _directions(query)
+    wanted = cosine if relevant is None else relevant
     nearest: Floats | None = None
     left = np.ones(len(vectors), bool)
     for _ in range(len(vectors)):
-        score = relevance * cosine if nearest is None else relevance * cosine - (1 - relevance) * nearest
+        score = relevance * wanted if nearest is None else relevance * wanted - (1 - relevance) * nearest
         pick = int(np.argmax(np.where(left, score, -np.inf)))
         left[pick] = False
         yield pick, float(cosine[pick])
         likeness = unit @ unit[pick]
         nearest = likeness if nearest is None else np.maximum(nearest, likeness)
+
+
+def joined_relevance(vectors: Floats, query: Floats, matches: npt.NDArray[np.float64]) -> Floats:
+    """(n,) relevance by meaning and by words: the mean of two reciprocal ranks, 1 for what is first by both.
+
+    By meaning: cosine of `vectors` (n, E) with `query` (E,). By words: `matches` (n,), BM25, of which 0 is no match
+    and has no rank. Equals share a rank. A rank of r counts (k + 1) / (k + r), as fusion of lists does.
+    """
+    cosine = _directions(vectors) @ _directions(query)
+    by_words = np.where(matches > 0, _reciprocal(matches), 0)
+    return ((_reciprocal(cosine) + by_words) / 2).astype(np.float32)
+
+
+def _reciprocal(scores: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+    """(n,): (k + 1) / (k + rank), where a rank is one more than how many score higher."""
+    higher = len(scores) - np.searchsorted(np.sort(scores), scores, side="right")
+    return np.asarray((RANK_CONSTANT + 1) / (RANK_CONSTANT + 1 + higher))
+
+
+def _directions(x: Floats) -> Floats:
+    return np.asarray(x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12), np.float32)
 
 
 def within_budget(

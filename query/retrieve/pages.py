@@ -20,23 +20,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from memdb.query.retrieve.beside import TakesCaptions
 from memdb.retain.pages import Pages, page_keys, page_places
-from memdb.schemas.params import at_least, share
+from memdb.schemas.params import at_least
 
 
 @dataclass(frozen=True)
-class MemoryPages(Pages):
-    """`blocks`: the newest frames that mode `recent` takes. `caption_tokens` and `relevance`: see CaptionMMR."""
+class MemoryPages(Pages, TakesCaptions):
+    """`blocks`: the newest frames that mode `recent` takes."""
 
     blocks: int = 64
-    caption_tokens: int = 0
-    relevance: float = 0.5
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        Pages.__post_init__(self)
+        TakesCaptions.__post_init__(self)
         at_least("retrieve.blocks", self.blocks, 1)
-        at_least("retrieve.caption_tokens", self.caption_tokens, 0)
-        share("retrieve.relevance", self.relevance)
 
     def pick(self, q: Tensor, k: Tensor, long: int) -> Tensor:
         """Places (picked,), ascending, of the tokens of one layer that the question reads on.

@@ -10,19 +10,19 @@ import numpy.typing as npt
 
 from memdb.index.exact import Sim
 from memdb.index.key_search import KeySearch
+from memdb.query.retrieve.beside import TakesCaptions
 from memdb.schemas.errors import RecipeError
-from memdb.schemas.params import at_least, share
+from memdb.schemas.params import at_least
 
 Rows = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class BlockTopK:
+class BlockTopK(TakesCaptions):
     """`blocks`: r, blocks a layer. `group`: runs of this many neighbours are ranked and taken together, or of fewer
     where a budget leaves no room for that many.
 
-    `sim`: dot as in the released code, cos as in the paper. `caption_tokens` and `relevance` are for the
-    captions that mode `both` adds (see CaptionMMR).
+    `sim`: dot as in the released code, cos as in the paper.
 
     `newest_now`: a question of kind `now` reads the newest blocks and captions, whatever resembles it. Ours: no paper
     asks about this moment, and keys cannot tell which of the frames that fit a question is the last one.
@@ -31,15 +31,12 @@ class BlockTopK:
     blocks: int = 64
     group: int = 1
     sim: str = "dot"
-    caption_tokens: int = 0
-    relevance: float = 0.5
     newest_now: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least("retrieve.blocks", self.blocks, 1)
         at_least("retrieve.group", self.group, 1)
-        at_least("retrieve.caption_tokens", self.caption_tokens, 0)
-        share("retrieve.relevance", self.relevance)
         if self.sim not in ("dot", "cos"):
             raise RecipeError(f"retrieve.sim = {self.sim!r}: choose dot or cos")
         if self.blocks % self.group:
