@@ -56,7 +56,9 @@ class ChunkContext:
         above = int(ids.max()) + 1  # text has one id on all axes, behind everything so far
         self._top = above + tokens - self._chunk
         text = torch.arange(above, self._top)
-        self._own = torch.cat((ids, text.expand(*ids.shape[:-1], len(text))), -1).to(self._init[0].k.device)
+        own = torch.cat((ids, text.expand(*ids.shape[:-1], len(text))), -1).to(self._init[0].k.device)
+        self._turns = self._rotary.rows(own, self._top)  # the same in all layers
+        self._masks: dict[int, Tensor] = {}
 
     def _ids(self, positions: Tensor) -> Tensor:
         """Ids (T,) or (3, T) of tokens of the stream."""
@@ -68,14 +70,13 @@ class ChunkContext:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         T, C, top = q.shape[1], self._chunk, self._top
         init, memory = self._init[layer], self._memory[layer]
-        turns = self._rotary.rows(self._own, top)
-        q, new_k, old_k = turn(q, *turns), turn(k, *turns), memory.k
+        q, new_k, old_k = turn(q, *self._turns), turn(k, *self._turns), memory.k
         if memory.tokens:
             old_k = self._rotary.rotate_at(old_k, self._ids(self._positions[layer]), top)
         init_k = self._rotary.rotate(init.k, 0) if init.tokens else init.k
         keys = torch.cat((init_k, old_k, new_k), 1)  # (H, n + M + T, D)
         past = init.tokens + memory.tokens
-        mask = torch.ones(T, past + T, dtype=torch.bool, device=q.device).tril(past)
+        mask = self._mask(T, past, q.device)
         self.fresh.append(LayerKV(k[:, :C], v[:, :C]))
         if self._probe is not None:
             rows = slice(self._probe.start, self._probe.stop)
@@ -86,3 +87,11 @@ class ChunkContext:
             paid = importance(q[:, rows], keys[:, : past + C], scale, seen)
             self.heard.append(paid[init.tokens :])
         return softmax_attention(q, keys, torch.cat((init.v, memory.v, v), 1), scale, mask)
+
+    def _mask(self, tokens: int, past: int, device: torch.device) -> Tensor:
+        """(T, past + T) True where seen: everything past, and of the new ones those that are not later. Made once for
+        all layers that hold equally many.
+        """
+        if past not in self._masks:
+            self._masks[past] = torch.ones(tokens, past + tokens, dtype=torch.bool, device=device).tril(past)
+        return self._masks[past]

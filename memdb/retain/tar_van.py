@@ -137,9 +137,7 @@ def tar_scores(view: LayerView, age: Tensor, frames: int) -> Tensor:
     # Which token stands at (recent frame, patch); the last slot takes everything else.
     slot = torch.where(~view.merged & (age < frames), age * P + patch, frames * P)
     table = torch.full((*lead, frames * P + 1), -1, device=age.device)
-    table = table.scatter_reduce(-1, slot, torch.arange(T, device=age.device).expand_as(slot), "amax")[
-        ..., :-1
-    ]
+    table = table.scatter_(-1, slot, torch.arange(T, device=age.device).expand_as(slot))[..., :-1]
     there, at = table >= 0, table.clamp(min=0)
     length = lengths(view.k).clamp(min=1e-12)  # (..., H, T)
     # By an infinite length what is not there becomes nothing.
