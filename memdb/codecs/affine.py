@@ -41,9 +41,9 @@ class Affine:
     def levels(self) -> int:
         return (1 << self.bits) - 1
 
-    def scale_bytes(self, k: Tensor, v: Tensor) -> int:
-        largest = max(float(k.abs().max()), float(v.abs().max())) if k.numel() else 0.0
-        return 2 if 2 * largest < _FP16_MAX else 4
+    def scale_bytes(self, k: Tensor, v: Tensor) -> Tensor:
+        largest = torch.maximum(k.abs().amax((1, 2, 3)), v.abs().amax((1, 2, 3))).double()
+        return torch.where(2 * largest < _FP16_MAX, 2, 4)
 
     def layout(self, dtype: torch.dtype, scale_bytes: int, H: int, T: int, D: int) -> SliceLayout:
         layout = affine_layout if self.values_over == TOKEN else oqm_layout

@@ -14,8 +14,10 @@ class Codec(Protocol):
     @property
     def name(self) -> str: ...
 
-    def scale_bytes(self, k: Tensor, v: Tensor) -> int:
-        """The width of the scales that these values need: 2 (fp16), 4 where fp16 overflows, 0 without scales."""
+    def scale_bytes(self, k: Tensor, v: Tensor) -> Tensor:
+        """k and v (n, H, T, D) -> (n,) int64, on whichever device: how wide scales each slice needs, 2 (fp16), 4 where
+        fp16 overflows, 0 without scales.
+        """
         ...
 
     def layout(self, dtype: torch.dtype, scale_bytes: int, H: int, T: int, D: int) -> SliceLayout:

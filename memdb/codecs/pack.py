@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import xxhash
 from torch import Tensor
@@ -35,19 +36,23 @@ def pack_unit(
     slices["layer"] = [layer for layer, _, _ in held]
     slices["block"] = [block for _, block, _ in held]
     slices["tokens"] = [kv.tokens for _, _, kv in held]
-    for layer, row in enumerate(layers):
-        own = [kv for kv in row if kv is not None]
-        if own:
-            needed = max(codec.scale_bytes(kv.k, kv.v) for kv in own)
-            slices["scale_bytes"][slices["layer"] == layer] = max(needed, widths.get(layer, 0))
+    of_size: list[tuple[npt.NDArray[np.intp], Tensor, Tensor]] = []  # which, k and v (n, H, T, D)
+    needed = np.zeros(len(layers), np.int64)
+    for tokens in sorted(set(slices["tokens"].tolist())):
+        chosen = np.flatnonzero(slices["tokens"] == tokens)
+        k, v = (torch.stack([getattr(held[i][2], name) for i in chosen]) for name in ("k", "v"))
+        of_size.append((chosen, k, v))
+        np.maximum.at(needed, slices["layer"][chosen], codec.scale_bytes(k, v).cpu().numpy())
+    for layer, own in enumerate(needed):
+        slices["scale_bytes"][slices["layer"] == layer] = max(int(own), widths.get(layer, 0))
     raw: list[Bytes] = [np.zeros(0, np.uint8)] * len(held)
-    for tokens, width in sorted({(int(row["tokens"]), int(row["scale_bytes"])) for row in slices}):
-        chosen = np.flatnonzero((slices["tokens"] == tokens) & (slices["scale_bytes"] == width))
-        k = torch.stack([held[i][2].k for i in chosen])  # (n, H, T, D)
-        v = torch.stack([held[i][2].v for i in chosen])
-        packed = codec.pack(k, v, width).cpu().numpy()
-        for i, row in zip(chosen, packed, strict=True):
-            raw[i] = row
+    for chosen, k, v in of_size:
+        for width in sorted(set(slices["scale_bytes"][chosen].tolist())):
+            mine = np.flatnonzero(slices["scale_bytes"][chosen] == width)
+            some = slice(None) if len(mine) == len(chosen) else torch.from_numpy(mine).to(k.device)
+            packed = codec.pack(k[some], v[some], width).cpu().numpy()
+            for i, row in zip(chosen[mine], packed, strict=True):
+                raw[i] = row
     return lay_out(raw, slices, planes.element_bytes(codec.name, str(dtype).removeprefix("torch.")))
 
 

@@ -21,8 +21,8 @@ class Plain:
         found: torch.dtype = dtype if self.stored is None else getattr(torch, self.stored)
         return found
 
-    def scale_bytes(self, k: Tensor, v: Tensor) -> int:
-        return 0
+    def scale_bytes(self, k: Tensor, v: Tensor) -> Tensor:
+        return torch.zeros(len(k), dtype=torch.long)
 
     def layout(self, dtype: torch.dtype, scale_bytes: int, H: int, T: int, D: int) -> SliceLayout:
         return plain_layout(self._dtype(dtype).itemsize, H, T, D)

@@ -20,7 +20,13 @@ from memdb.models.transfers import Received, sent
 from memdb.models.window import LayerKV
 from memdb.schemas.errors import CodecError
 
-_EXPONENT = np.uint16(0x7C00)  # of an fp16
+
+@dataclass(frozen=True, eq=False)
+class Means:
+    """Mean keys on their way from a device: flat, and behind them the largest of their absolute values."""
+
+    flat: Received
+    shape: tuple[int, int, int]  # layers, blocks, numbers of a key
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class MeanKey:
         """Blocks of a unit, per layer, each (H, T, D) -> (L, blocks, H*D); zeros where a layer holds no block."""
         return self.checked(self.means(layers))
 
-    def means(self, layers: Sequence[Sequence[LayerKV | None]]) -> Received:
+    def means(self, layers: Sequence[Sequence[LayerKV | None]]) -> Means:
         """`keys` on their way from the device: put into its queue, and not waited for."""
         blocks = [kv for row in layers for kv in row]
         sizes = [0 if kv is None else kv.tokens for kv in blocks]
@@ -51,12 +57,14 @@ class MeanKey:
             found.append(stacked.mean(2, dtype=torch.float32).flatten(1).to(torch.float16))
         H, _, D = first.k.shape
         rows = found[0] if len(found) == 1 and at == len(blocks) else self._placed(found, place)
-        return Received(rows.view(len(layers), len(layers[0]), H * D))
+        largest = rows.abs().amax()[None]  # no number where one is none
+        return Means(Received(torch.cat((rows.flatten(), largest))), (len(layers), len(layers[0]), H * D))
 
-    def checked(self, means: Received) -> npt.NDArray[np.float16]:
+    def checked(self, means: Means) -> npt.NDArray[np.float16]:
         """The keys themselves. Raises CodecError where one does not fit into fp16."""
-        keys: npt.NDArray[np.float16] = means.read()
-        if ((keys.view(np.uint16) & _EXPONENT) == _EXPONENT).any():  # infinite, or no number
+        flat = means.flat.read()
+        keys: npt.NDArray[np.float16] = flat[:-1].reshape(means.shape)
+        if not np.isfinite(flat[-1]):
             raise CodecError("a block's mean key exceeds fp16: try --dtype float32, or check the checkpoint")
         return keys
 

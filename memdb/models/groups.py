@@ -150,12 +150,9 @@ class GroupContext:
         H, T, D = k.shape
         G, codec, dtype = self._group, self._codec, k.dtype
         ks, vs = (x.reshape(H, T // G, G, D).transpose(0, 1).contiguous() for x in (k, v))  # (F, H, G, D)
-        width = self.widths.get(layer, 0)
-        widest = max(width, codec.scale_bytes(ks, vs))
-        own = [widest] * (T // G)
-        if widest > width:  # a layer widens with the first group that needs it, and stays wide
-            needed = (codec.scale_bytes(ks[i : i + 1], vs[i : i + 1]) for i in range(T // G))
-            own = list(accumulate(needed, max, initial=width))[1:]
+        # A layer widens with the first group that needs it, and stays wide.
+        needed: list[int] = codec.scale_bytes(ks, vs).tolist()
+        own = list(accumulate(needed, max, initial=self.widths.get(layer, 0)))[1:]
         self.widths[layer] = own[-1]
         parts, start = [], 0
         for wide, run in groupby(own):
