@@ -90,7 +90,7 @@ def compared(frames: Sequence[SeenFrame]) -> list[SeenFrame]:
 
 def cosine(a: Tensor, b: Tensor) -> float:
     """Of two embeddings (E,); in fp64, so that equal ones give 1. What has no length is like nothing."""
-    one, other = (x.double().cpu().numpy() for x in (a, b))
+    one, other = (x.cpu().numpy().astype(np.float64) for x in (a, b))
     lengths = math.sqrt(float(one @ one)) * math.sqrt(float(other @ other))
     return min(1.0, float(one @ other) / lengths) if lengths else 0.0
 

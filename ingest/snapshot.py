@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
@@ -36,8 +37,8 @@ class Asked:
     def answer(self) -> Snapshot:
         flat = self.flat.read()
         assert flat[-1], "the places of a layer do not ascend, or lie outside"
-        ends = np.cumsum(self.sizes)
-        cuts, M = [slice(end - size, end) for end, size in zip(ends, self.sizes, strict=True)], int(ends[-1])
+        ends = list(accumulate(self.sizes))
+        cuts, M = [slice(end - size, end) for end, size in zip(ends, self.sizes, strict=True)], ends[-1]
         ids, positions, frames = flat[:M], flat[M : 2 * M], flat[2 * M : 2 * M + len(self.numbers)]
         gone = tuple(self.numbers[at] for at in np.flatnonzero(frames == 0))
         return Snapshot(tuple(ids[cut] for cut in cuts), tuple(positions[cut] for cut in cuts), gone)
