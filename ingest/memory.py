@@ -117,7 +117,10 @@ class EncoderMemory:
                 paid = torch.cat((paid, prototypes.mass[layers]), -1)
             tokens = own.plus(*came)
             if prototypes is not None:  # a token before a prototype that stands where it does
-                order = torch.argsort(tokens.position, dim=-1, stable=True)
+                # What was held stands before all that came.
+                M = own.id.shape[-1]
+                new = torch.argsort(tokens.position[..., M:], dim=-1, stable=True) + M
+                order = torch.cat((torch.arange(M, device=device).expand(len(new), M), new), -1)
             found, fit = self._retained(tokens, paid, order, grid, stream, len(frames[-1].tokens))
             kept.append(found)
             fits.append(fit)

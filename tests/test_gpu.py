@@ -126,6 +126,24 @@ def test_a_probe_pays_the_same_whether_its_keys_are_widened_or_not(
         assert abs(float(own.sum()) - 1) < 1e-4
 
 
+@pytest.mark.parametrize("room", [1 << 29, 2 * 28 * 5 * 900 * 4, 1])
+def test_layers_that_are_heard_together_pay_as_each_would_alone(
+    room: int, exact_fp32: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = torch.Generator().manual_seed(4)
+    listener, alone = attention.Listener(), []
+    mask = torch.ones(5, 5, dtype=torch.bool, device="cuda").tril()
+    for T in (900, 900, 900, 700, 900):
+        q, k = (torch.randn(H, n, 128, generator=draw).bfloat16().cuda() for H, n in ((28, 5), (4, T)))
+        alone.append(importance(q, k, 128**-0.5, mask))
+        monkeypatch.setattr(attention, "SCORES_BYTES", room)
+        listener.hear(q, k, 128**-0.5, mask)
+        monkeypatch.undo()
+    monkeypatch.setattr(attention, "SCORES_BYTES", room)
+    for one, other in zip(listener.heard(), alone, strict=True):
+        assert float((one - other).norm() / other.norm()) < 1e-5
+
+
 def test_a_memory_is_taken_without_waiting_for_the_gpu(waiting: Callable[[str], None]) -> None:
     """Who asks afterwards what it holds waits; before that a wait is an error anywhere."""
     from memdb.ingest.frames import SeenFrame

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from memdb.index.mean_key import fold
-from memdb.retain.attention import ROWS_AT_ONCE, attention_rows, importance
+from memdb.retain.attention import ROWS_AT_ONCE, Listener, attention_rows, importance
 from memdb.retain.select_kv import guidance_scores
 
 
@@ -61,6 +61,15 @@ def test_rows_among_the_keys_see_what_stands_before_them(rows: int) -> None:
     assert float(plain[:, 0, -1].max()) == 0
     torch.testing.assert_close(attention_rows(q, k, 0.3, mask).double(), plain, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(importance(q, k, 0.3, mask).double(), plain.mean((0, 1)), rtol=1e-5, atol=1e-7)
+
+
+def test_layers_one_after_another_are_heard_as_each_would_be_alone() -> None:
+    listener, alone = Listener(), []
+    for layer, T in enumerate((9, 9, 12, 9)):
+        q, k = drawn(4, 2, 3, T, 8, seed=layer)
+        listener.hear(q, k, 0.3)
+        alone.append(importance(q, k, 0.3))
+    assert all(torch.equal(a, b) for a, b in zip(listener.heard(), alone, strict=True))
 
 
 def test_half_precision_accumulates_in_fp32() -> None:

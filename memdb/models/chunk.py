@@ -17,7 +17,7 @@ from memdb.models.attention import softmax_attention
 from memdb.models.places import LINE, Placing
 from memdb.models.rotary import Rotary, turn
 from memdb.models.window import LayerKV
-from memdb.retain.attention import importance
+from memdb.retain.attention import Listener
 
 
 class ChunkContext:
@@ -51,7 +51,7 @@ class ChunkContext:
         self.heard: list[Tensor] = []
 
     def begin(self, tokens: int) -> None:
-        self.fresh, self.heard = [], []
+        self.fresh, self._listener = [], Listener()
         ids = self._ids(torch.arange(self._start, self._start + self._chunk))
         above = int(ids.max()) + 1  # text has one id on all axes, behind everything so far
         self._top = above + tokens - self._chunk
@@ -65,7 +65,7 @@ class ChunkContext:
         return self._placing.at(self._init[0].tokens, positions, self._frame_tokens)
 
     def end(self, tokens: int) -> None:
-        pass
+        self.heard = [paid[self._init[0].tokens :] for paid in self._listener.heard()]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         T, C, top = q.shape[1], self._chunk, self._top
@@ -80,12 +80,9 @@ class ChunkContext:
         self.fresh.append(LayerKV(k[:, :C], v[:, :C]))
         if self._probe is not None:
             rows = slice(self._probe.start, self._probe.stop)
-            hidden = past + min(
-                C, self._probe.start
-            )  # what stands before the first of these rows each of them sees
-            seen = mask[rows, hidden : past + C] if hidden < past + C else None
-            paid = importance(q[:, rows], keys[:, : past + C], scale, seen)
-            self.heard.append(paid[init.tokens :])
+            first = min(C, self._probe.start)  # each row sees what stands before the first of them
+            seen = mask[rows, past + first : past + C] if first < C else None
+            self._listener.hear(q[:, rows], keys[:, : past + C], scale, seen)
         return softmax_attention(q, keys, torch.cat((init.v, memory.v, v), 1), scale, mask)
 
     def _mask(self, tokens: int, past: int, device: torch.device) -> Tensor:

@@ -7,8 +7,6 @@ so that their scores can be compared.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
@@ -49,27 +47,53 @@ def importance(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None) -
         at_once = max(at_once, SCORES_BYTES // (4 * Hq * T))
     else:
         k = k.float()
-    parts: list[Tensor] = []  # (T,)
+    total = torch.zeros(T, device=k.device)  # (T,)
     for start in range(0, r, at_once):
         some = slice(start, start + at_once)
         seen = None if mask is None else mask[some]
-        parts.append(_summed(attention_rows(q[:, some], k, scale, seen), Hq * r))
-    total = sum(parts[1:], parts[0])
-    return total if k.is_cuda else total / (Hq * r)
+        total += attention_rows(q[:, some], k, scale, seen).sum((0, 1))
+    return total / (Hq * r)
 
 
-def _summed(paid: Tensor, count: int) -> Tensor:
-    """paid (Hq, r, T) -> (T,). On a GPU by `count` already: a product reads the numbers faster than its sums do."""
-    if not paid.is_cuda:
-        return paid.sum((0, 1))
-    rows = paid.flatten(0, 1)
-    return torch.mv(rows.t(), _equal_shares(len(rows), 1 / count, rows.device))
+class Listener:
+    """The `importance` of one layer after another, as a forward comes to them.
 
+    On a GPU layers wait for each other and are heard together: of a few rows of one layer it has too little to do.
+    As many as `SCORES_BYTES` holds, and only such that hold equally many keys.
+    """
 
-@lru_cache(maxsize=8)
-def _equal_shares(rows: int, share: float, device: torch.device) -> Tensor:
-    """The same for every layer of every chunk."""
-    return torch.full((rows,), share, device=device)
+    def __init__(self) -> None:
+        self._heard: list[Tensor] = []  # (T,) a layer
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._terms: tuple[float, Tensor | None] = 1.0, None
+
+    def hear(self, q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None) -> None:
+        """As in `importance`; scale and mask are the same in all layers of a size."""
+        bytes_each = 4 * q.shape[0] * q.shape[1] * k.shape[1]
+        if not _as_they_are(q, k) or bytes_each > SCORES_BYTES:
+            self._answer()
+            self._heard.append(importance(q, k, scale, mask))
+            return
+        full = bytes_each * (len(self._waiting) + 1) > SCORES_BYTES
+        if full or (self._waiting and self._waiting[0][1].shape != k.shape):
+            self._answer()
+        self._waiting.append((q, k))
+        self._terms = scale, mask
+
+    def heard(self) -> list[Tensor]:
+        """(T,) of every layer so far."""
+        self._answer()
+        return self._heard
+
+    def _answer(self) -> None:
+        if not self._waiting:
+            return
+        q, k = (
+            torch.cat(parts) for parts in zip(*self._waiting, strict=True)
+        )  # (L * Hq, r, D), (L * H, T, D)
+        paid = attention_rows(q, k, *self._terms).view(len(self._waiting), -1, k.shape[1])  # (L, Hq * r, T)
+        self._heard += (paid.sum(1) / paid.shape[1]).unbind()
+        self._waiting = []
 
 
 def _as_they_are(q: Tensor, k: Tensor) -> bool:

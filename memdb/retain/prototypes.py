@@ -52,7 +52,12 @@ def prototypes(
     weight = torch.where(mass > 0, weight / mass.clamp(min=1e-300), alike.double())
 
     def mean(x: Tensor) -> Tensor:  # (..., H, T, D) -> (..., H, F, D), one rounding to x's dtype
-        return torch.matmul(weight[..., None, :, :].float(), x.float()).to(x.dtype)
+        H, _, D = x.shape[-3:]
+        wide = (
+            x.transpose(-3, -2).float().flatten(-2)
+        )  # (..., T, H * D), which is how an encoder's lies in memory
+        found = torch.matmul(weight.float(), wide).to(x.dtype)  # (..., F, H * D)
+        return found.view(*found.shape[:-1], H, D).transpose(-3, -2)
 
     place = ((weight * position).sum(-1) + 0.5).floor().long()
     return Prototypes(mean(k), mean(v), place, frames, mass[..., 0].float())

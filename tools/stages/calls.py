@@ -10,10 +10,10 @@ from memdb.ingest.reduce.identity import Identity
 from memdb.ingest.reduce.merge_frames import MergeFrames, Merging
 from memdb.ingest.reduce.recurrent import Recurrent
 from memdb.ingest.stages import IngestStages
-from memdb.models import chunk as chunk_module
 from memdb.models.cache import AttentionProbe
 from memdb.models.caption_vectors import InputEmbeddings
 from memdb.models.protocol import VideoModel
+from memdb.retain.attention import Listener
 from memdb.retain.keep_all import KeepAll
 from memdb.retain.select_kv import SelectKV
 from tools.stages.meter import Call
@@ -28,7 +28,8 @@ CALLS = (
     Call(AttentionProbe, "mean", "reduce"),
     Call(Recurrent, "select", "reduce"),
     Call(Recurrent, "remember", "reduce"),
-    Call(chunk_module, "importance", "retain"),
+    Call(Listener, "hear", "retain"),
+    Call(Listener, "heard", "retain"),
     Call(SelectKV, "select", "retain"),
     Call(encoder_module, "add_prototypes", "retain"),
     Call(MeanKey, "means", "index"),
