@@ -83,6 +83,7 @@ class Asked:
     stamp_tokens_block: float = 0.0  # of time text, a block
     passes: int = 1  # over the layers, until it is known what each of them brings back
     spread: float = 1.0  # blocks of the layer that brings back most, over the mean
+    beside_tokens: int = 0  # of captions that `both` reads at most; 0 for as many as captions alone
 
 
 def predict(mode: str, sizes: Sizes, asked: Asked, held: Holdings, costs: Costs) -> Predicted:

@@ -114,6 +114,8 @@ def _limited(mode: str, full: Sizes, asked: Asked, held: Holdings, room: int) ->
     memory = held.memory if mode in ("kv", "both") else None
     blocks = min(full.blocks, held.blocks) if mode != "captions" else 0
     captions = min(full.caption_tokens, held.caption_tokens) if mode in ("captions", "both") else 0
+    if mode == "both" and asked.beside_tokens:
+        captions = min(captions, asked.beside_tokens)
     whole = Sizes(blocks, captions, full.answer_tokens)
     free = max(0, room - held.init_tokens - asked.prompt_tokens)
     answer = min(full.answer_tokens, max(ANSWER_TOKENS_MIN, free // 4))

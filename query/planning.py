@@ -160,15 +160,16 @@ def _plan(
         held = replace(held, memory=replace(size, time_tokens=_time_tokens(session, stages, chosen, memory)))
     held = replace(held, is_span=within.is_span)
     kind, why = session.kind(within.text)
+    # The recording whose KV is read need not be one that has captions: rekv beside rlivs.
+    spoken = [compose(one.row.spec.recipe).retrieve for one in opened if len(one.usable_captions)]
     asked = Asked(
         question_tokens=len(ids),
         prompt_tokens=prompt_tokens,
         stamp_tokens_block=_stamp_tokens(session, stages, chosen),
         passes=2 if isinstance(stages.retrieve, LayerAdaptive) else 1,
         spread=stages.retrieve.spread if isinstance(stages.retrieve, LayerAdaptive) else 1.0,
+        beside_tokens=max((each.beside_tokens or each.caption_tokens for each in spoken), default=0),
     )
-    # The recording whose KV is read need not be one that has captions: rekv beside rlivs.
-    spoken = [compose(one.row.spec.recipe).retrieve for one in opened if len(one.usable_captions)]
     full = Sizes(
         blocks=_blocks(stages, chosen),
         caption_tokens=max((each.caption_tokens for each in spoken), default=0),

@@ -202,6 +202,13 @@ def test_both_shares_a_context_that_is_too_small_between_the_tiers() -> None:
     assert room * 0.9 < plan.predicted.context_tokens <= room
 
 
+@pytest.mark.parametrize(("beside", "wanted"), [(0, 1000), (240, 240), (5000, 1000)])
+def test_both_reads_no_more_captions_than_are_to_stand_beside_kv(beside: int, wanted: int) -> None:
+    asked = replace(ASKED, beside_tokens=beside)
+    assert planned(mode="both", asked=asked).sizes.caption_tokens == wanted
+    assert planned(mode="captions", asked=asked).sizes.caption_tokens == 1000
+
+
 def test_a_question_that_is_longer_than_the_context_is_refused_and_says_why() -> None:
     with pytest.raises(QuestionError, match=r"takes 40000 tokens.*context of 32768: shorten it"):
         planned(asked=replace(ASKED, prompt_tokens=40_000))
