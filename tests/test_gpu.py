@@ -16,6 +16,7 @@ from memdb.client import connect
 from memdb.codecs import planes
 from memdb.retain import attention
 from memdb.retain.attention import attention_rows, importance
+from memdb.retain.prototypes import prototypes
 
 pytestmark = [
     pytest.mark.gpu,
@@ -144,6 +145,18 @@ def test_layers_that_are_heard_together_pay_as_each_would_alone(
         assert float((one - other).norm() / other.norm()) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_prototypes_are_the_same_means_on_a_gpu(dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(5)
+    k, v = (torch.randn(3, 4, 48, 64, generator=draw).to(dtype) for _ in range(2))
+    paid, frame, at = torch.rand(3, 48, generator=draw), torch.arange(48) // 16, torch.arange(48)
+    here = prototypes(k, v, paid, frame, at, [0, 1, 2])
+    there = prototypes(*(x.cuda() for x in (k, v, paid, frame, at)), [0, 1, 2])
+    assert torch.equal(there.position.cpu(), here.position)
+    for one, other in ((there.k, here.k), (there.v, here.v)):
+        assert float((one.cpu().float() - other.float()).abs().max()) <= float(other.abs().max()) * 2**-8
+
+
 def test_a_memory_is_taken_without_waiting_for_the_gpu(waiting: Callable[[str], None]) -> None:
     """Who asks afterwards what it holds waits; before that a wait is an error anywhere."""
     from memdb.ingest.frames import SeenFrame
@@ -151,7 +164,7 @@ def test_a_memory_is_taken_without_waiting_for_the_gpu(waiting: Callable[[str], 
     from memdb.ingest.memory import EncoderMemory
     from memdb.models.window import LayerKV
     from memdb.retain.tar_van import TarVan
-    from memdb.retain.template import Template, prototypes
+    from memdb.retain.template import Template
     from memdb.retain.vision_sink import VisionSink
 
     none = [LayerKV(*torch.zeros(2, 4, 0, 128, dtype=torch.bfloat16, device="cuda"))] * 3

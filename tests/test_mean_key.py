@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from memdb.index.mean_key import MeanKey
+from memdb.models.transfers import together
 from memdb.models.window import LayerKV
 from memdb.schemas.errors import CodecError
 
@@ -44,3 +45,15 @@ def test_a_mean_beyond_fp16_is_refused() -> None:
     layers[1][0] = LayerKV(torch.full((2, 7, 10), 1e6), torch.zeros(2, 7, 10))
     with pytest.raises(CodecError, match="fp16"):
         MeanKey().keys(layers)
+
+
+def test_blocks_of_one_tensor_are_put_together_without_a_copy_and_any_others_with_one() -> None:
+    whole = (
+        torch.arange(5 * 24.0).view(5, 4, 6).transpose(1, 2)
+    )  # heads of a token together, as a memory has them
+    own = [layer[:, start : start + 2] for layer in whole for start in (0, 2)]
+    found = together(own)
+    assert found.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+    assert torch.equal(found, torch.stack(own))
+    for others in (own[:3] + own[4:], own[::-1], [own[0], own[0]], [x.clone() for x in own], own[:1]):
+        assert torch.equal(together(others), torch.stack(others))

@@ -150,7 +150,8 @@ class OpenMemory:
             made = self._retain.prototypes_of(fresh, context.heard, number_of, start)
             grid = grid_of(terms.placing, terms.model.shape.frame_tokens)
             memory.take(number, group, fresh, made, context.heard, start, grid)
-        return Encoded(group, context.fresh, keep=self._keep_set, prototypes=made)
+        own = [LayerKV(k, v) for k, v in zip(fresh.k, fresh.v, strict=True)]
+        return Encoded(group, own, keep=self._keep_set, prototypes=made)
 
     def _keep_set(self) -> KeepSet:
         with self._terms.laps("retain"):

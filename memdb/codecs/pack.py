@@ -13,6 +13,7 @@ from torch import Tensor
 from memdb.codecs import planes
 from memdb.codecs.base import Codec
 from memdb.codecs.layout import aligned
+from memdb.models.transfers import together
 from memdb.models.window import LayerKV
 from memdb.schemas.units import SLICE_DTYPE, Bytes, PackedKV, Table
 
@@ -40,7 +41,7 @@ def pack_unit(
     needed = np.zeros(len(layers), np.int64)
     for tokens in sorted(set(slices["tokens"].tolist())):
         chosen = np.flatnonzero(slices["tokens"] == tokens)
-        k, v = (torch.stack([getattr(held[i][2], name) for i in chosen]) for name in ("k", "v"))
+        k, v = (together([getattr(held[i][2], name) for i in chosen]) for name in ("k", "v"))
         of_size.append((chosen, k, v))
         np.maximum.at(needed, slices["layer"][chosen], codec.scale_bytes(k, v).cpu().numpy())
     for layer, own in enumerate(needed):

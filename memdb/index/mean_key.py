@@ -16,7 +16,7 @@ from torch import Tensor
 
 from memdb.models.frame_encoder import FrameEncoder
 from memdb.models.protocol import VideoModel
-from memdb.models.transfers import Received, sent
+from memdb.models.transfers import Received, sent, together
 from memdb.models.window import LayerKV
 from memdb.schemas.errors import CodecError
 
@@ -53,7 +53,7 @@ class MeanKey:
             own = [n for n, tokens in enumerate(sizes) if tokens == size]
             place[own] = np.arange(at, at + len(own))
             at += len(own)
-            stacked = torch.stack([kv.k for n in own if (kv := blocks[n]) is not None])
+            stacked = together([kv.k for n in own if (kv := blocks[n]) is not None])
             found.append(stacked.mean(2, dtype=torch.float32).flatten(1).to(torch.float16))
         H, _, D = first.k.shape
         rows = found[0] if len(found) == 1 and at == len(blocks) else self._placed(found, place)

@@ -58,14 +58,16 @@ class ChunkContext:
         text = torch.arange(above, self._top)
         own = torch.cat((ids, text.expand(*ids.shape[:-1], len(text))), -1).to(self._init[0].k.device)
         self._turns = self._rotary.rows(own, self._top)  # the same in all layers
-        self._masks: dict[int, Tensor] = {}
+        self._masks: dict[int, Tensor] = {}  # by how many tokens are past
+        self._seens: dict[int, Tensor] = {}
 
     def _ids(self, positions: Tensor) -> Tensor:
         """Ids (T,) or (3, T) of tokens of the stream."""
         return self._placing.at(self._init[0].tokens, positions, self._frame_tokens)
 
     def end(self, tokens: int) -> None:
-        self.heard = [paid[self._init[0].tokens :] for paid in self._listener.heard()]
+        text = tokens - self._chunk
+        self.heard = [paid[self._init[0].tokens : len(paid) - text] for paid in self._listener.heard()]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         T, C, top = q.shape[1], self._chunk, self._top
@@ -80,10 +82,20 @@ class ChunkContext:
         self.fresh.append(LayerKV(k[:, :C], v[:, :C]))
         if self._probe is not None:
             rows = slice(self._probe.start, self._probe.stop)
-            first = min(C, self._probe.start)  # each row sees what stands before the first of them
-            seen = mask[rows, past + first : past + C] if first < C else None
-            self._listener.hear(q[:, rows], keys[:, : past + C], scale, seen)
+            self._listener.hear(q[:, rows], keys, scale, self._seen(mask[rows], past))
         return softmax_attention(q, keys, torch.cat((init.v, memory.v, v), 1), scale, mask)
+
+    def _seen(self, mask: Tensor, past: int) -> Tensor:
+        """Of the last keys, which a probe's rows see: all see what stands before the first of them, and none of them
+        the probe's own text.
+        """
+        assert self._probe is not None
+        if past not in self._seens:
+            first = min(self._chunk, self._probe.start)
+            own = mask[:, past + first :].clone()
+            own[:, self._chunk - first :] = False
+            self._seens[past] = own
+        return self._seens[past]
 
     def _mask(self, tokens: int, past: int, device: torch.device) -> Tensor:
         """(T, past + T) True where seen: everything past, and of the new ones those that are not later. Made once for

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,26 @@ from torch import Tensor
 def sent(x: Tensor, device: torch.device) -> Tensor:
     """x of the host on a device."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def together(blocks: Sequence[Tensor]) -> Tensor:
+    """(n, ...) of n tensors of one shape: a view where they lie at even distances in one piece of memory, else a copy.
+
+    To look costs microseconds on the host; hundreds of pieces of a large tensor are slow to copy on a GPU.
+    """
+    first = blocks[0]
+    offsets = [block.storage_offset() for block in blocks]
+    step = offsets[1] - offsets[0] if len(blocks) > 1 else 1
+    home = first.untyped_storage().data_ptr()
+    if step <= 0 or any(
+        offset != offsets[0] + n * step
+        or block.stride() != first.stride()
+        or block.shape != first.shape
+        or block.untyped_storage().data_ptr() != home
+        for n, (offset, block) in enumerate(zip(offsets, blocks, strict=True))
+    ):
+        return torch.stack(list(blocks))
+    return first.as_strided((len(blocks), *first.shape), (step, *first.stride()), offsets[0])
 
 
 class Received:

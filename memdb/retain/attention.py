@@ -27,7 +27,7 @@ def attention_rows(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = Non
     Hq, r, D = q.shape
     H, T, _ = k.shape
     rows = q.reshape(H, Hq // H * r, D)
-    if _as_they_are(q, k):
+    if multiplies_wide(q, k):
         # Added to itself, times 0, which is not read: of anything else the product would make a copy first.
         out, keys = torch.empty(H, rows.shape[1], T, device=k.device), k.transpose(1, 2)
         torch.baddbmm(out, rows, keys, out_dtype=torch.float32, beta=0, alpha=scale, out=out)
@@ -43,7 +43,7 @@ def importance(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None) -
     """What each key receives, (T,) in fp32: the mean over heads and rows of `attention_rows`. It sums to 1."""
     Hq, r, _ = q.shape
     T, at_once = k.shape[1], ROWS_AT_ONCE
-    if _as_they_are(q, k):
+    if multiplies_wide(q, k):
         at_once = max(at_once, SCORES_BYTES // (4 * Hq * T))
     else:
         k = k.float()
@@ -70,7 +70,7 @@ class Listener:
     def hear(self, q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None) -> None:
         """As in `importance`; scale and mask are the same in all layers of a size."""
         bytes_each = 4 * q.shape[0] * q.shape[1] * k.shape[1]
-        if not _as_they_are(q, k) or bytes_each > SCORES_BYTES:
+        if not multiplies_wide(q, k) or bytes_each > SCORES_BYTES:
             self._answer()
             self._heard.append(importance(q, k, scale, mask))
             return
@@ -96,7 +96,7 @@ class Listener:
         self._waiting = []
 
 
-def _as_they_are(q: Tensor, k: Tensor) -> bool:
-    """Whether queries and keys are multiplied without being widened first."""
+def multiplies_wide(q: Tensor, k: Tensor) -> bool:
+    """Whether numbers of half precision are multiplied as they are and summed in fp32, without a wide copy."""
     halves = q.dtype == k.dtype and k.dtype in (torch.bfloat16, torch.float16)
     return _SUMS_WIDE and halves and q.is_cuda and k.is_cuda

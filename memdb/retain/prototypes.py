@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from memdb.models.transfers import sent
+from memdb.retain.attention import multiplies_wide
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,12 +53,23 @@ def prototypes(
     weight = torch.where(mass > 0, weight / mass.clamp(min=1e-300), alike.double())
 
     def mean(x: Tensor) -> Tensor:  # (..., H, T, D) -> (..., H, F, D), one rounding to x's dtype
-        H, _, D = x.shape[-3:]
-        wide = (
-            x.transpose(-3, -2).float().flatten(-2)
-        )  # (..., T, H * D), which is how an encoder's lies in memory
-        found = torch.matmul(weight.float(), wide).to(x.dtype)  # (..., F, H * D)
-        return found.view(*found.shape[:-1], H, D).transpose(-3, -2)
+        rows = x.transpose(-3, -2)  # (..., T, H, D), which is how an encoder's lies in memory
+        found = _weighted(weight.float(), rows.flatten(-2)).to(x.dtype)  # (..., F, H * D)
+        return found.view(*found.shape[:-1], *rows.shape[-2:]).transpose(-3, -2)
 
     place = ((weight * position).sum(-1) + 0.5).floor().long()
     return Prototypes(mean(k), mean(v), place, frames, mass[..., 0].float())
+
+
+def _weighted(weight: Tensor, rows: Tensor) -> Tensor:
+    """weight (..., F, T) in fp32, rows (..., T, n) -> (..., F, n) in fp32.
+
+    Rows of half precision are multiplied as they are where a GPU can: by a weight's rounding and by the rest of it,
+    which together have twice the digits.
+    """
+    if not multiplies_wide(rows, rows) or rows.ndim != 3:
+        return torch.matmul(weight, rows.float())
+    rounded = weight.to(rows.dtype)
+    parts = torch.cat((rounded, (weight - rounded.float()).to(rows.dtype)), -2)  # (..., 2F, T)
+    both = torch.bmm(parts, rows, out_dtype=torch.float32)
+    return both[:, : weight.shape[1]] + both[:, weight.shape[1] :]

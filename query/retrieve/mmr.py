@@ -48,9 +48,10 @@ def joined_relevance(vectors: Floats, query: Floats, matches: npt.NDArray[np.flo
     """(n,) relevance by meaning and by words: the mean of two reciprocal ranks, 1 for what is first by both.
 
     By meaning: cosine of `vectors` (n, E) with `query` (E,). By words: `matches` (n,), BM25, of which 0 is no match
-    and has no rank. Equals share a rank. A rank of r counts (k + 1) / (k + r), as fusion of lists does.
+    and has no rank. Equals share a rank, cosines to six digits, since the same caption twice need not have the same one
+    to the last bit. A rank of r counts (k + 1) / (k + r), as fusion of lists does.
     """
-    cosine = _directions(vectors) @ _directions(query)
+    cosine = np.round(_directions(vectors) @ _directions(query), 6)
     by_words = np.where(matches > 0, _reciprocal(matches), 0)
     return ((_reciprocal(cosine) + by_words) / 2).astype(np.float32)
 
