@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memdb.models import random_llava as random_llava_module
 from memdb.models.random_llava import random_config, random_llava, save_random_llava
 from memdb.models.random_weights import PARAMETERS_MAX, read_config
 from memdb.models.tokenizer import SPECIAL_TOKENS, WORDS, WORDS_FIRST, build_tokenizer
@@ -262,3 +263,20 @@ def test_bad_configuration_files_are_refused(tmp_path: Path) -> None:
             read_config(tmp_path / "config.json")
     with pytest.raises(UnsupportedModel, match="unknown size"):
         random_config(size="huge")
+
+
+def test_at_the_published_size_a_template_has_the_published_number_of_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its rows are what StreamMem's probe costs: a line, the end of a turn, a line, a turn, its role, a line."""
+    seen: list[Any] = []
+
+    def kept(config: object, *, size: str, tokenizer: object) -> object:
+        seen.append(tokenizer)
+        raise UsageError("far enough")
+
+    monkeypatch.setattr(random_llava_module, "random_config", kept)
+    with pytest.raises(UsageError):
+        random_llava({"size": "7b"})
+    [tokenizer] = seen
+    assert len(tokenizer.encode("\n<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False)) == 6

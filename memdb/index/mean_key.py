@@ -6,6 +6,7 @@ comparing the expanded vectors (P3).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,23 +43,12 @@ class MeanKey:
     def means(self, layers: Sequence[Sequence[LayerKV | None]]) -> Means:
         """`keys` on their way from the device: put into its queue, and not waited for."""
         blocks = [kv for row in layers for kv in row]
-        sizes = [0 if kv is None else kv.tokens for kv in blocks]
-        first = next(kv for kv in blocks if kv is not None)
-        place = np.full(
-            len(blocks), len(blocks) - sizes.count(0)
-        )  # of those that none holds: behind all others
-        found: list[Tensor] = []
-        at = 0
-        for size in sorted(set(sizes) - {0}):  # all of one size at once, of all layers
-            own = [n for n, tokens in enumerate(sizes) if tokens == size]
-            place[own] = np.arange(at, at + len(own))
-            at += len(own)
-            stacked = together([kv.k for n in own if (kv := blocks[n]) is not None])
-            found.append(stacked.mean(2, dtype=torch.float32).flatten(1).to(torch.float16))
-        H, _, D = first.k.shape
-        rows = found[0] if len(found) == 1 and at == len(blocks) else self._placed(found, place)
-        largest = rows.abs().amax()[None]  # no number where one is none
-        return Means(Received(torch.cat((rows.flatten(), largest))), (len(layers), len(layers[0]), H * D))
+        keys = [kv.k for kv in blocks if kv is not None]
+        alike = len(keys) == len(blocks) and len({k.shape[1] for k in keys}) == 1
+        rows = _mean(keys) if alike else _means_of_any(blocks)
+        shape = (len(layers), len(layers[0]), rows.shape[1])
+        largest = torch.linalg.vector_norm(rows, math.inf)[None]  # no number where one is none
+        return Means(Received(torch.cat((rows.view(-1), largest))), shape)
 
     def checked(self, means: Means) -> npt.NDArray[np.float16]:
         """The keys themselves. Raises CodecError where one does not fit into fp16."""
@@ -68,10 +58,25 @@ class MeanKey:
             raise CodecError("a block's mean key exceeds fp16: try --dtype float32, or check the checkpoint")
         return keys
 
-    def _placed(self, found: Sequence[Tensor], place: npt.NDArray[np.int64]) -> Tensor:
-        """Rows of all sizes, one after another, at their places; behind them a row of zeros."""
-        nothing = found[0].new_zeros(1, found[0].shape[1])
-        return torch.cat((*found, nothing)).index_select(0, sent(torch.from_numpy(place), nothing.device))
+
+def _mean(keys: Sequence[Tensor]) -> Tensor:
+    """Keys (H, T, D) of n blocks of one size -> (n, H * D), accumulated in fp32, rounded to fp16."""
+    return together(keys).mean(2, dtype=torch.float32).flatten(1).to(torch.float16)
+
+
+def _means_of_any(blocks: Sequence[LayerKV | None]) -> Tensor:
+    """(n, H * D): all blocks of one size at once, of all layers; zeros where there is none."""
+    sizes = [0 if kv is None else kv.tokens for kv in blocks]
+    found: list[Tensor] = []
+    order: list[int] = []
+    for size in sorted(set(sizes) - {0}):
+        own = [n for n, tokens in enumerate(sizes) if tokens == size]
+        found.append(_mean([kv.k for n in own if (kv := blocks[n]) is not None]))
+        order += own
+    place = np.full(len(blocks), len(order))  # behind all others, where the zeros are
+    place[order] = np.arange(len(order))
+    nothing = found[0].new_zeros(1, found[0].shape[1])
+    return torch.cat((*found, nothing)).index_select(0, sent(torch.from_numpy(place), nothing.device))
 
 
 def fold(q: Tensor, kv_heads: int) -> Tensor:

@@ -24,7 +24,7 @@ from memdb.models.random_weights import (
     rope_of,
     words_of,
 )
-from memdb.models.tokenizer import IMAGE, VIDEO, build_tokenizer
+from memdb.models.tokenizer import IMAGE, VIDEO, WORDS, build_tokenizer
 from memdb.schemas.errors import UnsupportedModel
 
 _FRAME_MEAN, _FRAME_STD = 0.5, 0.5  # what SigLIP was trained on
@@ -85,6 +85,7 @@ _7B: Fields = {
         "initializer_range": 0.025,
     },
 }
+ROLES = ("system", "user", "assistant")
 SIZES: Mapping[str, Fields] = {"tiny": _TINY, "20m": _20M, "7b": _7B}
 
 _PUBLISHED_FIELDS = {"head_dim", "rope_theta", "rope_scaling", "torch_dtype"}  # beside those of the class
@@ -102,12 +103,14 @@ def random_llava(
     """A LLaVA-OneVision of random weights, in eval mode, and its tokenizer.
 
     `size` is a preset: "tiny" (3 million parameters, 4 layers, 4 query and 2 KV heads of size 64, 16 tokens a
-    frame), "20m" (64 tokens a frame) or "7b" (the shapes of llava-onevision-qwen2-7b, 16 GB in bf16).
+    frame), "20m" (64 tokens a frame) or "7b" (the shapes of llava-onevision-qwen2-7b, 16 GB in bf16, and the roles of
+    its chat template as whole tokens, so that a template has as many).
     `config` has the form of a checkpoint's config.json, may name a preset as "size" and overrides it field
     by field; the ids of special tokens are always the tokenizer's. Raises UnsupportedModel with the reason
     where that makes no model that memdb can run. The caller's random state stays as it was.
     """
-    tokenizer = build_tokenizer() if words is None else build_tokenizer(words)
+    roles = ROLES if (config or {}).get("size", size) == "7b" else ()
+    tokenizer = build_tokenizer(WORDS if words is None else words, bare=roles)
     composed = random_config(config, size=size, tokenizer=tokenizer)
     spoken, tied = words_of(tokenizer, len(tokenizer)), composed.text_config.tie_word_embeddings
     network = LlavaOnevisionForConditionalGeneration

@@ -21,19 +21,18 @@ def together(blocks: Sequence[Tensor]) -> Tensor:
 
     To look costs microseconds on the host; hundreds of pieces of a large tensor are slow to copy on a GPU.
     """
-    first = blocks[0]
-    offsets = [block.storage_offset() for block in blocks]
-    step = offsets[1] - offsets[0] if len(blocks) > 1 else 1
-    home = first.untyped_storage().data_ptr()
-    if step <= 0 or any(
-        offset != offsets[0] + n * step
-        or block.stride() != first.stride()
-        or block.shape != first.shape
-        or block.untyped_storage().data_ptr() != home
-        for n, (offset, block) in enumerate(zip(offsets, blocks, strict=True))
-    ):
+    first, last, n = blocks[0], blocks[-1], len(blocks)
+    begins = [block.data_ptr() for block in blocks]
+    step = (begins[-1] - begins[0]) // max(1, n - 1)
+    even = step > 0 and begins == list(range(begins[0], begins[-1] + 1, step))
+    # Two addresses in one piece of memory, with all others between them.
+    if not even or first.untyped_storage().data_ptr() != last.untyped_storage().data_ptr():
         return torch.stack(list(blocks))
-    return first.as_strided((len(blocks), *first.shape), (step, *first.stride()), offsets[0])
+    strides = first.stride()
+    if any(block.stride() != strides for block in blocks):
+        return torch.stack(list(blocks))
+    distance = step // first.element_size()
+    return first.as_strided((n, *first.shape), (distance, *strides), first.storage_offset())
 
 
 class Received:
