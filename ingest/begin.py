@@ -34,12 +34,12 @@ def chosen_recipe(
 ) -> Recipe:
     """What an ingest was asked for: `recipe` by name, file or as it is, with the changes. known: what names mean.
 
-    Raises RecipeError.
+    It is to be composed next, which says whether it is legal. Raises RecipeError.
     """
     if isinstance(recipe, Recipe):
-        return recipes.adjusted(recipe, profile=profile, codec=codec, settings=tuple(settings))
+        return recipes.adjusted(recipe, profile=profile, codec=codec, settings=tuple(settings), checked=False)
     return recipes.recipe(
-        os.fspath(recipe), profile=profile, codec=codec, settings=tuple(settings), known=known
+        os.fspath(recipe), profile=profile, codec=codec, settings=tuple(settings), known=known, checked=False
     )
 
 

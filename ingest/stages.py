@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from memdb import codecs
 from memdb.codecs.base import Codec
@@ -66,10 +68,27 @@ class IngestStages:
                 )
 
 
+_METHODS: Mapping[str, Mapping[str, type[Any]]] = {
+    "unit": UNITS,
+    "reduce": REDUCERS,
+    "encode": ENCODERS,
+    "caption": CAPTIONERS,
+    "retain": RETAINERS,
+    "index": INDEXED,
+}
+
+
+def known(recipe: Recipe) -> None:
+    """Raises RecipeError for unknown methods and parameters, and values out of range, of stages 1 to 6."""
+    bare("write", recipe.write, (*codecs.NAMES, "none"))
+    for stage, methods in _METHODS.items():
+        build(stage, getattr(recipe, stage), methods)
+
+
 def compose(recipe: Recipe) -> IngestStages:
     """Raises RecipeError for unknown methods and parameters, values out of range and illegal combinations."""
+    known(recipe)
     check(recipe)
-    bare("write", recipe.write, (*codecs.NAMES, "none"))
     captioner = build("caption", recipe.caption, CAPTIONERS)
     reduce = build("reduce", recipe.reduce, REDUCERS)
     encode, retain = build("encode", recipe.encode, ENCODERS), build("retain", recipe.retain, RETAINERS)

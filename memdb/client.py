@@ -400,12 +400,13 @@ class Client:
 
 def _composed(row: Recipe) -> IngestStages:
     """Its stages for an ingest; those of a question are looked at too. Raises RecipeError."""
-    from memdb.ingest.stages import compose
-    from memdb.query.stages import compose as compose_query
+    from memdb.ingest import stages
+    from memdb.query import stages as query_stages
 
-    stages = compose(row)
-    compose_query(row)
-    return stages
+    stages.known(row)  # of both sides, before a rule says what does not go together
+    query_stages.known(row)
+    query_stages.compose(row)
+    return stages.compose(row)
 
 
 def _with_note(answer: Answer, note: str, rows: Sequence[RecordingRow], recording: str | None) -> Answer:

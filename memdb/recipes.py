@@ -224,11 +224,12 @@ def recipe(
     codec: str | None = None,
     settings: tuple[str, ...] = (),
     known: Mapping[str, Recipe] = RECIPES,
+    checked: bool = True,
 ) -> Recipe:
     """A named recipe or one from a TOML file, with profile, codec and `STAGE.PARAM=VALUE` settings applied.
 
-    `known`: the recipes by name, as a model may have fitted them to itself. Raises RecipeError for unknown names and
-    for combinations that are not legal (the rule is in the message).
+    `known`: the recipes by name, as a model may have fitted them to itself. `checked`: see `adjusted`. Raises
+    RecipeError for unknown names and for combinations that are not legal (the rule is in the message).
     """
     text, named = str(name), {**CONTROLS, **known}
     if text in named:
@@ -240,7 +241,7 @@ def recipe(
             f"unknown recipe {text!r}: choose one of {', '.join(known)}, or a FILE.toml; "
             f"as controls there are {', '.join(CONTROLS)}"
         )
-    return adjusted(found, profile=profile, codec=codec, settings=settings)
+    return adjusted(found, profile=profile, codec=codec, settings=settings, checked=checked)
 
 
 def control(found: Recipe, method: str) -> Recipe:
@@ -267,9 +268,16 @@ def control(found: Recipe, method: str) -> Recipe:
 
 
 def adjusted(
-    found: Recipe, *, profile: str | None = None, codec: str | None = None, settings: tuple[str, ...] = ()
+    found: Recipe,
+    *,
+    profile: str | None = None,
+    codec: str | None = None,
+    settings: tuple[str, ...] = (),
+    checked: bool = True,
 ) -> Recipe:
-    """A recipe with profile, codec and settings applied, checked. Raises RecipeError."""
+    """A recipe with profile, codec and settings applied. checked: whether by the rules of legality; who composes it
+    next has them checked there, after names that nobody knows. Raises RecipeError.
+    """
     if profile is not None:
         found = _with_profile(found, profile)
     if codec is not None:
@@ -277,7 +285,8 @@ def adjusted(
             raise RecipeError(f"recipe {found.name!r} stores no KV, so --codec {codec} has nothing to act on")
         found = found.with_stage("write", Stage(codec))
     found = _indexed(found.with_settings(settings))
-    check(found)
+    if checked:
+        check(found)
     return found
 
 

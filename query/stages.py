@@ -32,6 +32,13 @@ class QueryStages:
     window_tokens: int | None  # the view over a long context, where the recipe keeps the window at rebuild
 
 
+def known(recipe: Recipe) -> None:
+    """Raises RecipeError for unknown methods and parameters, and values out of range, of stages 7 to 9."""
+    build("retrieve", recipe.retrieve, RETRIEVERS)
+    build("rebuild", recipe.rebuild, REBUILDERS)
+    build("answer", recipe.answer, ANSWERERS)
+
+
 def compose(recipe: Recipe) -> QueryStages:
     """Raises RecipeError for unknown methods and parameters, values out of range and illegal combinations: a store
     may hold what another version, or another hand, wrote.
@@ -44,6 +51,7 @@ def _composed(data: bytes) -> QueryStages:
     import json
 
     recipe = Recipe.from_json(json.loads(data))
+    known(recipe)
     check(recipe)
     rebuild = build("rebuild", recipe.rebuild, REBUILDERS)
     window = recipe.encode.params.get("window_tokens", 15_000) if rebuild.windowed else None

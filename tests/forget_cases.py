@@ -182,9 +182,10 @@ def expected(bench: Bench, recipe: str, at: int, span: Span, *, touched: bool) -
         encoder = new_encoder(bench, recipe, replace(first.counters, epoch=1))
         if isinstance(first._encoding, OpenMemory):  # of a bounded memory what does not overlap goes over
             encoder._encoding, memory = first._encoding, first._encoding.memory
+            memory.settle()
             gone = torch.tensor([frame.number for frame in bench.frames if overlap(frame, span)])
             memory._hold([own.at((~torch.isin(own.frame, gone)).nonzero()[:, 0]) for own in memory.layers])
-            memory._note()
+            memory._look([])
         opened = bench.frames[whole - len(first._carried.opened) : whole]
     units = without(bench, recipe, units, span)
     for batch in [opened, *batches(bench)[at // CHUNK :]]:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from memdb.applying import REWRITE
+from memdb.bm25 import bm25, words_of
 from memdb.catalog import Catalog
 from memdb.client import Client
 from memdb.contents import husk
@@ -23,7 +24,7 @@ from memdb.index.key_search import search_keys
 from memdb.index.key_table import KeyTable
 from memdb.models.protocol import VideoModel
 from memdb.query import engine
-from memdb.query.retrieve.mmr import mmr_order
+from memdb.query.retrieve.mmr import joined_relevance, mmr_order
 from memdb.query.retrieve.topk import BlockTopK
 from memdb.query.stored import Readings, StoredKV
 from memdb.reader import SliceReader
@@ -202,8 +203,13 @@ def test_captions_that_are_left_are_ranked_as_if_the_others_had_never_been(
         with Store.open(house.stores[recipe]) as before:
             kept = [row for row in before.units(before.recording(NAME).id) if row.caption_tokens]
             kept = [row for row in kept if (row.start_ns / NS, row.end_ns / NS) in clips_left(before.path)]
-            said = np.stack([np.asarray(before.read_caption(row).vector, np.float32) for row in kept])
-        order = list(mmr_order(said, vectors.of_question(QUESTION), 0.5))
+            captions = [before.read_caption(row) for row in kept]
+        said, query = np.stack([one.vector for one in captions]), vectors.of_question(QUESTION)
+        relevant = None
+        if recipe == "hybrid":
+            matches = bm25(words_of(QUESTION), [words_of(one.text) for one in captions])
+            relevant = joined_relevance(said, query, matches)
+        order = list(mmr_order(said, query, 0.5, relevant))
         assert client._engine is not None
         candidates, found = client._engine._session.rank(seen.opened, QUESTION, [])[0]
         assert [(candidates[row].unit, score) for row, score in found] == [

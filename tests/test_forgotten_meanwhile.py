@@ -23,8 +23,9 @@ from tests.question_cases import House
 
 
 @pytest.fixture
-def store(house: House, tmp_path: Path) -> Path:
-    """hall, roof and yard."""
+def store(house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """hall, roof and yard. Who forgets waits for readers only a moment before it leaves its log for later."""
+    monkeypatch.setattr("memdb.database._BUSY_S", 0.2)
     return Path(shutil.copytree(house.store, tmp_path / "house.memdb"))
 
 

@@ -203,7 +203,7 @@ def test_an_answer_is_decided_by_the_uncut_logits(
     film = films["tiny"]
     with reopened(stores(recipe, short)) as db:
         answer = db.ask(QUESTION, mode=mode)
-        stop = db._loaded().stop_ids
+        stop = db.loaded.model().stop_ids
     truth = film.truth(recipe, short=short)
     assert relative(decided[0], truth[-1]) < BOUND
     spans = sorted((span.start_s, span.end_s) for span in answer.evidence if span.tier == "kv")
@@ -383,12 +383,12 @@ def test_stored_keys_and_values_answer_without_film_and_without_vision(
         raise AssertionError("a question looked at a frame")
 
     with reopened(tmp_path / "s") as db:
-        network = db._loaded()._network  # type: ignore[attr-defined]
-        monkeypatch.setattr(type(db._loaded()), "visual_tokens", blind)
+        network = db.loaded.model()._network  # type: ignore[attr-defined]
+        monkeypatch.setattr(type(db.loaded.model()), "visual_tokens", blind)
         monkeypatch.setattr(network.model.vision_tower, "forward", blind)
         second = db.ask(QUESTION, mode=mode)
         with pytest.raises(AssertionError):
-            db._loaded().visual_tokens([])
+            db.loaded.model().visual_tokens([])
     assert {span.tier for span in second.evidence} == ({"kv"} if mode == "kv" else {"kv", "captions"})
     assert second.token_ids == first.token_ids
     assert len(second.token_ids)

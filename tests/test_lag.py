@@ -40,7 +40,7 @@ print(json.dumps({
 @pytest.fixture
 def late(house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A recording whose derived indexes were never made."""
-    monkeypatch.setattr("memdb.ingest.begin.indexer", lambda store, spec: lambda flush: None)
+    monkeypatch.setattr("memdb.ingest.job.indexer", lambda store, spec: lambda flush: None)
     path = tmp_path / "late.memdb"
     with memdb.client.connect(path, model=MODEL) as client:
         client.ingest(house.film, recording="late", recipe="hybrid", settings=SMALL["hybrid"], sample_fps=1.0)
