@@ -18,9 +18,9 @@ from tools.trust.hostile_records import _with_part, put_together, take_apart
 
 
 def test_hostile_files_meet_typed_errors(tmp_path: Path) -> None:
-    outcome = sample(7, 20, tmp_path)
+    outcome = sample(7, 10, tmp_path)
     assert outcome.details == []
-    assert outcome.trials == 20
+    assert outcome.trials == 10
 
 
 def test_a_part_of_absurd_length_is_forged_and_met(tmp_path: Path) -> None:

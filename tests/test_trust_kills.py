@@ -14,7 +14,7 @@ from tools.trust.runner import Runner
 from tools.trust.script import Op, ScriptMaker
 from tools.trust.units import UNIT_NS
 
-SEED, TRIALS = 11, 60
+SEED, TRIALS = 11, 36
 
 
 def test_nothing_acknowledged_is_lost_wherever_a_writer_is_killed(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from tools.trust import power, without_sync
 from tools.trust.power import Campaign
 
-SEED, TRIALS = 5, 60
+SEED, TRIALS = 5, 40
 # Of all reasons to sync the quickest to be missed; `make soak` takes each of them away in turn.
 QUICK = (
     "the names of a new store's catalog and folders",
