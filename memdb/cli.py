@@ -110,7 +110,11 @@ for _command in (cli_keep.forget, cli_keep.compact, cli_keep.policy, *cli_copy.C
     help="How long a lost live source is tried again; 0: not at all, inf: for ever.",
 )
 @click.option(
-    "--seed", type=int, default=0, show_default=True, help="Part of the encoding: streamingtom (ctr) draws from it."
+    "--seed",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Part of the encoding: streamingtom (ctr) draws from it.",
 )
 @_model
 @_json
