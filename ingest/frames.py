@@ -41,8 +41,8 @@ class SeenFrame:
 
     saliency (N,): what the vision tower looks at, where a reducer asks for it. raster (G,): at which of the N places
     its tokens stood, None where none was taken away. count: frames that were merged. latest (E,): embedding of the
-    newest of them as it came; None for a frame that is alone. likeness: cosine with the frame before it in its unit.
-    vector (E',): of its picture in one space with questions, where the index keeps that.
+    newest of them as it came; None for a frame that is alone and that nobody compared. likeness: cosine with the frame
+    before it in its unit. vector (E',): of its picture in one space with questions, where the index keeps that.
     is_summary: it stands for all frames of its unit.
     """
 
@@ -91,7 +91,7 @@ def compared(frames: Sequence[SeenFrame]) -> list[SeenFrame]:
 def cosine(a: Tensor, b: Tensor) -> float:
     """Of two embeddings (E,); in fp64, so that equal ones give 1. What has no length is like nothing."""
     one, other = (x.cpu().numpy().astype(np.float64) for x in (a, b))
-    lengths = math.sqrt(float(one @ one)) * math.sqrt(float(other @ other))
+    lengths = math.sqrt(float(one @ one) * float(other @ other))
     return min(1.0, float(one @ other) / lengths) if lengths else 0.0
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from memdb.bm25 import words_of
+from memdb.bm25 import bm25, words_of
 from memdb.caption_indexer import BATCH_ROWS as BATCH_ROWS
 from memdb.caption_indexer import TAIL_UNITS_MAX as TAIL_UNITS_MAX
 from memdb.caption_indexer import CaptionIndexer
@@ -36,7 +36,6 @@ from memdb.schemas.search import CaptionHits
 from memdb.table_files import FOLDER
 
 if TYPE_CHECKING:
-    from memdb.schemas.rows import UnitRow
     from memdb.store import Store
 
 _QUERY_WORDS_MAX = 256
@@ -111,20 +110,29 @@ class CaptionIndex:
 
     # Searching
 
-    def words(self, store: Store, places: Sequence[Place]) -> list[list[str]]:
-        """The words of captions by recording id and unit, from the segments; none of what is forgotten or damaged."""
+    def matches(
+        self, store: Store, text: str, places: Sequence[Place]
+    ) -> tuple[npt.NDArray[np.float64], int]:
+        """(n,) how well the words of a text match captions, by recording id and unit, by BM25 over these; and how many
+        of them are damaged, which match nothing, as what is forgotten does. Read from the segments, exactly.
+        """
+        words = _query_words(text)
+        if not words:
+            return np.zeros(len(places)), 0
         self._kept.drop_forgotten(store.recordings())
         rows = LiveRows(store)
         rows.look_up(places)
-        return [self._said(store, rows[place]) for place in places]
-
-    def _said(self, store: Store, row: UnitRow | None) -> list[str]:
-        try:
-            said = None if row is None else self._kept.read(store, row)
-        except CorruptionError as error:
-            _log.warning("a caption is not searched by its words: %s", error)
-            return []
-        return [] if said is None else said[0]
+        said: list[Sequence[str]] = []
+        damaged = 0
+        for place in places:
+            row = rows[place]
+            try:
+                found = None if row is None else self._kept.read(store, row)
+            except CorruptionError as error:
+                _log.info("a caption is not searched by its words: %s", error)
+                found, damaged = None, damaged + 1
+            said.append([] if found is None else found[0])
+        return bm25(words, said), damaged
 
     def search(
         self,
@@ -149,7 +157,7 @@ class CaptionIndex:
         """
         if limit < 1:
             raise UsageError(f"a search for {limit} captions: give a limit of at least 1")
-        words = list(dict.fromkeys(words_of(text or "")))[:_QUERY_WORDS_MAX]
+        words = _query_words(text or "")
         query = None if vector is None else _query_vector(vector)
         rows = store.recordings()
         self._kept.drop_forgotten(rows)
@@ -183,6 +191,11 @@ class CaptionIndex:
         if live is not None:
             self._tables.confirm(encoder, live)
         return found
+
+
+def _query_words(text: str) -> list[str]:
+    """Each once, and not more of them than a question has use for."""
+    return list(dict.fromkeys(words_of(text)))[:_QUERY_WORDS_MAX]
 
 
 def _is_derived(error: CorruptionError) -> bool:

@@ -41,14 +41,15 @@ class Loaded:
 
         if self._model is None:
             known = self._store.model
-            self._model = load_model(self._named(), device=self._device, dtype=self._dtype)
-            found = self._model.identity.fingerprint
+            model = load_model(self._named(), device=self._device, dtype=self._dtype)
+            found = model.identity.fingerprint
             if self._spec is None and known is not None and known.fingerprint != found:
                 raise ModelMismatch(
                     f"the store remembers the model {known.spec!r}, but what loads under that name now is another "
                     f"({known.fingerprint[:12]}, now {found[:12]}): name the right one with --model, or ingest into "
                     "a new store"
                 )
+            self._model = model
         return self._model
 
     def vectors(self, encoder: str) -> CaptionVectors:

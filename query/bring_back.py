@@ -83,7 +83,7 @@ def take_captions(
     """The captions that are read, as ids in time order, within the plan's share of the context."""
     plan, stages, ranked = decided.plan, decided.stages, decided.ranked
     if ranked is None:
-        ranked = session.rank(opened, text, warnings)
+        ranked = session.rank(opened, text, warnings, newest=decided.newest)
     if decided.newest:
         ranked = [caption_tier.newest_first(own) for own in ranked]
     picked = caption_tier.pick(ranked, plan.sizes.caption_tokens)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from memdb.bm25 import bm25, words_of
 from memdb.caption_rows import caption_now, unit_now
 from memdb.captions import CaptionIndex
 from memdb.models.caption_vectors import CaptionVectors
@@ -54,6 +53,7 @@ def rank(
     vectors: CaptionVectors,
     index: CaptionIndex,
     text: str,
+    warnings: list[str],
     *,
     relevance: float,
     words: bool = False,
@@ -83,7 +83,9 @@ def rank(
         first = _nearest(said, query, CANDIDATES)
         places = [(scope[candidates[row].opened].row.id, candidates[row].unit) for row in first]
         matches = np.zeros(len(candidates))
-        matches[first] = bm25(words_of(text), index.words(store, places))
+        matches[first], damaged = index.matches(store, text, places)
+        if damaged:
+            warnings.append(f"{damaged} damaged captions were ranked without their words: run memdb verify")
         relevant = joined_relevance(said, query, matches)
     return candidates, mmr_order(said, query, relevance, relevant)
 

@@ -162,8 +162,11 @@ class Session:
             self._kind = KindOf(examples.of_question)
             self._kind.prepare()
 
-    def rank(self, opened: Sequence[Opened], text: str, warnings: list[str]) -> list[caption_tier.Ranked]:
-        """All captions in question, a list for each encoder.
+    def rank(
+        self, opened: Sequence[Opened], text: str, warnings: list[str], *, newest: bool = False
+    ) -> list[caption_tier.Ranked]:
+        """All captions in question, a list for each encoder. newest: they are taken from the last one back, so that
+        nobody need read what they say.
 
         Where recordings of one encoder weigh relevance against novelty otherwise, the heaviest weight counts: a
         caption near the question is what most of them would rather not miss. Words count if they do for one.
@@ -195,8 +198,9 @@ class Session:
                     vectors,
                     self._captions,
                     text,
+                    warnings,
                     relevance=max(method.relevance for method in methods),
-                    words=any(method.words for method in methods),
+                    words=not newest and any(method.words for method in methods),
                     head_tokens=head_tokens,
                 )
             )

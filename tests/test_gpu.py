@@ -127,7 +127,7 @@ def test_a_probe_pays_the_same_whether_its_keys_are_widened_or_not(
         assert abs(float(own.sum()) - 1) < 1e-4
 
 
-@pytest.mark.parametrize("room", [1 << 29, 2 * 28 * 5 * 900 * 4, 1])
+@pytest.mark.parametrize("room", [1 << 29, 3_000_000, 1])
 def test_layers_that_are_heard_together_pay_as_each_would_alone(
     room: int, exact_fp32: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,10 +137,9 @@ def test_layers_that_are_heard_together_pay_as_each_would_alone(
     for T in (900, 900, 900, 700, 900):
         q, k = (torch.randn(H, n, 128, generator=draw).bfloat16().cuda() for H, n in ((28, 5), (4, T)))
         alone.append(importance(q, k, 128**-0.5, mask))
-        monkeypatch.setattr(attention, "SCORES_BYTES", room)
-        listener.hear(q, k, 128**-0.5, mask)
-        monkeypatch.undo()
-    monkeypatch.setattr(attention, "SCORES_BYTES", room)
+        with monkeypatch.context() as patched:
+            patched.setattr(attention, "SCORES_BYTES", room)
+            listener.hear(q, k, 128**-0.5, mask)
     for one, other in zip(listener.heard(), alone, strict=True):
         assert float((one - other).norm() / other.norm()) < 1e-5
 
@@ -187,5 +186,6 @@ def test_a_memory_is_taken_without_waiting_for_the_gpu(waiting: Callable[[str], 
             fresh = layers_together([LayerKV(*own) for own in drawn])
             memory.take(unit, frames, fresh, made, heard, unit * 32, (4, 4))
             waiting("default")
+            assert memory._asked is not None  # an event that is waited for is no error in that mode
             room, each = 64 + 16 * retainer.short_frames, 34 if made else 32
             assert len(memory.keep_set().ids[0]) == min(room, (unit + 1) * each)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from memdb.index.mean_key import fold
+from memdb.retain import attention
 from memdb.retain.attention import ROWS_AT_ONCE, Listener, attention_rows, importance
 from memdb.retain.select_kv import guidance_scores
 
@@ -63,13 +65,32 @@ def test_rows_among_the_keys_see_what_stands_before_them(rows: int) -> None:
     torch.testing.assert_close(importance(q, k, 0.3, mask).double(), plain.mean((0, 1)), rtol=1e-5, atol=1e-7)
 
 
-def test_layers_one_after_another_are_heard_as_each_would_be_alone() -> None:
-    listener, alone = Listener(), []
-    for layer, T in enumerate((9, 9, 12, 9)):
-        q, k = drawn(4, 2, 3, T, 8, seed=layer)
-        listener.hear(q, k, 0.3)
-        alone.append(importance(q, k, 0.3))
-    assert all(torch.equal(a, b) for a, b in zip(listener.heard(), alone, strict=True))
+@pytest.mark.parametrize(("room", "calls"), [(1 << 29, [2, 1, 2]), (1000, [1, 1, 1, 1, 1])])
+def test_layers_are_heard_together_as_each_would_be_alone(
+    room: int, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU hears them, whose wide product stands in: as many at once as there is room for, of one size."""
+    layers = [drawn(4, 2, 3, T, 8, seed=layer) for layer, T in enumerate((9, 9, 12, 9, 9))]
+    mask = torch.ones(3, 3, dtype=torch.bool).tril()
+    alone = [importance(q, k, 0.3, mask) for q, k in layers]
+    heads: list[int] = []
+
+    def wide(q: torch.Tensor, k: torch.Tensor, *terms: Any) -> torch.Tensor:
+        heads.append(len(q) // 4)
+        with monkeypatch.context() as plain:
+            plain.setattr(attention, "multiplies_wide", lambda *_: False)
+            return attention_rows(q, k, *terms)
+
+    monkeypatch.setattr(attention, "multiplies_wide", lambda *_: True)
+    monkeypatch.setattr(attention, "attention_rows", wide)
+    monkeypatch.setattr(attention, "SCORES_BYTES", room)
+    listener = Listener()
+    for q, k in layers:
+        listener.hear(q, k, 0.3, mask)
+    found = listener.heard()
+    assert heads == calls
+    for one, other in zip(found, alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
 
 
 def test_half_precision_accumulates_in_fp32() -> None:

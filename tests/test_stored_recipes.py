@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 
+from memdb.caption_rows import KeptCaptions, Said
 from memdb.client import connect
 from memdb.query import captions
 from memdb.query.stages import compose
 from memdb.recipes import HYBRID
-from memdb.schemas.errors import RecipeError
+from memdb.schemas.errors import CorruptionError, RecipeError
 from memdb.schemas.recipe import Stage
+from memdb.schemas.rows import UnitRow
+from memdb.store import Store
 from tests.question_cases import MODEL, House, ingest_small
 
 
@@ -66,6 +69,26 @@ def test_words_count_where_a_recipe_of_those_that_are_asked_says_so(
     with connect(tmp_path / "two.memdb", model=MODEL, create=False) as client:
         for name, evidence in said.items():
             assert list(client.ask("What is red?", recording=name, mode="captions").evidence) == evidence
+
+
+def test_a_caption_whose_words_are_damaged_is_told_of_and_ranked_without_them(
+    house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = KeptCaptions.read
+
+    def damaged(self: KeptCaptions, store: Store, row: UnitRow) -> Said | None:
+        if row.number == 1:
+            raise CorruptionError("no words")
+        return read(self, store, row)
+
+    monkeypatch.setattr(KeptCaptions, "read", damaged)
+    with connect(tmp_path / "one.memdb", model=MODEL) as client:
+        ingest_small(client, house.film, "a", "hybrid")
+        answer = client.ask("What is red?", mode="captions")
+        [warning] = [text for text in answer.warnings if "without their words" in text]
+        assert warning.startswith("1 damaged caption")
+        nothing = client.ask("?!", mode="captions")
+        assert not any("words" in text for text in nothing.warnings)  # none is asked for, so none is read
 
 
 def test_a_stored_recipe_that_no_question_could_follow_is_refused() -> None:

@@ -90,8 +90,8 @@ def overhead(folder: Path, film: Path, spec: str, rounds: int, sample_fps: float
         forwards(plain, film, sample_fps, limit=16)  # warm up
         for index in range(rounds):
             with connect(folder / f"round-{index}.memdb", model=spec) as db:
-                db.loaded._model = plain._loaded()  # the same weights, loaded once
-                db._encoders = plain._encoders
+                db.loaded._model = plain.loaded.model()  # the same weights, loaded once
+                db.loaded._encoders = plain.loaded._encoders
                 started = time.perf_counter()
                 report = db.ingest(film, recording="film", sample_fps=sample_fps)
                 whole = time.perf_counter() - started
@@ -113,13 +113,13 @@ def overhead(folder: Path, film: Path, spec: str, rounds: int, sample_fps: float
 
 def forwards(db: Client, film: Path, sample_fps: float, limit: int | None = None) -> int:
     """Decode, see, encode and caption as an ingest does, with the same queue ahead, and keep nothing."""
-    model = db._loaded()
+    model = db.loaded.model()
     stages = replace(compose(recipe("hybrid")), codec=None)
     encoder = StreamEncoder(
         model,
         stages,
         model.init_ids("You are a helpful assistant."),
-        db._vectors(stages.captioner.encoder),
+        db.loaded.vectors(stages.captioner.encoder),
         Laps(),
     )
     size, count = stages.encode.chunk_frames, 0
@@ -178,7 +178,7 @@ def sizes(folder: Path, film: Path, spec: str, sample_fps: float) -> dict[str, d
             units = db.store.units(db.store.recording("minute").id)
             frames = sum(len(unit.blocks) for unit in units)
             hourly = {tier: size / frames * sample_fps * 3600 / 2**20 for tier, size in row.bytes.items()}
-            hourly["closed_form"] = closed_form(db._loaded().shape, name) * sample_fps * 3600 / 2**20
+            hourly["closed_form"] = closed_form(db.loaded.model().shape, name) * sample_fps * 3600 / 2**20
         found[name] = hourly
         print(f"{name:>25} " + " ".join(f"{hourly[tier]:>12.2f}" for tier in TIERS))
     return found

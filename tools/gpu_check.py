@@ -65,7 +65,7 @@ def speed(folder: Path, spec: str, count: int) -> None:
     frames = pictures(count)
     with connect(folder / "speed.memdb", model=spec) as db:
         started = time.perf_counter()
-        model = db._loaded()
+        model = db.loaded.model()
         print(f"model built in {time.perf_counter() - started:.1f} s, {model.shape}")
         runs = {
             "rekv": ["encode.chunk_frames=16"],

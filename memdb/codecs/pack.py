@@ -37,6 +37,7 @@ def pack_unit(
     slices["layer"] = [layer for layer, _, _ in held]
     slices["block"] = [block for _, block, _ in held]
     slices["tokens"] = [kv.tokens for _, _, kv in held]
+    assert slices["tokens"].all(), "a block without tokens is none"
     of_size: list[tuple[npt.NDArray[np.intp], Tensor, Tensor]] = []  # which, k and v (n, H, T, D)
     needed = np.zeros(len(layers), np.int64)
     for tokens in sorted(set(slices["tokens"].tolist())):

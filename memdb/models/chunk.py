@@ -58,7 +58,7 @@ class ChunkContext:
         text = torch.arange(above, self._top)
         own = torch.cat((ids, text.expand(*ids.shape[:-1], len(text))), -1).to(self._init[0].k.device)
         self._turns = self._rotary.rows(own, self._top)  # the same in all layers
-        self._masks: dict[int, Tensor] = {}  # by how many tokens are past
+        self._masks: dict[int, Tensor] = {}  # of the last layer, by how many tokens are past
         self._seens: dict[int, Tensor] = {}
 
     def _ids(self, positions: Tensor) -> Tensor:
@@ -94,13 +94,14 @@ class ChunkContext:
             first = min(self._chunk, self._probe.start)
             own = mask[:, past + first :].clone()
             own[:, self._chunk - first :] = False
-            self._seens[past] = own
+            self._seens = {past: own}
         return self._seens[past]
 
     def _mask(self, tokens: int, past: int, device: torch.device) -> Tensor:
         """(T, past + T) True where seen: everything past, and of the new ones those that are not later. Made once for
-        all layers that hold equally many.
+        layers one after another that hold equally many.
         """
         if past not in self._masks:
-            self._masks[past] = torch.ones(tokens, past + tokens, dtype=torch.bool, device=device).tril(past)
+            own = torch.ones(tokens, past + tokens, dtype=torch.bool, device=device).tril(past)
+            self._masks = {past: own}
         return self._masks[past]

@@ -47,7 +47,7 @@ class Received:
             )  # several times as fast to copy to
             self._held.copy_(x, non_blocking=True)
             self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._done.record()
+            self._done.record(torch.cuda.current_stream(x.device))
 
     def read(self) -> npt.NDArray[Any]:
         if self._done is not None:

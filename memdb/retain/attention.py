@@ -59,7 +59,7 @@ class Listener:
     """The `importance` of one layer after another, as a forward comes to them.
 
     On a GPU layers wait for each other and are heard together: of a few rows of one layer it has too little to do.
-    As many as `SCORES_BYTES` holds, and only such that hold equally many keys.
+    As many as `SCORES_BYTES` holds of their scores and their keys, and only such that hold equally many keys.
     """
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class Listener:
 
     def hear(self, q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None) -> None:
         """As in `importance`; scale and mask are the same in all layers of a size."""
-        bytes_each = 4 * q.shape[0] * q.shape[1] * k.shape[1]
+        bytes_each = 4 * q.shape[0] * q.shape[1] * k.shape[1] + k.numel() * k.element_size()
         if not multiplies_wide(q, k) or bytes_each > SCORES_BYTES:
             self._answer()
             self._heard.append(importance(q, k, scale, mask))

@@ -26,14 +26,14 @@ class TarVan(Bounded):
     is the negative mean cosine. VaN: the norm of a token's value, averaged over its neighbours with a window that
     is wide where the layer's norms are alike.
 
-    `tar`: alpha, the share of the budget for TaR; the newest frames count into it (released code: 0.5). `recent`:
-    the newest frames as a share of the memory before it is thinned (released code: 0.25), kept whole, and never
-    more than TaR's share. `pooling`: three rising limits of the coefficient of variation of a layer's norms, below
-    which the window is 7, 5 or 3; ours, since no source gives them; "none" switches pooling off. `exempt`: tokens
-    that stand for no single patch have no such redundancy; the newest of them stay, up to this share of the budget
-    (ours), the others compete by their norms. `budget_frames`: the budget in whole frames, as the released code has
-    it, where `budget_tokens` is not named; 0 for none. It becomes tokens when the recipe meets the frames of a model,
-    of as many tokens as the reducer leaves them.
+    `tar`: alpha, the share of the budget for TaR; the newest frames count into it (released code: 0.5). `recent`: the
+    newest frames as a share of the memory before it is thinned (released code: 0.25), kept whole, and never more than
+    TaR's share. `pooling`: three rising limits of the coefficient of variation of a layer's norms, below which the
+    window is 7, 5 or 3; ours, since no source gives them; "none" switches pooling off. `exempt`: tokens that stand for
+    no single patch have no such redundancy; the last of them stay, up to this share of the budget (ours), of a frame
+    that does not fit whole its last tokens; the others compete by their norms. `budget_frames`: the budget in whole
+    frames, as the released code has it, where `budget_tokens` is not named; 0 for none. It becomes tokens when the
+    recipe meets the frames of a model, of as many tokens as the reducer leaves them.
 
     Differs from the released code, which is in `tar_van_code`: the place of a token is its true frame and patch
     in every round, keys are unrotated (rotation alone spreads the scores of a static film over 0.4), the set is one
