@@ -148,7 +148,9 @@ def test_a_transport_stream_that_is_lost(kind: str, end: str, model: VideoModel,
         ingested(store, model, camera.address, "rekv", sample_fps=SAMPLE_FPS, reconnect_s=0.5)
         assert len(camera.spans_s) == 2
         away_s = camera.spans_s[1][0] - camera.spans_s[0][1]
-    gap = check(store, [(0, 66 if end == "sound only" else 68), (100, 150)])[0]
+    # A reset takes away what has come and was not read yet: much where the machine is slow.
+    unread = 8 if end == "reset" else 0
+    gap = check(store, [(0, 66 if end == "sound only" else 68), (100, 150)], unread=unread)[0]
     assert gap.end_ns - gap.start_ns <= (away_s + 0.5 + unread / SAMPLE_FPS) * NS
 
 
