@@ -32,7 +32,7 @@ from memdb.store import Store
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Wanted:
     """What Client.ingest was given, under the same names."""
 
@@ -67,7 +67,8 @@ class _Ready:
 
 class Job:
     """`composed`: a recipe's stages, refused where a stage of any side of the store cannot be. `turn`: the lock under
-    which the model is used; threads that ask take turns with the ingest."""
+    which the model is used; threads that ask take turns with the ingest.
+    """
 
     def __init__(
         self,
@@ -120,9 +121,8 @@ class Job:
                         turn=self._turn,
                     )
                 except Diverged as error:
-                    if isinstance(
-                        wanted.source, Iterator
-                    ):  # used up: the frames behind the watermark are gone
+                    # An iterator is used up: the frames behind the watermark are gone.
+                    if isinstance(wanted.source, Iterator):
                         raise SourceMismatch(
                             f"{error}: give the same frames as at first, or another recording"
                         ) from None

@@ -68,7 +68,7 @@ class IngestStages:
                 )
 
 
-_METHODS: Mapping[str, Mapping[str, type[Any]]] = {
+METHODS: Mapping[str, Mapping[str, type[Any]]] = {
     "unit": UNITS,
     "reduce": REDUCERS,
     "encode": ENCODERS,
@@ -81,7 +81,7 @@ _METHODS: Mapping[str, Mapping[str, type[Any]]] = {
 def known(recipe: Recipe) -> None:
     """Raises RecipeError for unknown methods and parameters, and values out of range, of stages 1 to 6."""
     bare("write", recipe.write, (*codecs.NAMES, "none"))
-    for stage, methods in _METHODS.items():
+    for stage, methods in METHODS.items():
         build(stage, getattr(recipe, stage), methods)
 
 

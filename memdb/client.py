@@ -119,18 +119,18 @@ class Client:
         from memdb.ingest.job import Job, Wanted
 
         wanted = Wanted(
-            source,
-            recording,
-            recipe,
-            profile,
-            codec,
-            settings,
-            sample_fps,
-            fps,
-            started_at,
-            track,
-            reconnect_s,
-            seed,
+            source=source,
+            recording=recording,
+            recipe=recipe,
+            profile=profile,
+            codec=codec,
+            settings=settings,
+            sample_fps=sample_fps,
+            fps=fps,
+            started_at=started_at,
+            track=track,
+            reconnect_s=reconnect_s,
+            seed=seed,
         )
         job = Job(self.store.path, wanted, self.loaded, _composed, self._lock)
         return job.run(progress, stop)

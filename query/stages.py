@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from memdb.query.answer import ANSWERERS, Greedy
 from memdb.query.rebuild import REBUILDERS
@@ -32,11 +34,17 @@ class QueryStages:
     window_tokens: int | None  # the view over a long context, where the recipe keeps the window at rebuild
 
 
+METHODS: Mapping[str, Mapping[str, type[Any]]] = {
+    "retrieve": RETRIEVERS,
+    "rebuild": REBUILDERS,
+    "answer": ANSWERERS,
+}
+
+
 def known(recipe: Recipe) -> None:
     """Raises RecipeError for unknown methods and parameters, and values out of range, of stages 7 to 9."""
-    build("retrieve", recipe.retrieve, RETRIEVERS)
-    build("rebuild", recipe.rebuild, REBUILDERS)
-    build("answer", recipe.answer, ANSWERERS)
+    for stage, methods in METHODS.items():
+        build(stage, getattr(recipe, stage), methods)
 
 
 def compose(recipe: Recipe) -> QueryStages:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memdb.client import Client, connect
-from memdb.index.methods import INDEXED
-from memdb.ingest.encode import CAPTIONERS, ENCODERS
-from memdb.ingest.reduce import REDUCERS
+from memdb.ingest import stages
 from memdb.ingest.stages import compose
 from memdb.ingest.units import UNITS
-from memdb.query.answer import ANSWERERS
-from memdb.query.rebuild import REBUILDERS
-from memdb.query.retrieve import RETRIEVERS
+from memdb.query import stages as query_stages
 from memdb.query.stages import compose as compose_query
 from memdb.recipes import (
     HYBRID,
@@ -33,7 +28,6 @@ from memdb.recipes import (
     STREAMKV,
     recipe,
 )
-from memdb.retain import RETAINERS
 from memdb.schemas.errors import RecipeError
 from memdb.schemas.fingerprint import encoding_fingerprint
 from memdb.schemas.legality import RULES, check
@@ -42,17 +36,7 @@ from memdb.schemas.recipe import ENCODING_STAGES, PROFILES, STAGES, Recipe, Stag
 from tests.memory_cases import METHODS, memory_recipe
 from tests.question_cases import SMALL, House
 
-REGISTRIES: dict[str, Mapping[str, type[Any]]] = {
-    "unit": UNITS,
-    "reduce": REDUCERS,
-    "encode": ENCODERS,
-    "caption": CAPTIONERS,
-    "retain": RETAINERS,
-    "index": INDEXED,
-    "retrieve": RETRIEVERS,
-    "rebuild": REBUILDERS,
-    "answer": ANSWERERS,
-}
+REGISTRIES = {**stages.METHODS, **query_stages.METHODS}
 
 
 # The map and the registries

@@ -68,10 +68,10 @@ class Encoded:
     """A unit behind the language model.
 
     kv: keys and values of its frames' tokens, then of the summary's, a layer each; None without KV. position: of its
-    first token in the stream, None where it follows on. keep: see Unit; asked for after the unit is packed, since a GPU
-    may have to be waited for. prototypes: what joins the unit's tokens in a
-    memory. queries: of the retainer's guidance prompt, a layer each. embeddings (F, E): of the frames, where the index
-    keeps them.
+    first token in the stream, None where it follows on. keep: see Unit; asked for once the unit is packed,
+    since a GPU may have to be waited for, and before the next unit is encoded. prototypes: what joins the unit's tokens
+    in a memory. queries: of the retainer's guidance prompt, a layer each. embeddings (F, E): of the frames, where the
+    index keeps them.
     """
 
     frames: Sequence[SeenFrame]

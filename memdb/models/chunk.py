@@ -58,8 +58,7 @@ class ChunkContext:
         text = torch.arange(above, self._top)
         own = torch.cat((ids, text.expand(*ids.shape[:-1], len(text))), -1).to(self._init[0].k.device)
         self._turns = self._rotary.rows(own, self._top)  # the same in all layers
-        self._masks: dict[int, Tensor] = {}  # of the last layer, by how many tokens are past
-        self._seens: dict[int, Tensor] = {}
+        self._past = -1  # of the masks at hand
 
     def _ids(self, positions: Tensor) -> Tensor:
         """Ids (T,) or (3, T) of tokens of the stream."""
@@ -78,30 +77,25 @@ class ChunkContext:
         init_k = self._rotary.rotate(init.k, 0) if init.tokens else init.k
         keys = torch.cat((init_k, old_k, new_k), 1)  # (H, n + M + T, D)
         past = init.tokens + memory.tokens
-        mask = self._mask(T, past, q.device)
+        self._look_back(T, past, q.device)
         self.fresh.append(LayerKV(k[:, :C], v[:, :C]))
         if self._probe is not None:
             rows = slice(self._probe.start, self._probe.stop)
-            self._listener.hear(q[:, rows], keys, scale, self._seen(mask[rows], past))
-        return softmax_attention(q, keys, torch.cat((init.v, memory.v, v), 1), scale, mask)
+            self._listener.hear(q[:, rows], keys, scale, self._probed)
+        return softmax_attention(q, keys, torch.cat((init.v, memory.v, v), 1), scale, self._mask)
 
-    def _seen(self, mask: Tensor, past: int) -> Tensor:
-        """Of the last keys, which a probe's rows see: all see what stands before the first of them, and none of them
-        the probe's own text.
+    def _look_back(self, tokens: int, past: int, device: torch.device) -> None:
+        """Make the masks for a layer with so many tokens past, unless the layer before held as many.
+
+        `_mask` (T, past + T): True where seen, everything past and of the new ones those that are not later. `_probed`:
+        of the last keys, which a probe's rows see; all see what stands before the first of them, none the probe's own
+        text.
         """
-        assert self._probe is not None
-        if past not in self._seens:
+        if past == self._past:
+            return
+        self._past = past
+        self._mask = torch.ones(tokens, past + tokens, dtype=torch.bool, device=device).tril(past)
+        if self._probe is not None:
             first = min(self._chunk, self._probe.start)
-            own = mask[:, past + first :].clone()
-            own[:, self._chunk - first :] = False
-            self._seens = {past: own}
-        return self._seens[past]
-
-    def _mask(self, tokens: int, past: int, device: torch.device) -> Tensor:
-        """(T, past + T) True where seen: everything past, and of the new ones those that are not later. Made once for
-        layers one after another that hold equally many.
-        """
-        if past not in self._masks:
-            own = torch.ones(tokens, past + tokens, dtype=torch.bool, device=device).tril(past)
-            self._masks = {past: own}
-        return self._masks[past]
+            self._probed = self._mask[self._probe.start : self._probe.stop, past + first :].clone()
+            self._probed[:, self._chunk - first :] = False

@@ -88,9 +88,8 @@ class Listener:
     def _answer(self) -> None:
         if not self._waiting:
             return
-        q, k = (
-            torch.cat(parts) for parts in zip(*self._waiting, strict=True)
-        )  # (L * Hq, r, D), (L * H, T, D)
+        # (L * Hq, r, D) and (L * H, T, D)
+        q, k = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
         paid = attention_rows(q, k, *self._terms).view(len(self._waiting), -1, k.shape[1])  # (L, Hq * r, T)
         self._heard += (paid.sum(1) / paid.shape[1]).unbind()
         self._waiting = []
